@@ -1,0 +1,673 @@
+"""CLAP (Chen et al., ICLR 2026, arXiv 2412.03059): images and LiDAR are pre-trained together by rendering what was hidden, where surfaces bend.
+
+    python clap.py --data /nuscenes --gpus 8          # the paper's sizes
+    python clap.py                                    # the embedded world, minutes on two CPU cores
+
+Read with: common.py §1 project, rays; §3 VoxelNet, CameraNet, FusionNet; §4 neus_weights; §6 surface_variation; data.py Batch.
+One optimiser, one checkpoint: both branches and their fusion learn jointly. Later: finetune.py --init RUN.
+
+No code of the authors is public. [paper] marks what the paper's public text states (second-hand in part: a reading note, the reviews, the summaries of v1),
+[sister] the same authors' TREND, [code X] the ingredient's released code, [ours] what none of them says. Equations have no public numbers; sections stand instead.
+
+    paper                  here                        meaning
+    P, I, T                batch.points, .images, .lidar2img
+    P^, I^                 lidar, image                volumes of the two branches, (B, C, Z, Y, X)
+    F^, F~                 fused, field features       f_fusion(concat(P^, I^)); f^3D(F^), trilinear in F~
+    f^SDF, s               Field.sdf                   signed distance at a point, scaled units
+    n~, c, omega           sdf_curvature               unit normal, its derivative, its norm: the sampling weight
+    alpha, t, w, h         neus_weights                opacity, transmittance, weight; learnable sharpness
+    r~, c~                 rendered range, colour      against r, c of a LiDAR point, of a pixel
+    K, N_K, d_K            Prototypes.K                512 learnable prototypes of 128 numbers, not normalised
+    S, Q                   scores, codes               embeddings against prototypes; their Sinkhorn assignment
+    omega_r ... omega_GMM  w_* in Config               loss weights
+
+Departures and readings:
+  D1  Points are drawn by PCA surface variation of the raw cloud, as this project was asked to; the paper's weight, the norm of the derivative of the learned
+      SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times).
+  D2  The image branch is a ResNet with a depth-weighted lift by pulling; the paper has Swin and a lift through T. Fusion and f^3D as in DESIGN: 5 layers of cells.
+  D3  The colour head does not see the SDF's gradient (UniPAD's does): no second-order derivatives in the render path.
+  D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
+  D5  r_n is the middle of its section (NeuS); section starts would shorten every range by half a section. Weights are not renormalised, as printed.
+  D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau), the same at the paper's tau = 1.
+  D7  Prototypes meet cells that hold a visible point and that some camera sees, at most 8192 a frame; the paper does not say which.
+  D8  Sinkhorn runs in the log domain (exp(S / 0.05) overflows) and counts every process's cells; L_GMM is linear and signed, as printed.
+"""
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import cKDTree
+from torch import nn
+
+import data
+from common import (
+    CameraNet,
+    FusionNet,
+    Log,
+    VoxelNet,
+    box_exit,
+    conv3d,
+    corners,
+    cosine,
+    figure,
+    frame_generators,
+    gather_weighted,
+    importance,
+    inside_boxes,
+    launch,
+    loss_curves,
+    mean_over_ranks,
+    mlp,
+    neus_weights,
+    over_ranks,
+    parse,
+    project,
+    rays,
+    resume,
+    save,
+    start,
+    stratified,
+    surface_variation,
+    wrap,
+    write_text,
+)
+
+UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
+HELD_OUT = 16                                                       # frames of the val split that are looked at [ours]
+NEAR, CLOSE = 1.0, 3.0                                              # m, first sample of a ray [ours]; nearer LiDAR points are no targets [code UniPAD]
+
+
+@dataclass
+class Config:
+    # the run
+    data: str = ""                     # data set root, told apart by its folders; empty: the embedded world
+    preset: Literal["paper", "small"] = "paper"  # sizes: the paper's, or what two CPU cores do in minutes; default small exactly when no --data is given
+    out: str = "runs/clap"             # run folder; the same command again resumes it
+    gpus: int | None = None            # processes on this machine; 0: CPU; default 1 where CUDA is, else 0
+    workers: int = 4                   # loader processes for each training process [ours]
+    seed: int = 0                      # of everything: order, augmentation, masks, draws, initial weights
+    eval_every: int = 1000             # steps between held-out terms [ours]; small 50
+    save_every: int = 500              # steps between checkpoints [ours]; small 100
+    # optimisation
+    epochs: int = 24                   # [ours] unknown; UniPAD 12, PonderV2 24, TREND 48
+    steps: int = 0                     # 0: epochs decide; small 320 [ours]
+    batch: int = 3                     # frames a process [sister, 8 x 3]; small 2
+    lr: float = 2e-4                   # AdamW, half a cosine to 0 [sister] for a global batch of 24, not rescaled for others; small 2e-3 [ours]
+    warmup: int = 500                  # steps from lr / 3 [code UniPAD]; small 50
+    weight_decay: float = 0.01         # prototypes included [code UniPAD, PonderV2]
+    clip: float = 35.0                 # gradient norm [code UniPAD, OpenPCDet]
+    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code UniPAD, 22.5 deg]
+    scale: float = 0.05                # scaling U(1 - scale, 1 + scale); both axes flip with probability 1/2 [code UniPAD]
+    # networks
+    resnet: Literal[18, 50] = 50       # image backbone, random initial weights D2; small 18
+    width: int = 16                    # first sparse stage [code OpenPCDet]; volume 8, image 5, fusion 4, field 2 times that: 128, 80, 64, 32; small 8
+    bins: int = 118                    # depth bins of the lift [code BEVFusion]; small 36
+    # masking
+    hide_points: float = 0.9           # share of 8 x 8 x 8 voxel blocks [sister]
+    hide_pixels: float = 0.3           # share of 32 x 32 patches [code UniPAD]
+    # curvature sampling
+    sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
+    neighbours: int = 32               # of the PCA, from all sweeps [ours]: at 16, half the neighbourhoods of a 32-beam sweep are a line
+    uniform: float = 4 / 24            # with sdf: share of the run that samples uniformly [paper, 4 epochs] of 24 [ours]
+    rays: int = 8192                   # N_L, points drawn a frame [paper]; small 1024
+    pixels: int = 1024                 # N_C, pixels drawn a camera [paper]; small 128
+    blur: int = 9                      # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision's rule]
+    sky: float = 0.4                   # top share of rows that uniform sampling leaves out [code UniPAD]
+    # rendering
+    samples: int = 72                  # stratified samples a ray [code UniPAD]; with the next 96 [paper]; small 32
+    finer: int = 24                    # samples by importance [code UniPAD]; small 16
+    w_rend: float = 2.0                # omega_r [paper]
+    w_surface: float = 0.05            # omega_sur [paper]
+    w_colour: float = 0.05             # omega_C [paper]; small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
+    # prototypes
+    prototypes: int = 512              # N_K [paper]; small 64: fewer cells than 512 are visible there
+    dims: int = 128                    # d_K [code SwAV]
+    tau: float = 1.0                   # softmax temperature [paper] D6
+    epsilon: float = 0.05              # Sinkhorn [code SwAV]
+    sinkhorn: int = 3                  # iterations, N_sink [paper]
+    w_proto: float = 1.0               # omega_proto [paper]
+    w_swav: float = 1.0                # omega_SwAV [paper]
+    w_em: float = 0.1                  # omega_EM [paper]
+    w_gmm: float = 0.1                 # omega_GMM [paper]
+    without: Literal["", "prototypes"] = ""  # the paper's ablation
+
+
+SMALL = dict(steps=320, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, rays=1024, pixels=128, samples=32, finer=16, prototypes=64, w_colour=0.5, workers=0,
+             eval_every=50, save_every=100)
+
+
+# ---- hide ------------------------------------------------------------------------------------------------------------------------
+
+def hide_points(points, b, size, lidar, share, generators):
+    """Which points to hide: whole blocks of 8 x 8 x 8 voxels, the same for all sweeps. -> (N,) bool, True = hidden."""
+    low, block = points.new_tensor(lidar.low), 8 * points.new_tensor(lidar.voxel)          # (3,), (3,) m
+    shape = ((points.new_tensor(lidar.high) - low) / block).ceil().long()                  # X, Y, Z
+    hidden = torch.stack([torch.rand(shape.tolist(), generator=g, device=points.device) < share for g in generators])   # (B, X, Y, Z)
+    index = ((points[:, :3] - low) / block).long().clamp_min(0).minimum(shape - 1)         # (N, 3); points outside the range never enter
+    return hidden[b, index[:, 0], index[:, 1], index[:, 2]]
+
+
+def hide_pixels(images, cameras, share, generators, patch=32):
+    """Which pixels to hide: whole patches. images (B K, 3, H, W) -> (B K, H, W) bool, True = hidden."""
+    H, W = images.shape[-2:]
+    shape = cameras, -(-H // patch), -(-W // patch)
+    hidden = torch.cat([torch.rand(shape, generator=g, device=images.device) < share for g in generators])              # (B K, h, w)
+    return hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :H, :W]
+
+
+# ---- sample where surfaces bend --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Curvature:
+    """data.loader's prepare: surface variation at the key sweep's points, neighbours from all sweeps; 0 at older sweeps' points. Once a frame, cached."""
+    neighbours: int
+
+    @property
+    def key(self):
+        return f"surface-variation-1-k{self.neighbours}"
+
+    def __call__(self, frame):
+        points = frame.points
+        key, out = points[:, 4] == 0, np.zeros(len(points), np.float32)
+        out[key] = surface_variation(points[key, :3], points[:, :3], self.neighbours)
+        return {"points_curvature": out}
+
+
+# The three samplers, one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
+
+def pca_curvature(xyz, b, pca, sdf, step):
+    return pca
+
+
+def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
+    """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s||, by central differences of `step`: 19 distinct values of the field a point. [paper §2] D1
+
+    A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R.
+    """
+    unit = torch.cat([torch.eye(3), -torch.eye(3)]).to(xyz)                                # (6, 3): + x y z, - x y z
+    offsets, where = torch.unique((unit[:, None] + unit[None]).view(36, 3), dim=0, return_inverse=True)                 # (19, 3), (36,)
+    out = []
+    for a in range(0, len(xyz), chunk):
+        p, bp = xyz[a:a + chunk], b[a:a + chunk]
+        at = (p[:, None] + step * offsets).view(-1, 3)
+        s = sdf(at, bp.repeat_interleave(len(offsets))).view(len(p), -1)[:, where].view(-1, 6, 6)
+        normal = F.normalize(s[:, :, :3] - s[:, :, 3:], dim=2)                             # (m, 6, 3): n~ at p + step unit
+        jacobian = (normal[:, :3] - normal[:, 3:]) / (2 * step)                            # (m, 3, 3): d n~ / d p, row = direction
+        out.append(jacobian.flatten(1).norm(dim=1))
+    return torch.cat(out) if out else xyz.new_zeros(0)
+
+
+def uniform_weights(xyz, b, pca, sdf, step):
+    return torch.ones_like(pca)
+
+
+SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weights}
+
+
+def sane(weights):
+    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero unless all were. weights (M,) -> (M,)."""
+    weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
+    if len(weights) == 0 or weights.max() <= 0:
+        return torch.ones_like(weights)
+    ranked = weights.sort().values
+    weights = weights.clamp_max(ranked[int(0.99 * (len(ranked) - 1))].clamp_min(1e-12))
+    return weights + 1e-6 * weights.mean()
+
+
+def draw_points(weights, b, n, generators):
+    """At most n rows of each frame, without replacement, probability by weight. weights (M,), b (M,) -> rows (R,)."""
+    drawn = []
+    for frame, generator in enumerate(generators):
+        rows = (b == frame).nonzero()[:, 0]
+        if len(rows):
+            drawn.append(rows[torch.multinomial(weights[rows], min(n, len(rows)), generator=generator)])
+    return torch.cat(drawn) if drawn else b[:0]
+
+
+def pixel_weights(weights, xyz, b, batch, blur):
+    """The points' weights spread over the images: the largest at each hit pixel, then a Gaussian. weights (M,), xyz (M, 3) -> (B K, H, W)."""
+    count, (H, W) = len(batch.images), batch.images.shape[-2:]
+    point, image, uv, _ = project(xyz, b, batch.lidar2img, batch.hw, batch.size)
+    u, v = uv.long().unbind(1)
+    flat = weights.new_zeros(count * H * W).scatter_reduce_(0, (image * H + v) * W + u, weights[point], "amax")
+    tap = torch.arange(blur, device=flat.device) - blur // 2
+    kernel = torch.exp(-0.5 * (tap / (0.3 * ((blur - 1) / 2 - 1) + 0.8)) ** 2)
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
+    return F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0]
+
+
+def below_sky(batch, sky):
+    """Equal weight for every pixel of an image below its top share `sky`, none for padding. -> (B K, H, W) float."""
+    H, W = batch.images.shape[-2:]
+    h, w = batch.hw[:, 0, None, None], batch.hw[:, 1, None, None]
+    v, u = torch.arange(H, device=h.device)[None, :, None], torch.arange(W, device=h.device)[None, None]
+    return ((v >= sky * h) & (v < h) & (u < w)).float()
+
+
+def draw_pixels(weights, n, size, generators):
+    """n pixels of each image, probability by weight. weights (B K, H, W) -> image (R,), v (R,), u (R,); pixels of zero weight are dropped."""
+    K, W, drawn = len(weights) // size, weights.shape[-1], []
+    for frame, generator in enumerate(generators):
+        part = weights[frame * K:(frame + 1) * K].flatten(1)                               # (K, H W)
+        filled = torch.where(part.sum(1, keepdim=True) > 0, part, torch.ones_like(part))   # multinomial refuses a row of zeros
+        pixel = torch.multinomial(filled, min(n, part.shape[1]), generator=generator)      # (K, n)
+        k, j = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)                          # it also returns zero weights when too few are not
+        drawn.append(torch.stack([k + frame * K, pixel[k, j] // W, pixel[k, j] % W]))
+    return torch.cat(drawn, 1)
+
+
+# ---- the neural field and its rendering ------------------------------------------------------------------------------------------
+
+class Field(nn.Module):
+    """f^SDF and f^RGB on trilinear features of the volume. Sizes of [code UniPAD]; coordinates, distances and h in the scene scaled to +-1.
+
+    The scaled point enters the first layer, the feature is added before every layer. No geometric initialisation.
+    """
+
+    def __init__(self, channels, cells, scale, hidden=16, depth=5):
+        super().__init__()
+        self.cells, self.scale = cells, scale                                              # scale: scaled units per metre
+        self.place = nn.Linear(3, hidden)
+        self.inject = nn.Linear(channels, depth * hidden)                                  # the depth layers' own injections, in one product
+        self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.output = nn.Linear(hidden, 1 + hidden)
+        self.rgb = nn.Sequential(nn.Linear(channels + hidden + 3, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.Sigmoid())
+        self.sharpness = nn.Parameter(torch.tensor(0.3))                                   # h = exp(10 sharpness), 20.1 at first [code NeuS, UniPAD]
+
+    @property
+    def h(self):
+        return (10 * self.sharpness).exp().clamp(1e-6, 1e6)
+
+    def sdf(self, table, xyz, b):
+        """table (B Z Y X, C) the volume's cells, xyz (M, 3) m, b (M,) -> s (M,), geometry (M, 16), feature (M, C)."""
+        flat, weight = corners(self.cells.index(xyz), self.cells.shape)
+        feature = gather_weighted(table, flat + b[:, None] * math.prod(self.cells.shape), weight)   # (M, C)
+        x = self.place(xyz * self.scale)
+        for layer, more in zip(self.layers, self.inject(feature).chunk(len(self.layers), 1)):
+            x = F.softplus(layer(x + more), beta=100, threshold=10)                        # (M, 16); the threshold saves time and costs 5e-7
+        s, geometry = self.output(x).split([1, x.shape[1]], 1)
+        return s[:, 0], geometry, feature
+
+    def render(self, table, origin, direction, b, far, jitter, u, colour):
+        """Range and, if asked, colour along rays [paper §3]. origin, direction (R, 3), b (R,), far (R,) m, jitter (R, S), u (R, S') in [0, 1)
+        -> range (R,) m, colour (R, 3) on black or None. Samples lie between NEAR and far: none outside the volume's box is evaluated."""
+        def at(depth):
+            return (origin[:, None] + direction[:, None] * depth[..., None]).view(-1, 3), b.repeat_interleave(depth.shape[1])
+
+        with torch.no_grad():                                                              # where to look closer: one NeuS up-sampling step at h = 64 [code UniPAD]
+            depth = stratified(far.new_full((), NEAR).expand_as(far), far, jitter)         # (R, S)
+            s = self.sdf(table, *at(depth))[0].view_as(depth)
+            depth = torch.cat([depth, importance(depth, neus_weights(s, 64.0), u)], 1).sort(1).values                   # (R, S + S')
+        s, geometry, feature = self.sdf(table, *at(depth))
+        w = neus_weights(s.view_as(depth), self.h)                                         # (R, N - 1)          alpha, t, w
+        middle = (depth[:, 1:] + depth[:, :-1]) / 2                                        # (R, N - 1)          D5
+        r = (w * middle).sum(1)                                                            # (R,)                r~ = sum w_n r_n
+        if not colour:
+            return r, None
+        view = direction.repeat_interleave(depth.shape[1], 0)
+        c = self.rgb(torch.cat([feature, geometry, view], 1)).view(*depth.shape, 3)        # (R, N, 3)           D3
+        return r, (w[..., None] * (c[:, 1:] + c[:, :-1]) / 2).sum(1)                       # (R, 3)              c~ = sum w_n c_n
+
+
+# ---- prototypes shared by both modalities ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sinkhorn(scores, epsilon, iterations):
+    """Assignment codes Q: exp(S / epsilon) scaled so that every prototype gets its equal share and every sample sums to 1; SwAV's order, log domain. D8
+
+    scores (N, N_K) -> (N, N_K). The prototypes' shares count the samples of every process.
+    """
+    log_q = scores / epsilon
+    for _ in range(iterations):
+        top = over_ranks(F.pad(log_q, (0, 0, 0, 1), value=-1e9).amax(0), torch.distributed.ReduceOp.MAX)                # (N_K,)
+        log_q = log_q - (over_ranks((log_q - top).exp().sum(0)).log() + top)               # prototypes
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)                                   # samples; constants cancel in the next line
+    return log_q.exp()
+
+
+class Prototypes(nn.Module):
+    """One set of prototypes that cells of both modalities are assigned to [paper §4]."""
+
+    def __init__(self, cfg, lidar, image):
+        super().__init__()
+        self.cfg = cfg
+        self.K = nn.Parameter(torch.randn(cfg.prototypes, cfg.dims))                       # raw: with unit prototypes and tau = 1 L_EM would be inert
+        self.head_lidar, self.head_image = mlp(lidar, lidar, cfg.dims), mlp(image, lidar, cfg.dims)
+
+    def forward(self, lidar, image):
+        """lidar (N, C), image (N, C') features of the same N cells -> L_SwAV, L_EM, L_GMM, {monitor: ()}."""
+        cfg, K, N = self.cfg, self.K, len(lidar)
+        S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()                           # (N, N_K)
+        S_I = F.normalize(self.head_image(image), dim=1) @ K.t()                           # (N, N_K)
+        Q_P, Q_I = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn), sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)                   # no gradient
+        p_P, p_I = F.log_softmax(S_P / cfg.tau, 1), F.log_softmax(S_I / cfg.tau, 1)        # log p               D6
+        L_SwAV = mean_over_ranks(-(Q_I * p_P + Q_P * p_I).sum(), N) / cfg.prototypes       # [paper §4, swapped prediction]
+        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / cfg.prototypes    # [paper §4, EM]
+        G = K @ K.t()                                                                      # (N_K, N_K)
+        L_GMM = (G.sum() - G.diagonal().sum()) / (len(K) * (len(K) - 1))                   # [paper §4, Gram]     D8
+        with torch.no_grad():
+            best_P, best_I = S_P.argmax(1), S_I.argmax(1)
+            seen = dict(perplexity_P=perplexity(best_P, len(K)), perplexity_I=perplexity(best_I, len(K)), perplexity_Q=perplexity(Q_P.argmax(1), len(K)),
+                        agreement=(best_P == best_I).float().sum() / max(N, 1), prototype_norm=K.norm(dim=1).mean())
+        return L_SwAV, L_EM, L_GMM, seen
+
+
+def entropy(scores):
+    """Entropy of softmax(scores) over prototypes, scores (N, N_K) -> (N,) nats."""
+    log_p = F.log_softmax(scores, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def perplexity(assigned, n):
+    """exp of the entropy of how often each of n prototypes is assigned: how many are in use. assigned (N,) -> ()."""
+    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
+    return torch.special.entr(p).sum().exp()
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------------------
+
+class Clap(nn.Module):
+    """Both losses of a batch. lidar, camera and fuse are what fine-tuning loads; the rest is thrown away."""
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.cfg, self.grid, w = cfg, grid, cfg.width
+        extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))                      # m
+        self.lidar = VoxelNet(grid.low, grid.high, grid.voxel, w)
+        self.camera = CameraNet(cfg.resnet, 5 * w, reach=extent * 60 / 54, bins=cfg.bins)  # BEVFusion's 60 m for 54 m
+        self.fuse = FusionNet(8 * w, 5 * w, 4 * w)
+        self.shallow = conv3d(4 * w, 2 * w, 3)                                             # f^3D
+        self.field = Field(2 * w, self.lidar.cells[-1], 1 / extent)
+        self.proto = None if cfg.without == "prototypes" else Prototypes(cfg, 8 * w, 5 * w)
+
+    def encode(self, batch, hidden, hidden_px):
+        """hidden (N,), hidden_px (B K, H, W) bool, True = hidden -> F~ as a table (B Z Y X, C), lidar Level, image volume (B, C, Z, Y, X), seen (B, Z, Y, X)."""
+        cells = self.lidar.cells[-1]
+        lidar = self.lidar(batch.points[~hidden], batch.b_points[~hidden])[-1]             # P^, sparse
+        image, seen = self.camera(batch, cells, hidden_px)                                 # I^
+        fused = self.fuse(lidar.dense(batch.size), image)                                  # F^ (B, C, Z, Y, X)
+        return self.shallow(fused).permute(0, 2, 3, 4, 1).reshape(-1, 2 * self.cfg.width), lidar, image, seen
+
+    def targets(self, batch):
+        """Key-sweep points inside the box and not too close: rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's own place."""
+        xyz, grid = batch.points[:, :3], self.grid
+        away = xyz - batch.origin[batch.b_points]
+        r = away.norm(dim=1)
+        inside = ((xyz > xyz.new_tensor(grid.low)) & (xyz < xyz.new_tensor(grid.high))).all(1)
+        rows = (inside & (batch.points[:, 4] == 0) & (r > CLOSE)).nonzero()[:, 0]
+        return rows, away[rows] / r[rows, None], r[rows]
+
+    def render(self, table, origin, direction, b, generators, colour):
+        """Rays in frame order through the box, random numbers from each ray's frame -> range (R,), colour (R, 3) or None, valid (R,): enters the box."""
+        cfg, far = self.cfg, box_exit(origin, direction, self.grid.low, self.grid.high)
+        counts = torch.bincount(b, minlength=len(generators)).tolist()
+        noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
+        jitter, u = noise.split([cfg.samples, cfg.finer], 1)
+        return *self.field.render(table, origin, direction, b, far.clamp_min(NEAR + 0.1), jitter, u, colour), far > NEAR
+
+    def forward(self, batch, uniform=False):
+        """-> L (), {name: ()}. uniform: sample uniformly for now, while the SDF is noise."""
+        cfg, generators = self.cfg, frame_generators(batch.seeds, batch.points.device)
+
+        # 1 both branches see what is left of the same frame
+        hidden = hide_points(batch.points, batch.b_points, batch.size, self.lidar, cfg.hide_points, generators)         # (N,)
+        hidden_px = hide_pixels(batch.images, batch.cameras, cfg.hide_pixels, generators)                               # (B K, H, W)
+        table, lidar, image, seen = self.encode(batch, hidden, hidden_px)
+
+        # 2 curvature sampling: points by omega, pixels by omega spread over the images
+        rows, direction, r = self.targets(batch)                                           # (M,) (M, 3) (M,)
+        xyz, b = batch.points[rows, :3], batch.b_points[rows]
+        with torch.no_grad():
+            omega = self.weights(table, xyz, b, batch.extra["points_curvature"][rows], uniform)                         # (M,)
+            drawn = draw_points(omega, b, cfg.rays, generators)                            # (N_L,) into M
+            flat = uniform or cfg.sampler == "uniform"
+            maps = below_sky(batch, cfg.sky) if flat else pixel_weights(omega, xyz, b, batch, cfg.blur)                 # (B K, H, W)
+            at, v, u = draw_pixels(maps, cfg.pixels, batch.size, generators)               # (N_C,)
+        xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
+
+        # 3 render range along LiDAR rays and colour along camera rays
+        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (N_L,)
+        s = self.field.sdf(table, xyz, b)[0]                                               # (N_L,), 0 on a surface
+        origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
+        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (N_C, 3)
+        c = batch.images[at, :, v, u].float() / 255                                        # (N_C, 3)
+        scale = self.field.scale
+        L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper §3]
+        L_surface = mean_over_ranks(s.abs().sum(), len(s))                                                              # [paper §3]
+        L_colour = mean_over_ranks((c - c_hat)[valid].abs().sum() / 3, valid.sum())                                     # [paper §3]
+        L_rend = L_range + cfg.w_surface * L_surface + cfg.w_colour * L_colour                                          # [paper §3]
+        terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface, L_colour=L_colour, h=self.field.h)
+
+        # 4 prototypes: the same cells seen by both modalities, each predicts the other's code
+        L = cfg.w_rend * L_rend                                                                                         # [paper §5]
+        if self.proto is not None:
+            cell = self.both_see(lidar, seen, generators)                                  # (N_3D,) into the sparse level
+            b_, z, y, x = lidar.coords[cell].unbind(1)
+            L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper §4]
+            L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper §4]
+            L = L + cfg.w_proto * L_proto                                                                               # [paper §5]
+            terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM, cells=float(len(cell)), **monitors)
+        return L, terms | self.shares(batch, xyz, b)
+
+    @torch.no_grad()
+    def weights(self, table, xyz, b, pca, uniform):
+        """The chosen sampler's weight of each point. Its step for differences is half a cell [ours]. -> (M,)."""
+        sampler = SAMPLERS["uniform" if uniform else self.cfg.sampler]
+        return sane(sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2))
+
+    @torch.no_grad()
+    def both_see(self, lidar, seen, generators, most=8192):
+        """Sites that some camera sees, at most 8192 a frame. -> rows (N_3D,) of the level."""
+        b, z, y, x = lidar.coords.unbind(1)
+        visible, kept = seen[b, z, y, x], []
+        for frame, generator in enumerate(generators):
+            rows = (visible & (b == frame)).nonzero()[:, 0]
+            kept.append(rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:most]])
+        return torch.cat(kept)
+
+    @torch.no_grad()
+    def shares(self, batch, xyz, b):
+        """Share of the drawn points inside labelled boxes and within 0.3 m of a flat road: what sampling looks at. Labels are read for this monitor only."""
+        found = dict(on_ground=((xyz[:, 2] - self.grid.ground).abs() < 0.3).float().sum() / max(len(xyz), 1))
+        if batch.boxes is not None:
+            found["on_boxes"] = inside_boxes(xyz, b, batch.boxes, batch.b_boxes).float().sum() / max(len(xyz), 1)
+        return found
+
+
+# ---- held-out errors -------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, loader, device, batches=4):
+    """Mean of every term over some held-out batches, the same frames and masks every time. -> {name: float}."""
+    model.eval()
+    rows = [model(batch.to(device))[1] for batch in islice(loader.once(), batches)]
+    model.train()
+    return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
+
+
+@torch.no_grad()
+def examine(model, loader, device):
+    """What the volume knows of held-out frames under the training mask. -> {name: float}, ranges in metres, colours in [0, 1], all mean absolute errors.
+
+    range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range of the ray's own beam over these very
+    frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of another frame went in.
+    colour / colour_blind: curvature-sampled pixels, with the images and with black ones.
+    """
+    model.eval()
+    cfg, ray, colour = model.cfg, [], []
+    for batch in loader.once():
+        batch = batch.to(device)
+        generators = frame_generators(batch.seeds, device)
+        hidden = hide_points(batch.points, batch.b_points, batch.size, model.lidar, cfg.hide_points, generators)
+        hidden_px = hide_pixels(batch.images, batch.cameras, cfg.hide_pixels, generators)
+        rows, direction, r = model.targets(batch)
+        b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
+        swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
+        blind = replace(batch, images=torch.zeros_like(batch.images))
+        seen, other, dark = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped, blind))
+        r_hat = model.render(seen, batch.origin[b], direction, b, generators, colour=False)[0]
+        r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
+        ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
+        omega = sane(batch.extra["points_curvature"][rows])
+        at, v, u = draw_pixels(pixel_weights(omega, xyz, b, batch, cfg.blur), cfg.pixels, batch.size, generators)
+        origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
+        c = batch.images[at, :, v, u].float() / 255
+        with_, without = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True) for t in (seen, dark))
+        colour.append(torch.stack([(c - with_[1]).abs().mean(1), (c - without[1]).abs().mean(1)], 1)[with_[2]])
+    model.train()
+    elevation, r, hid, error, error_other, error_near = torch.cat(ray).cpu().double().unbind(1)
+    _, beam, count = torch.unique((elevation.rad2deg() * 2).round(), return_inverse=True, return_counts=True)           # half-degree bins
+    mean = torch.zeros(len(count), dtype=r.dtype).index_add_(0, beam, r) / count
+    hid, colour = hid.bool(), torch.cat(colour).cpu().double().mean(0)
+    found = dict(range_hidden=error[hid].mean(), range_visible=error[~hid].mean(), beam_mean=(r - mean[beam])[hid].abs().mean(), nearest_ray=error_near[hid].mean(),
+                 range_all=error.mean(), range_swapped=error_other.mean(), colour=colour[0], colour_blind=colour[1])
+    return {k: round(float(v), 4) for k, v in found.items()}
+
+
+def nearest_visible(direction, r, b, hidden):
+    """Range of the angularly nearest ray of the same frame that was not hidden; nan where a frame has none. -> (M,)."""
+    out = torch.full_like(r, math.nan)
+    for frame in b.unique().tolist():
+        mine, shown = (b == frame).nonzero()[:, 0], ((b == frame) & ~hidden).nonzero()[:, 0]
+        if len(shown):
+            found = cKDTree(direction[shown].cpu().numpy()).query(direction[mine].cpu().numpy())[1]
+            out[mine] = r[shown[torch.as_tensor(found, device=r.device)]]
+    return out
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def draw(model, batch, out, stride=2):
+    """figures/rendered.png, samples.png, prototypes.png of a held-out batch's first frame, under the training mask."""
+    model.eval()
+    cfg, K, generators = model.cfg, batch.cameras, frame_generators(batch.seeds, batch.points.device)
+    hidden = hide_points(batch.points, batch.b_points, batch.size, model.lidar, cfg.hide_points, generators)
+    hidden_px = hide_pixels(batch.images, K, cfg.hide_pixels, generators)
+    table, lidar, image, seen = model.encode(batch, hidden, hidden_px)
+    rows, direction, r = model.targets(batch)
+    mine = batch.b_points[rows] == 0
+    rows, direction, r = rows[mine], direction[mine], r[mine]
+    b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
+
+    r_hat = model.render(table, batch.origin[b], direction, b, generators, colour=False)[0]
+    pictures = [(name, range_image(direction[keep], values[keep]), dict(cmap="turbo", vmin=0, vmax=float(r.max()), aspect="auto", interpolation="nearest"))
+                for name, values, keep in (("range, m: truth", r, r > 0), ("visible to the encoder", r, ~hid), ("rendered", r_hat, r > 0))]
+    panels = []
+    for k in range(min(K, 3)):
+        h, w = batch.hw[k].tolist()
+        v, u = torch.meshgrid(torch.arange(0, h, stride, device=r.device), torch.arange(0, w, stride, device=r.device), indexing="ij")
+        origin, away = rays(torch.stack([u, v], -1).view(-1, 2) + 0.5, torch.full((v.numel(),), k, device=r.device), batch.lidar2img)
+        zeros = torch.zeros(len(origin), dtype=torch.int64, device=r.device)
+        parts = [model.render(table, *part, generators, colour=True)[1] for part in zip(origin.split(8192), away.split(8192), zeros.split(8192))]
+        truth, rendered = batch.images[k, :, :h, :w].permute(1, 2, 0).cpu(), torch.cat(parts).view(*v.shape, 3).cpu()
+        panels += [(f"camera {k}: truth", truth), ("visible", truth * ~hidden_px[k, :h, :w, None].cpu()), ("rendered, black above the volume", rendered)]
+    figure(Path(out) / "figures" / "rendered.png", pictures + panels, 3, (5.0, 2.0))
+
+    omega = model.weights(table, xyz, b, batch.extra["points_curvature"][rows], False)
+    drawn = draw_points(omega, b, cfg.rays, generators[:1])
+    first = replace(batch, size=1, images=batch.images[:K], hw=batch.hw[:K], lidar2img=batch.lidar2img[:K])
+    maps = pixel_weights(omega, xyz, b, first, cfg.blur)
+    at, v, u = draw_pixels(maps, cfg.pixels, 1, generators[:1])
+    top, x, y = float(omega.quantile(0.99)), xyz[:, 0].cpu(), xyz[:, 1].cpu()
+    panels = [(f"{cfg.sampler} weight of every point", lambda ax: ax.scatter(-y, x, 1, omega.cpu(), cmap="viridis", vmax=top)),
+              (f"{len(drawn)} points drawn", lambda ax: ax.scatter(-y[drawn.cpu()], x[drawn.cpu()], 1, "C3"))]
+    figure(Path(out) / "figures" / "samples.png", [square(p) for p in panels], 2, (5.0, 5.0))
+    over = [(f"camera {k}: blurred weight and pixels drawn", dots(maps[k].cpu(), u[at == k].cpu(), v[at == k].cpu())) for k in range(min(K, 3))]
+    figure(Path(out) / "figures" / "sampled_pixels.png", over, 1, (9.0, 3.6))
+
+    if model.proto is not None:
+        cell = model.both_see(lidar, seen, generators)
+        cell = cell[lidar.coords[cell, 0] == 0]
+        b_, z, y_, x_ = lidar.coords[cell].unbind(1)
+        ids = [(F.normalize(head(f), dim=1) @ model.proto.K.t()).argmax(1).cpu()
+               for head, f in ((model.proto.head_lidar, lidar.features[cell]), (model.proto.head_image, image[b_, :, z, y_, x_]))]
+        centre, colour = lidar.centre()[cell].cpu(), np.random.default_rng(0).permutation(cfg.prototypes)
+        look = dict(cmap="gist_rainbow", vmin=0, vmax=cfg.prototypes)
+        panels = [(f"prototype of each cell, {name}", lambda ax, i=i: ax.scatter(-centre[:, 1], centre[:, 0], 12, colour[i], **look))
+                  for name, i in zip(("LiDAR", "image"), ids)]
+        figure(Path(out) / "figures" / "prototypes.png", [square(p) for p in panels], 2, (5.0, 5.0))
+    model.train()
+
+
+def square(panel):
+    """A bird's-eye panel with equal axes, x (forward) up."""
+    title, plot = panel
+
+    def picture(ax):
+        plot(ax)
+        ax.set_aspect("equal")
+    return title, picture
+
+
+def dots(weights, u, v):
+    def picture(ax):
+        ax.imshow(weights, cmap="viridis")
+        ax.plot(u, v, "r.", ms=2)
+        ax.axis("off")
+    return picture
+
+
+def range_image(direction, r):
+    """Rays sorted into half-degree elevations and one-degree azimuths, forward in the middle, left on the left. -> (rows, 360) with nan where none."""
+    row = (direction[:, 2].asin().rad2deg() * 2).round().long().cpu()
+    column = ((180 - torch.atan2(direction[:, 1], direction[:, 0]).rad2deg()).long() % 360).cpu()
+    picture = torch.full((121, 360), math.nan)
+    picture[(60 - row).clamp(0, 120), column] = r.cpu()
+    kept = picture.isfinite().any(1)
+    return picture[kept]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------
+
+def train(rank, world, cfg):
+    device = start(cfg, rank, world)
+    torch.manual_seed(cfg.seed)
+    prepare, augment = Curvature(cfg.neighbours), partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=True)
+    loader = data.loader(cfg.data, "train", cfg.batch, rank, world, cfg.seed, preset=cfg.preset, workers=cfg.workers, augment=augment, prepare=prepare)
+    held_out = data.loader(cfg.data, "val", 2, 0, 1, cfg.seed, preset=cfg.preset, prepare=prepare)    # the same frames on every process:
+    held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # spread over the split
+    model = Clap(cfg, loader.grid).to(device)
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
+    first = resume(cfg.out, model, opt, world)                      # 0 when there is nothing to resume
+    net = wrap(model, device, world)
+    log = Log(cfg.out, rank, first, steps, cfg.batch * world)
+    if rank == 0:
+        print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
+
+    for step, batch in log.batches(loader, first, device):
+        if step % cfg.eval_every == 0:
+            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device))
+        lr = cfg.lr * cosine(step, cfg.warmup, steps)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        loss, terms = net(batch, uniform=cfg.sampler == "sdf" and step < cfg.uniform * steps)
+        opt.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)    # raises before the update if a term is not finite
+        opt.step()
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps):
+            save(cfg, step + 1, model, opt, world, UNITS)
+
+    if rank == 0:
+        found = examine(model, held_out, device)
+        write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
+        draw(model, next(iter(held_out.once())).to(device), cfg.out)
+        loss_curves(cfg.out)
+        print(json.dumps(found))
+        print(f"{cfg.out}: held-out range error {found['range_hidden']:.2f} m where points were hidden (beam mean {found['beam_mean']:.2f}, "
+              f"nearest visible ray {found['nearest_ray']:.2f}), {found['range_visible']:.2f} m where visible")
+
+
+if __name__ == "__main__":
+    launch(train, parse(Config, SMALL))

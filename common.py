@@ -1,0 +1,850 @@
+"""What the methods and the detector share, and the textbook pieces. Pure functions first, run-keeping last.
+
+To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
+
+    section       pieces                                                              used by
+    §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap
+                  box_exit, inside_boxes
+    §3 networks   VoxelNet, CameraNet, FusionNet, mlp, conv3d                         clap
+    §4 rendering  neus_weights, stratified, importance                                clap
+    §6 curvature  surface_variation                                                   clap
+    §7 runs       parse, launch, start, wrap, over_ranks, mean_over_ranks,            clap
+                  frame_generators, cosine, resume, save, Log, write_text, figure, loss_curves
+
+Sections keep the numbers of the design; §2 matching and §5 contrast belong to SimIPU and CMCR and come with them. Nothing here knows a data set.
+Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import cKDTree
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+try:                                   # the one optional import: compiled against one torch, so it may be absent or stale
+    import torch_scatter
+except (ImportError, OSError):
+    torch_scatter = None
+
+
+# ---- §1 geometry -----------------------------------------------------------------------------------------------------------------
+# Where cells are, multilinear interpolation, the pinhole camera, the volume's box. Source: textbook.
+# Used by clap (rays, lift, field query).
+
+class Cells(NamedTuple):
+    """Where the cells of one resolution are: the only definition, shared by sparse levels, camera lift and field query."""
+    shape: tuple[int, int, int]             # Z, Y, X
+    first: tuple[float, float, float]       # x, y, z of the centre of cell (0, 0, 0), m
+    step: tuple[float, float, float]        # x, y, z between centres, m
+
+    def centre(self, zyx):
+        """zyx (..., 3) int or float -> xyz (..., 3) m."""
+        return zyx.flip(-1) * zyx.new_tensor(self.step, dtype=torch.float32) + zyx.new_tensor(self.first, dtype=torch.float32)
+
+    def index(self, xyz):
+        """xyz (..., 3) m -> fractional zyx (..., 3); whole numbers at cell centres."""
+        return ((xyz - xyz.new_tensor(self.first)) / xyz.new_tensor(self.step)).flip(-1)
+
+    def centres(self, device):
+        """-> (Z Y X, 3) m, the centre of every cell in memory order."""
+        return self.centre(torch.cartesian_prod(*(torch.arange(n, device=device) for n in self.shape)))
+
+    def halved(self, pad):
+        """The cells after a 3 x 3 x 3 convolution of stride 2. pad (z, y, x): output o reads inputs 2 o - pad + {0, 1, 2}, so its centre is input 2 o + 1 - pad."""
+        shape = tuple((n + 2 * p - 3) // 2 + 1 for n, p in zip(self.shape, pad))
+        first = tuple(f + s * (1 - p) for f, s, p in zip(self.first, self.step, pad[::-1]))
+        return Cells(shape, first, tuple(2 * s for s in self.step))
+
+
+def corners(index, shape):
+    """The 2^D cells around a fractional index and their multilinear weights; outside the outermost centres the border value holds.
+
+    index (M, D) float, shape D sizes -> flat (M, 2^D) int64 into a table of prod(shape) rows, weight (M, 2^D) float, rows sum to 1.
+    """
+    flat = torch.zeros(len(index), 1, dtype=torch.int64, device=index.device)
+    weight = torch.ones(len(index), 1, dtype=index.dtype, device=index.device)
+    for axis, n in enumerate(shape):
+        at = index[:, axis].clamp(0, n - 1)
+        low = at.floor().clamp(max=max(n - 2, 0))
+        part = (at - low)[:, None]                                                         # (M, 1)
+        ends = torch.stack([low, (low + 1).clamp(max=n - 1)], 1).long()                    # (M, 2)
+        flat = (flat[:, :, None] * n + ends[:, None, :]).flatten(1)
+        weight = (weight[:, :, None] * torch.cat([1 - part, part], 1)[:, None, :]).flatten(1)
+    return flat, weight
+
+
+class GatherWeighted(torch.autograd.Function):
+    """sum_j weight[m, j] table[index[m, j]]; the gradient goes to the table alone."""
+
+    @staticmethod
+    def forward(ctx, table, index, weight):
+        ctx.save_for_backward(index, weight)
+        ctx.rows = table.shape
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, weight = ctx.saved_tensors
+        out = grad.new_zeros(ctx.rows)
+        chunk = len(index) if grad.is_cuda else 4096                # on a CPU a temporary that outgrows the cache costs more than the loop
+        for a in range(0, len(index), max(chunk, 1)):
+            part = slice(a, a + chunk)
+            out.index_add_(0, index[part].flatten(), (grad[part, None] * weight[part, :, None]).flatten(0, 1))
+        return out, None, None
+
+
+def gather_weighted(table, index, weight):
+    """Interpolation: table (T, C) float, index (M, J) int64, weight (M, J) -> (M, C). Not differentiable in the weights."""
+    return GatherWeighted.apply(table.contiguous(), index.contiguous(), weight.to(table.dtype).contiguous())
+
+
+def project(xyz, b, lidar2img, hw, size, near=0.1):
+    """Every pair of a point and an image that sees it (deeper than near, inside that image's own height and width).
+
+    xyz (N, 3) m, b (N,) frame, lidar2img (B K, 4, 4), hw (B K, 2), size B
+    -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px with pixel centres at +0.5, depth (M,) m; by frame, image, point.
+    """
+    K, found = len(lidar2img) // size, []
+    for frame in range(size):
+        rows = (b == frame).nonzero()[:, 0]
+        matrix = lidar2img[frame * K:(frame + 1) * K]
+        uvd = xyz[rows] @ matrix[:, :3, :3].transpose(1, 2) + matrix[:, None, :3, 3]       # (K, n, 3): u d, v d, d
+        depth = uvd[..., 2]
+        uv = uvd[..., :2] / depth.clamp_min(near)[..., None]
+        wh = hw[frame * K:(frame + 1) * K, None].flip(-1)                                  # (K, 1, 2)
+        k, n = ((depth > near) & ((uv >= 0) & (uv < wh)).all(-1)).nonzero(as_tuple=True)
+        found.append((rows[n], k + frame * K, uv[k, n], depth[k, n]))
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+def rays(uv, image, lidar2img):
+    """The ray of each pixel position. uv (R, 2) px, image (R,), lidar2img (B K, 4, 4) -> origin (R, 3) m, direction (R, 3) unit."""
+    inverse = torch.linalg.inv(lidar2img.double()).float()[image]                          # (R, 4, 4)
+    away = (inverse[:, :3, :3] @ F.pad(uv, (0, 1), value=1.0)[..., None])[..., 0]          # (R, 3) m per metre of depth
+    return inverse[:, :3, 3], F.normalize(away, dim=1)
+
+
+def grid_index(uv, feature_hw, padded_hw):
+    """uv (M, 2) px of the padded image -> fractional (row, column) (M, 2) of its feature map; both have centres at +0.5 (area convention)."""
+    scale = uv.new_tensor([feature_hw[1] / padded_hw[1], feature_hw[0] / padded_hw[0]])
+    return (uv * scale - 0.5).flip(1)
+
+
+def sample_image(features, image, uv, padded_hw):
+    """Bilinear sampling. features (B K, C, h, w), image (M,), uv (M, 2) px, padded_hw (H, W) of the image tensor -> (M, C)."""
+    C, h, w = features.shape[1:]
+    flat, weight = corners(grid_index(uv, (h, w), padded_hw), (h, w))
+    return gather_weighted(features.permute(0, 2, 3, 1).reshape(-1, C), flat + image[:, None] * (h * w), weight)
+
+
+def box_exit(origin, direction, low, high):
+    """Distance along each ray to where it leaves an axis-aligned box; <= 0 when the box is behind. origin, direction (R, 3), low, high 3 numbers -> (R,) m."""
+    slope = torch.where(direction.abs() < 1e-6, torch.full_like(direction, 1e-6), direction)
+    return torch.maximum((origin.new_tensor(low) - origin) / slope, (origin.new_tensor(high) - origin) / slope).amin(1)
+
+
+def inside_boxes(xyz, b, boxes, b_boxes):
+    """Which points lie strictly inside some box of their own frame. xyz (N, 3), boxes (M, 9) centre, l, w, h, yaw, ... -> (N,) bool."""
+    inside = torch.zeros(len(xyz), dtype=torch.bool, device=xyz.device)
+    for frame in b_boxes.unique().tolist():
+        rows, box = (b == frame).nonzero()[:, 0], boxes[b_boxes == frame]
+        offset = xyz[rows, None] - box[None, :, :3]                                        # (n, m, 3)
+        cos, sin = box[:, 6].cos(), box[:, 6].sin()
+        along, across = offset[..., 0] * cos + offset[..., 1] * sin, offset[..., 1] * cos - offset[..., 0] * sin
+        local = torch.stack([along, across, offset[..., 2]], -1)                           # (n, m, 3)
+        inside[rows] = (local.abs() < box[None, :, 3:6] / 2).all(-1).any(1)
+    return inside
+
+
+# ---- §3 networks -----------------------------------------------------------------------------------------------------------------
+# The fusion trunk: sparse voxel encoder, image network with lift, fusion. Source: shapes of OpenPCDet's VoxelResBackBone8x and of BEVFusion; [ours] the lift.
+# Used by clap, and later by the detector: what is pre-trained is what is loaded.
+
+def segment_sum(values, index, n):
+    """Sum of the rows of each segment. values (N, C), index (N,) int64 in [0, n) -> (n, C). torch-scatter where installed (its sum is pure torch, any device)."""
+    if torch_scatter is not None:
+        return torch_scatter.scatter_sum(values, index, 0, dim_size=n)
+    return torch.zeros(n, values.shape[1], dtype=values.dtype, device=values.device).index_add_(0, index, values)
+
+
+class KernelMap(NamedTuple):
+    """Pairs of rows that a 3 x 3 x 3 sparse convolution joins, grouped by the 27 kernel offsets (z slowest). Offset t of output o reads input stride o - pad + t."""
+    ins: torch.Tensor           # (P,) int64 row of the input
+    outs: torch.Tensor          # (P,) int64 row of the output
+    counts: list[int]           # pairs of each offset, 27
+    n_in: int
+    n_out: int
+    same: bool                  # submanifold: offset 13 joins each row with itself
+
+    def reversed(self):
+        return KernelMap(self.outs, self.ins, self.counts, self.n_out, self.n_in, self.same)
+
+
+def ravel(coords, shape):
+    """coords (V, 4) b, z, y, x -> (V,) int64 row-major key; sorted coordinates have sorted keys."""
+    return ((coords[:, 0] * shape[0] + coords[:, 1]) * shape[1] + coords[:, 2]) * shape[2] + coords[:, 3]
+
+
+def unravel(keys, shape):
+    """The inverse of ravel."""
+    rest, x = keys // shape[2], keys % shape[2]
+    return torch.stack([rest // (shape[0] * shape[1]), rest // shape[1] % shape[0], rest % shape[1], x], 1)
+
+
+def submanifold_map(coords, shape):
+    """The kernel map whose outputs are its inputs. coords (V, 4) sorted, shape (Z, Y, X).
+
+    Keys carry one empty cell on every side, so neighbours never alias. Only the later 13 offsets are searched, one search a row of three (the other
+    two follow by stepping); the earlier 13 are the same pairs with input and output exchanged. [ours]
+    """
+    n, (_, Y, X) = len(coords), shape
+    keys = ravel(coords + coords.new_tensor([0, 1, 1, 1]), [s + 2 for s in shape])
+    row, plane, end = X + 2, (X + 2) * (Y + 2), torch.iinfo(torch.int32).max
+    if n and int(keys[-1]) + plane + row + 1 < end:
+        keys = keys.int()                                           # halves the cost of the searches
+    else:
+        end = torch.iinfo(torch.int64).max
+    table = torch.cat([keys, keys.new_full((1,), end)])
+    first = (table[1:] == keys + 1).nonzero()[:, 0]
+    outs, ins = [first], [first + 1]
+    for delta in (row - 1, plane - row - 1, plane - 1, plane + row - 1):
+        wanted, at = keys + delta, torch.searchsorted(keys, keys + delta)
+        for _ in range(3):
+            hit = table[at] == wanted
+            outs.append(hit.nonzero()[:, 0])
+            ins.append(at[outs[-1]])
+            wanted, at = wanted + 1, at + hit
+    self_ = [torch.arange(n, device=coords.device)]
+    counts = [len(o) for o in outs]
+    return KernelMap(torch.cat(outs[::-1] + self_ + ins), torch.cat(ins[::-1] + self_ + outs), counts[::-1] + [n] + counts, n, n, True)
+
+
+def strided_map(coords, shape, pad):
+    """Coordinates and kernel map of a stride-2 convolution. coords (V, 4), pad (z, y, x) -> out coords (V', 4) sorted, KernelMap.
+
+    An input feeds one or two outputs an axis; expanding axis by axis and one unique replace every search. [ours]
+    """
+    out_shape = [(n + 2 * p - 3) // 2 + 1 for n, p in zip(shape, pad)]
+    key, offset = coords[:, 0], torch.zeros_like(coords[:, 0])
+    source = torch.arange(len(coords), device=coords.device)
+    for axis in range(3):
+        v = coords[source, 1 + axis] + pad[axis]                    # v = 2 o + t
+        o, t = v >> 1, v & 1
+        near = (o < out_shape[axis]).nonzero()[:, 0]
+        far = ((t == 0) & (o >= 1) & (o <= out_shape[axis])).nonzero()[:, 0]              # an even v is also t = 2 of the output before
+        key = torch.cat([(key * out_shape[axis] + o)[near], (key * out_shape[axis] + o - 1)[far]])
+        offset = torch.cat([(offset * 3 + t)[near], (offset * 3 + 2)[far]])
+        source = torch.cat([source[near], source[far]])
+    unique, outs = torch.unique(key, return_inverse=True)
+    order = torch.argsort(offset, stable=True)
+    counts = torch.bincount(offset, minlength=27).tolist()
+    return unravel(unique, out_shape), KernelMap(source[order], outs[order], counts, len(coords), len(unique), False)
+
+
+def convolve_chunks(x, weight, kmap, chunk=4096):
+    """The convolution as a loop over offsets: gather, multiply, add, in chunks that stay in cache. Fastest on a CPU, bitwise repeatable."""
+    out, start = x @ weight[13] if kmap.same else x.new_zeros(kmap.n_out, weight.shape[2]), 0
+    for k, count in enumerate(kmap.counts):
+        if not (kmap.same and k == 13):
+            for a in range(start, start + count, chunk):
+                part = slice(a, min(a + chunk, start + count))
+                out.index_add_(0, kmap.outs[part], x.index_select(0, kmap.ins[part]) @ weight[k])
+        start += count
+    return out
+
+
+def convolve_grouped(x, weight, kmap):
+    """The same convolution in three launches: gather, grouped matrix product, segment sum over pairs sorted by output. For CUDA."""
+    C, out = weight.shape[1:]
+    x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()   # grouped_mm wants rows of a multiple of 16 bytes
+    ends = torch.tensor(kmap.counts, device=x.device).cumsum(0, dtype=torch.int32)
+    products = F.grouped_mm(x.index_select(0, kmap.ins), weight, offs=ends)                # (P, out)
+    order = torch.argsort(kmap.outs, stable=True)
+    first = F.pad(torch.bincount(kmap.outs, minlength=kmap.n_out).cumsum(0), (1, 0))
+    return F.embedding_bag(order, products, first, mode="sum", include_last_offset=True)[:, :out]
+
+
+class SparseConvolution(torch.autograd.Function):
+    """x (V, C) , weight (27, C, C'), KernelMap -> (V', C'). Keeps x and weight only and gathers again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, kmap):
+        ctx.save_for_backward(x, weight)
+        ctx.kmap = kmap
+        return (convolve_grouped if x.is_cuda else convolve_chunks)(x, weight, kmap)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        kmap, grad = ctx.kmap, grad.contiguous()
+        grad_x = None
+        if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
+            grad_x = (convolve_grouped if x.is_cuda else convolve_chunks)(grad, weight.transpose(1, 2), kmap.reversed())
+        grad_weight, start = torch.zeros_like(weight), 0
+        chunk = max(len(kmap.ins), 1) if x.is_cuda else 4096
+        for k, count in enumerate(kmap.counts):
+            for a in range(start, start + count, chunk):
+                part = slice(a, min(a + chunk, start + count))
+                grad_weight[k].addmm_(x.index_select(0, kmap.ins[part]).t(), grad.index_select(0, kmap.outs[part]))
+            start += count
+        return grad_x, grad_weight, None
+
+
+class SparseConv(nn.Module):
+    """3 x 3 x 3 sparse convolution without bias (a batch norm follows). weight (27, C, C'), offsets z slowest."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(27, inputs, outputs))
+        nn.init.uniform_(self.weight, -(27 * inputs) ** -0.5, (27 * inputs) ** -0.5)       # torch's default for a dense Conv3d
+
+    def forward(self, x, kmap):
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return SparseConvolution.apply(x.to(kind), self.weight.to(kind), kmap)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over rows that uses its running statistics when a batch has fewer than two rows, which have no variance."""
+
+    def forward(self, x):
+        if self.training and len(x) < 2:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+class SparseBlock(nn.Module):
+    """Two submanifold convolutions and the identity. Names as in OpenPCDet's SparseBasicBlock."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1 = SparseConv(width, width), BatchNorm(width, eps=1e-3)
+        self.conv2, self.bn2 = SparseConv(width, width), BatchNorm(width, eps=1e-3)
+
+    def forward(self, x, kmap):
+        y = F.relu(self.bn1(self.conv1(x, kmap)))
+        return F.relu(x + self.bn2(self.conv2(y, kmap)))
+
+
+class Down(nn.Module):
+    """A convolution (submanifold or strided, as its map says), batch norm, ReLU."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv, self.bn = SparseConv(inputs, outputs), BatchNorm(outputs, eps=1e-3)
+
+    def forward(self, x, kmap):
+        return F.relu(self.bn(self.conv(x, kmap)))
+
+
+class Level(NamedTuple):
+    """The occupied sites of one resolution."""
+    coords: torch.Tensor        # (V, 4) int64 b, z, y, x, sorted
+    features: torch.Tensor      # (V, C)
+    cells: Cells
+
+    def centre(self):
+        """-> (V, 3) m."""
+        return self.cells.centre(self.coords[:, 1:])
+
+    def dense(self, size):
+        """-> (B, C, Z, Y, X), zero where no site is."""
+        flat = self.features.new_zeros(size * math.prod(self.cells.shape), self.features.shape[1])
+        flat = flat.index_copy(0, ravel(self.coords, self.cells.shape), self.features)
+        return flat.view(size, *self.cells.shape, -1).permute(0, 4, 1, 2, 3)
+
+
+class VoxelNet(nn.Module):
+    """Mean of the points in each voxel, then a residual sparse encoder of stride 8: width 1, 1, 2, 4, 8 times `width`.
+
+    The shape of OpenPCDet's VoxelResBackBone8x (less the biases before batch norm, which do nothing): one spare layer of voxels above, no padding in z
+    in the last reduction, so that 8 m of 0.2 m voxels become 5 cells.
+    """
+
+    def __init__(self, low, high, voxel, width=16):
+        super().__init__()
+        self.low, self.high, self.voxel = low, high, voxel
+        Z, Y, X = (round((high[a] - low[a]) / voxel[a]) for a in (2, 1, 0))
+        cells = Cells((Z + 1, Y, X), tuple(lo + v / 2 for lo, v in zip(low, voxel)), tuple(voxel))
+        self.pads = (1, 1, 1), (1, 1, 1), (0, 1, 1)
+        self.cells = [cells]
+        for pad in self.pads:
+            self.cells.append(self.cells[-1].halved(pad))
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.channels = widths[-1]
+        self.conv_input = Down(5, widths[0])
+        self.conv1 = nn.ModuleList([SparseBlock(widths[1]), SparseBlock(widths[1])])
+        self.conv2, self.conv3, self.conv4 = (nn.ModuleList([Down(a, b), SparseBlock(b), SparseBlock(b)]) for a, b in zip(widths[1:], widths[2:]))
+
+    def voxelise(self, points, b):
+        """points (N, 5), b (N,) -> Level 0: the mean point of each occupied voxel. Points outside the range are dropped."""
+        xyz, cells = points[:, :3], self.cells[0]
+        inside = ((xyz >= xyz.new_tensor(self.low)) & (xyz < xyz.new_tensor(self.high))).all(1)
+        points, b = points[inside], b[inside]
+        index = ((points[:, :3] - points.new_tensor(self.low)) / points.new_tensor(self.voxel)).long().flip(1)
+        index = torch.minimum(index, index.new_tensor(cells.shape) - 1)                   # rounding at the upper face
+        keys, order = torch.sort(ravel(torch.cat([b[:, None], index], 1), cells.shape), stable=True)
+        keys, segment, count = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+        mean = segment_sum(points[order], segment, len(keys)) / count[:, None]
+        return Level(unravel(keys, cells.shape), mean, cells)
+
+    def forward(self, points, b):
+        """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels of stride 1, 2, 4, 8; dense(size) of the last is the volume."""
+        level = self.voxelise(points, b)
+        with half(points.device):
+            kmap = submanifold_map(level.coords, level.cells.shape)
+            x = self.conv_input(level.features, kmap)
+            for block in self.conv1:
+                x = block(x, kmap)
+            levels = [level._replace(features=x)]
+            for pad, cells, (down, *blocks) in zip(self.pads, self.cells[1:], (self.conv2, self.conv3, self.conv4)):
+                coords, kmap = strided_map(levels[-1].coords, levels[-1].cells.shape, pad)
+                x = down(x, kmap)
+                kmap = submanifold_map(coords, cells.shape)         # built once, used by the four convolutions of the level
+                for block in blocks:
+                    x = block(x, kmap)
+                levels.append(Level(coords, x, cells))
+        return [level._replace(features=level.features.float()) for level in levels]
+
+
+def half(device):
+    """bfloat16 for the encoders on CUDA, nothing on a CPU. What they return is float32 again."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def mlp(*widths):
+    """Linear, batch norm, ReLU, ..., Linear."""
+    layers = []
+    for a, b in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(a, b, bias=False), BatchNorm(b), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+
+
+def conv3d(inputs, outputs, kernel):
+    """Dense convolution, batch norm, ReLU, same size."""
+    return nn.Sequential(nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm3d(outputs, eps=1e-3), nn.ReLU(inplace=True))
+
+
+class Neck(nn.Module):
+    """Feature pyramid down to stride 8: 1 x 1 laterals, nearest upsampling, one 3 x 3. torchvision's would train two outputs that nobody reads. [ours]"""
+
+    def __init__(self, inputs, width, outputs):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in inputs)
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.output = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, stages):
+        x = self.lateral[-1](stages[-1])
+        for lateral, stage in zip(self.lateral[-2::-1], stages[-2::-1]):
+            x = lateral(stage) + F.interpolate(x, size=stage.shape[-2:])
+        return self.output(self.smooth(x))
+
+
+class CameraNet(nn.Module):
+    """torchvision ResNet (its key names, without fc), neck to stride 8, and the lift of image features into the volume.
+
+    Each cell centre asks every camera that sees it: the bilinear image feature, weighted by the probability of the cell's depth at that pixel, summed over
+    cameras. Pulling instead of splatting: no frustum tensor, and the same projection as everywhere else. [ours; LSS's depth distribution]
+    """
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet, RGB: what every published torchvision-named ResNet expects
+
+    def __init__(self, depth=50, channels=80, reach=60.0, bins=118):
+        super().__init__()
+        self.resnet = {18: resnet18, 50: resnet50}[depth](weights=None).to(memory_format=torch.channels_last)   # faster convolutions
+        self.resnet.fc = nn.Identity()
+        inputs = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
+        self.neck = Neck(inputs, 2 * channels, channels + bins)
+        self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
+
+    def stages(self, images, hidden=None):
+        """images (B K, 3, H, W) uint8, hidden (B K, H, W) bool, True = hidden -> ResNet stages of stride 8, 16, 32. A hidden pixel becomes the mean colour."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.MEAN, self.STD))
+        x = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)     # (B K, 3, H, W)
+        if hidden is not None:
+            x = x.masked_fill(hidden[:, None], 0.0)
+        net = self.resnet
+        x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
+        stages = []
+        for layer in (net.layer2, net.layer3, net.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+    def forward(self, batch, cells, hidden=None):
+        """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre."""
+        with half(batch.images.device):
+            x = self.neck(self.stages(batch.images, hidden))                               # (B K, C + D, H/8, W/8)
+        features, logits = x.float().split([self.channels, self.bins], 1)
+        return self.lift(features, logits.softmax(1), batch, cells)
+
+    def lift(self, features, probability, batch, cells):
+        """features (B K, C, h, w), probability (B K, D, h, w) of depth -> volume (B, C, Z, Y, X), seen (B, Z, Y, X)."""
+        (C, h, w), D, V = features.shape[1:], self.bins, math.prod(cells.shape)
+        centres = cells.centres(features.device)                                           # (V, 3)
+        b = torch.arange(batch.size, device=centres.device).repeat_interleave(V)           # (B V,)
+        cell, image, uv, depth = project(centres.repeat(batch.size, 1), b, batch.lidar2img, batch.hw, batch.size, self.near)
+        padded = batch.images.shape[-2:]
+        pulled = sample_image(features, image, uv, padded)                                 # (M, C)
+        bin_ = (depth - self.near) / (self.reach - self.near) * D - 0.5                    # (M,) whole numbers at bin centres
+        flat, weight = corners(torch.cat([grid_index(uv, (h, w), padded), bin_[:, None]], 1), (h, w, D))
+        chance = gather_weighted(probability.permute(0, 2, 3, 1).reshape(-1, 1), flat + image[:, None] * (h * w * D), weight)   # (M, 1)
+        volume = segment_sum(pulled * chance * D, cell, batch.size * V)                    # (B V, C); D: 1 at a uniform distribution
+        seen = torch.zeros(batch.size * V, dtype=torch.bool, device=cell.device)
+        seen[cell] = True
+        return volume.view(batch.size, *cells.shape, C).permute(0, 4, 1, 2, 3), seen.view(batch.size, *cells.shape)
+
+
+class FusionNet(nn.Module):
+    """LiDAR volume and camera volume -> fused volume: 1 x 1 x 1, then 3 x 3 x 3. An absent branch counts as zeros. Source: BEVFusion's ConvFuser, kept 3-D [ours]."""
+
+    def __init__(self, lidar, camera, width=64):
+        super().__init__()
+        self.widths = lidar, camera
+        self.reduce = conv3d(lidar + camera, width, 1)
+        self.mix = conv3d(width, width, 3)
+
+    def forward(self, lidar=None, camera=None):
+        """lidar (B, C, Z, Y, X) or None, camera (B, C', Z, Y, X) or None -> (B, width, Z, Y, X) float32."""
+        there = lidar if lidar is not None else camera
+        parts = [v if v is not None else there.new_zeros(len(there), c, *there.shape[2:]) for v, c in zip((lidar, camera), self.widths)]
+        with half(there.device):
+            return self.mix(self.reduce(torch.cat(parts, 1))).float()
+
+
+# ---- §4 rendering ----------------------------------------------------------------------------------------------------------------
+# NeuS opacity along rays and where to place samples. Source: NeuS (Wang et al. 2021) for opacity and up-sampling.
+# Used by clap.
+
+def neus_weights(sdf, h):
+    """Weights of the sections between consecutive samples of a ray.
+
+    alpha_n = max((Phi(h s_n) - Phi(h s_n+1)) / Phi(h s_n), 0), w_n = alpha_n prod_{i<n} (1 - alpha_i), Phi the logistic function. Since
+    1 - alpha_n = min(Phi(h s_n+1) / Phi(h s_n), 1), everything is a running sum of log Phi: nothing under- or overflows behind a surface.
+    sdf (R, S) from near to far, h () > 0 -> (R, S - 1), >= 0, rows sum to <= 1.
+    """
+    log_phi = F.logsigmoid(h * sdf)
+    log_pass = (log_phi[:, 1:] - log_phi[:, :-1]).clamp_max(0)                             # (R, S - 1): log(1 - alpha)
+    return (log_pass.cumsum(1) - log_pass).exp() * -torch.expm1(log_pass)
+
+
+def stratified(near, far, jitter):
+    """One sample in each of S equal parts of [near, far]. near, far (R,) m, jitter (R, S) in [0, 1) -> (R, S) m, increasing."""
+    S = jitter.shape[1]
+    return near[:, None] + (far - near)[:, None] * (torch.arange(S, device=near.device) + jitter) / S
+
+
+def importance(depth, weights, u):
+    """Samples from the sections' weights by inverting their cumulative sum. depth (R, S), weights (R, S - 1), u (R, n) in [0, 1) -> (R, n). No gradient."""
+    weights = weights + 1e-5                                        # a ray without a surface is sampled evenly
+    cdf = F.pad((weights / weights.sum(1, keepdim=True)).cumsum(1), (1, 0))                # (R, S)
+    k = (torch.searchsorted(cdf, u.contiguous(), right=True) - 1).clamp(0, weights.shape[1] - 1)
+    low, high = cdf.gather(1, k), cdf.gather(1, k + 1)
+    part = (u - low) / (high - low).clamp_min(1e-8)
+    start = depth.gather(1, k)
+    return start + part.clamp(0, 1) * (depth.gather(1, k + 1) - start)
+
+
+# ---- §6 curvature ----------------------------------------------------------------------------------------------------------------
+# Surface variation of a point cloud. Source: Pauly et al. 2002. In the loader's workers: numpy in, numpy out.
+# Used by clap.
+
+def smallest_eigenvalue(xx, xy, xz, yy, yz, zz):
+    """Smallest eigenvalue of symmetric 3 x 3 matrices, trigonometric form, float64. Each argument and the result (N,)."""
+    q = (xx + yy + zz) / 3
+    a, b, c = xx - q, yy - q, zz - q
+    p = np.sqrt((a * a + b * b + c * c + 2 * (xy * xy + xz * xz + yz * yz)) / 6)
+    det = a * (b * c - yz * yz) - xy * (xy * c - yz * xz) + xz * (xy * yz - b * xz)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine_ = np.clip(np.nan_to_num(det / (2 * p ** 3)), -1, 1)
+    return q + 2 * p * np.cos(np.arccos(cosine_) / 3 + 2 * np.pi / 3)
+
+
+def surface_variation(queries, cloud, k=32):
+    """lambda_0 / (lambda_0 + lambda_1 + lambda_2) of the covariance of each query's k nearest points: 0 on a plane or line, 1/3 where isotropic.
+
+    queries (Q, 3), cloud (N, 3) float32 m -> (Q,) float32. Coordinates are taken relative to the query (fp32 would cancel at 50 m), eigenvalues in float64.
+    """
+    if len(queries) == 0 or len(cloud) == 0:
+        return np.zeros(len(queries), np.float32)
+    k, chunk, out = min(k, len(cloud)), 8192, []
+    tree = cKDTree(cloud)
+    for a in range(0, len(queries), chunk):                         # keeps the temporaries in cache
+        query = queries[a:a + chunk]
+        near = tree.query(query, k)[1].reshape(len(query), k)
+        offset = cloud[near] - query[:, None]                                              # (q, k, 3)
+        offset -= offset.mean(1, keepdims=True)
+        cov = (offset.transpose(0, 2, 1) @ offset).astype(np.float64)                      # (q, 3, 3), k times the covariance: the ratio does not mind
+        low = smallest_eigenvalue(cov[:, 0, 0], cov[:, 0, 1], cov[:, 0, 2], cov[:, 1, 1], cov[:, 1, 2], cov[:, 2, 2])
+        trace = np.trace(cov, axis1=1, axis2=2)
+        out.append(np.where(trace > 1e-12, np.clip(low, 0, None) / np.maximum(trace, 1e-12), 0.0))
+    return np.concatenate(out).astype(np.float32)
+
+
+# ---- §7 runs ---------------------------------------------------------------------------------------------------------------------
+# Flags, processes, checkpoints, logs, figures. All randomness of a run is a function of (seed, epoch, frame), so there is no random state to restore.
+# Used by clap.
+
+def parse(config, small):
+    """Command line -> config. Defaults are the class's (the paper's), or `small`'s values where --preset small, which is the default without --data."""
+    import argparse
+
+    import tyro
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--data", default="")
+    peek.add_argument("--preset")
+    known, _ = peek.parse_known_args()
+    preset = known.preset or ("paper" if known.data else "small")
+    return tyro.cli(config, default=dataclasses.replace(config(), preset=preset, **(small if preset == "small" else {})), description=sys.modules["__main__"].__doc__)
+
+
+def launch(train, cfg):
+    """Run train(rank, world, cfg): here, or in cfg.gpus processes that start this very command again. Under torchrun the environment decides."""
+    if "RANK" not in os.environ and (cfg.gpus or 0) > 1:
+        if 0 < torch.cuda.device_count() < cfg.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+            raise SystemExit(f"--gpus {cfg.gpus}: this machine shows {torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES={visible})")
+        if not torch.cuda.is_available():
+            print(f"--gpus {cfg.gpus} without CUDA: {cfg.gpus} CPU processes over gloo", flush=True)
+        from torch.distributed.run import main
+        return main(["--standalone", "--nproc-per-node", str(cfg.gpus), *sys.argv])
+    if "RANK" not in os.environ and cfg.gpus == 1 and not torch.cuda.is_available():
+        raise SystemExit("--gpus 1: no CUDA device is visible; --gpus 0 (the default here) runs on the CPU")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    train(rank, world, cfg)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)                     # gloo's threads may abort a finished interpreter on its way out
+    return None
+
+
+def start(cfg, rank, world, free=("gpus", "workers", "eval_every", "save_every")):
+    """Device, process group and run folder: config.json, source copies, provenance. -> device.
+
+    A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
+    """
+    cuda = torch.cuda.is_available() and cfg.gpus != 0
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        keep_large_buffers()
+    if world > 1 and not torch.distributed.is_initialized():
+        from datetime import timedelta
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+    out, asked = Path(cfg.out), json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
+    if (out / "config.json").exists() and (out / "last.pt").exists():
+        before = json.loads((out / "config.json").read_text())
+        changed = {k: (before.get(k), v) for k, v in asked.items() if before.get(k) != v and k not in free}
+        if changed:
+            told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+            raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.json", json.dumps(asked, indent=1))
+        main = Path(sys.modules["__main__"].__file__ or "")
+        for source in {main, *Path(__file__).parent.glob("*.py")} & {main, Path(__file__), Path(__file__).with_name("data.py")}:
+            (out / "source").mkdir(exist_ok=True)
+            shutil.copy(source, out / "source")
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+        write_text(out / "provenance.json", json.dumps(dict(argv=sys.argv, commit=commit(), **versions), indent=1))
+    if world > 1:
+        torch.distributed.barrier()
+    return device
+
+
+def keep_large_buffers():
+    """Tell glibc not to hand large freed buffers back to the kernel, which would page-fault each of them in again: a third of a CPU step. Elsewhere nothing."""
+    import ctypes
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**28)):              # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+                mallopt(option, value)
+
+
+def commit():
+    """The checkout's commit, with '+' where files differ from it; 'unknown' outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
+    return (git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")) if shutil.which("git") and git("rev-parse", "HEAD") else "unknown"
+
+
+def write_text(path, text):
+    """Written aside and renamed: a reader sees the old text or the new."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def wrap(model, device, world):
+    """The module that the loop calls: with several processes DDP, its batch norm synchronised on CUDA."""
+    if world == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
+    """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
+    x = x.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x, op)
+    return x
+
+
+def mean_over_ranks(total, count):
+    """The mean over every process's rows: (sum of totals) / (sum of counts). total () with gradient, count rows behind it here.
+
+    DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
+    """
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return total * world / over_ranks(total.new_tensor(float(count))).clamp_min(1)
+
+
+def frame_generators(seeds, device):
+    """One random stream a frame, whatever process or batch it is in. seeds (B,) int64 -> B generators on the device."""
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds.tolist()]
+
+
+def cosine(step, warmup, steps):
+    """Learning-rate factor: linear from 1/3 over `warmup` steps, then half a cosine to 0 at `steps`."""
+    if step < warmup:
+        return 1 / 3 + 2 / 3 * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def resume(out, model, opt, world):
+    """Load last.pt if the run folder has one -> the next step, else 0. The checkpoint belongs to one number of processes."""
+    path = Path(out) / "last.pt"
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}). Delete it to start over, or give another --out.") from error
+    if state["world"] != world:
+        raise SystemExit(f"{path}: written by {state['world']} processes, now there are {world}; the global batch would change. Resume with --gpus {state['world']}.")
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save(cfg, step, model, opt, world, units):
+    """Rank 0 only: last.pt (to resume) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads; config and commit in its header)."""
+    from safetensors.torch import save_file
+    out, state = Path(cfg.out), model.state_dict()
+    torch.save(dict(step=step, world=world, model=state, optimizer=opt.state_dict()), out / "last.pt.part")
+    weights = {k: v.contiguous().cpu() for k, v in state.items() if k.startswith(tuple(u + "." for u in units))}
+    header = {"config": json.dumps(dataclasses.asdict(cfg)), "commit": commit(), "step": str(step), "units": ",".join(units)}
+    save_file(weights, out / "backbones.safetensors.part", header)
+    os.replace(out / "backbones.safetensors.part", out / "backbones.safetensors")
+    os.replace(out / "last.pt.part", out / "last.pt")
+
+
+class Log:
+    """log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every few seconds. On ranks other than 0 it only checks."""
+
+    def __init__(self, out, rank, first, steps, frames):
+        self.rank, self.steps, self.frames, self.path = rank, steps, frames, Path(out) / "log.jsonl"
+        self.begin = self.said = time.monotonic()
+        self.first, self.waited = first, 0.0
+        if rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            write_text(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] < first))
+            self.file, self.board = open(self.path, "a"), SummaryWriter(Path(out) / "tensorboard", purge_step=first)
+
+    def batches(self, loader, first, device):
+        """(step, batch on the device) from step `first` on, timing the wait for data."""
+        source = iter(loader.begin_at(first))
+        for step in range(first, self.steps):
+            asked = time.monotonic()
+            batch = next(source).to(device)
+            self.waited += time.monotonic() - asked
+            yield step, batch
+
+    def __call__(self, step, names, prefix="", **terms):
+        """Average the terms over processes and write them. Raises FloatingPointError, before any update, if one is not finite, naming it and the frames."""
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        local = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().cpu() for v in terms.values()])
+        bad = [k for k, v in zip(terms, local.tolist()) if not math.isfinite(v)]
+        if bad:
+            raise FloatingPointError(f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on {', '.join(names)}; nothing was updated, the last checkpoint stands")
+        if world > 1:
+            device = next(v.device for v in terms.values() if isinstance(v, torch.Tensor))
+            local = over_ranks(local.to(device)).cpu() / world
+        values = {prefix + k: round(v, 7) for k, v in zip(terms, local.tolist())}
+        if self.rank:
+            return values
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for k, v in values.items():
+            self.board.add_scalar(k, v, step)
+        now, done = time.monotonic(), step + 1 - self.first
+        if not prefix and (done == 1 or now - self.said > 10 or step + 1 == self.steps):
+            self.said, spent = now, now - self.begin
+            memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_memory()
+            told = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k == "loss" or k.startswith("L_"))
+            print(f"step {step + 1}/{self.steps}  {told}  | {done * self.frames / spent:.1f} frames/s, waiting for data {self.waited / spent:.0%}, "
+                  f"{memory:.1f} GiB, {spent / done * (self.steps - step - 1) / 60:.0f} min left", flush=True)
+        return values
+
+
+def peak_memory():
+    """Largest resident size of this process so far, GiB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def figure(path, panels, columns, size=(4.0, 3.0)):
+    """A grid of panels. Each is (title, picture, options): picture an array (H, W) or (H, W, 3) for imshow(**options), or a function of the axes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for ax, (title, picture, *options) in zip(axes.flat, panels):
+        ax.set_title(title, fontsize=9)
+        if callable(picture):
+            picture(ax)
+        else:
+            ax.imshow(np.asarray(picture), **(options[0] if options else {}))
+            ax.axis("off")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def loss_curves(out):
+    """figures/losses.png from log.jsonl: every logged term, training in grey with its running median, held-out values as dots."""
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k != "step" and not k.startswith("val_")]
+
+    def curve(name):
+        def draw(ax):
+            x, y = np.array([(row["step"], row[name]) for row in rows if name in row]).T
+            half_width = max(len(y) // 50, 1)
+            ax.plot(x, y, color="0.8", lw=0.6)
+            ax.plot(x, [np.median(y[max(i - half_width, 0):i + half_width + 1]) for i in range(len(y))], color="C0", lw=1.2)
+            held = [(row["step"], row["val_" + name]) for row in rows if "val_" + name in row]
+            if held:
+                ax.plot(*np.array(held).T, "C3.", ms=4)
+        return draw
+    figure(Path(out) / "figures" / "losses.png", [(name, curve(name)) for name in names], 4, (3.2, 2.2))

@@ -1,0 +1,780 @@
+"""Data sets as one record: a folder on disk -> Frame -> prepare (cached) -> augment -> Batch.
+
+    batches = loader("/nuscenes", "train", batch=4).begin_at(0)      # an endless iterator of Batch
+    batches = loader("", "train", batch=2, preset="small").once()    # the embedded world, each frame once
+
+Read in this order: Frame and Batch (what everything downstream sees), the augmentations, the reader of nuScenes (each quirk of
+the format has its comment), the loader. Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit does
+the same; [ours] our decision.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+VERSION = 1         # of everything cached: raise it when the index, or what load() returns for the same files, changes
+
+
+class DataError(ValueError):
+    """The files are not what they should be. The message says which file or frame, what was found, what was expected, what to do."""
+
+
+# ---- Grid, Frame, Batch ----
+
+@dataclass(frozen=True)
+class Grid:
+    """What belongs to a data set rather than to a method: range, voxels, pictures, classes. x forward, y left, z up, metres."""
+    dataset: str
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    voxel: tuple[float, float, float]
+    image: tuple[int, int]          # height, width
+    cameras: tuple[str, ...]
+    classes: tuple[str, ...]        # Frame.labels index this
+    sweeps: int                     # LiDAR sweeps in a frame, the key sweep included
+    ground: float                   # z of a flat road under the LiDAR; for pictures and monitors only
+
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
+CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone")
+GRIDS = {
+    ("nuscenes", "paper"): Grid("nuscenes", (-54., -54., -5.), (54., 54., 3.), (.075, .075, .2), (256, 704), CAMERAS, CLASSES, 10, -1.84),
+    ("nuscenes", "small"): Grid("nuscenes", (-25.6, -25.6, -3.), (25.6, 25.6, 1.), (.1, .1, .125), (96, 256), CAMERAS, CLASSES, 1, -1.84),
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One LiDAR sweep and the K camera images nearest in time. Every data set becomes exactly this; nothing downstream asks which.
+
+    points       (N, 5) float32        x forward, y left, z up, metres; intensity in [0, 1]; seconds before the key sweep.
+                                       Key-sweep points come first, N may be 0
+    origin       (3,) float32          where the LiDAR stands in that frame (zero for nuScenes)
+    images       K x (3, H, W) uint8   RGB, after resize and crop; sizes may differ between cameras
+    lidar2img    (K, 4, 4) float32     (u d, v d, d, 1) = lidar2img (x, y, z, 1); u right, v down, pixel centres at +0.5; d = depth, m
+    lidar2world  (4, 4) float64        pose at the key sweep's time
+    time         float                 seconds
+    boxes        (M, 9) float32, None  centre xyz, l, w, h (m), yaw (rad, x towards y), velocity xy (m/s, NaN where unknown)
+    labels       (M,) int64, None      index into Grid.classes
+    extra        {name: array}         what `prepare` computed; "points_*" has a row for each point and follows the points
+    name         str                   "nuscenes/scene-0061/<sample token>"; every error about this frame starts with it
+    """
+    points: np.ndarray
+    origin: np.ndarray
+    images: list[np.ndarray]
+    lidar2img: np.ndarray
+    lidar2world: np.ndarray
+    time: float
+    boxes: np.ndarray | None
+    labels: np.ndarray | None
+    extra: dict[str, np.ndarray]
+    name: str
+
+    def __post_init__(self):
+        n, m = len(self.points), None if self.boxes is None else len(self.boxes)
+        expected = [("points", (n, 5), "float32"), ("origin", (3,), "float32"), ("lidar2img", (len(self.images), 4, 4), "float32"),
+                    ("lidar2world", (4, 4), "float64")]
+        if (self.boxes is None) != (self.labels is None):
+            raise ValueError(f"{self.name}: boxes and labels must be both there or both None")
+        if self.boxes is not None:
+            expected += [("boxes", (m, 9), "float32"), ("labels", (m,), "int64")]
+        for what, shape, dtype in expected:
+            found = getattr(self, what)
+            if found.shape != shape or found.dtype != dtype:
+                raise ValueError(f"{self.name}: {what} is {found.dtype} {found.shape}, expected {dtype} {shape}")
+        for k, image in enumerate(self.images):
+            if image.ndim != 3 or image.shape[0] != 3 or image.dtype != "uint8":
+                raise ValueError(f"{self.name}: image {k} is {image.dtype} {image.shape}, expected uint8 (3, H, W)")
+        for what, value in self.extra.items():
+            if what.startswith("points_") and len(value) != n:
+                raise ValueError(f"{self.name}: extra {what} has {len(value)} rows, expected one for each of the {n} points")
+
+
+@dataclass
+class Batch:
+    """B frames joined along the first axis; b_x is the frame of each row of x. Sizes are stated, never inferred: a frame may be empty."""
+    points: torch.Tensor            # (N, 5) float32
+    b_points: torch.Tensor          # (N,) int64
+    origin: torch.Tensor            # (B, 3) float32
+    images: torch.Tensor            # (B K, 3, H, W) uint8, padded with zeros at the bottom and right
+    hw: torch.Tensor                # (B K, 2) int64, each image's own height and width
+    lidar2img: torch.Tensor         # (B K, 4, 4) float32
+    lidar2world: torch.Tensor       # (B, 4, 4) float64
+    time: torch.Tensor              # (B,) float64, s
+    boxes: torch.Tensor | None      # (M, 9) float32
+    b_boxes: torch.Tensor | None    # (M,) int64
+    labels: torch.Tensor | None     # (M,) int64
+    extra: dict[str, torch.Tensor]  # rows joined; "b_" + name beside each that is not one row a point
+    names: list[str]
+    seeds: torch.Tensor             # (B,) int64, a random stream a frame: a function of (seed, epoch, index)
+    size: int                       # B
+    cameras: int                    # K
+
+    def map(self, change):
+        """The same batch with change(tensor) for each tensor."""
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
+        return replace(self, **tensors, extra={name: change(value) for name, value in self.extra.items()})
+
+    def to(self, device):
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):           # torch's DataLoader calls this
+        return self.map(torch.Tensor.pin_memory)
+
+
+def collate(frames, seeds):
+    """Join frames (a list of Frame with the same K) and seeds (a list of int) into a Batch."""
+    def join(arrays):
+        return torch.cat([torch.as_tensor(a) for a in arrays])
+
+    def rows_of(arrays):
+        return torch.repeat_interleave(torch.tensor([len(a) for a in arrays]))
+
+    pictures = [image for frame in frames for image in frame.images]
+    hw = torch.tensor([image.shape[1:] for image in pictures])                           # (B K, 2)
+    images = torch.zeros(len(pictures), 3, *hw.amax(0).tolist(), dtype=torch.uint8)
+    for padded, image in zip(images, pictures):
+        padded[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
+    points = [frame.points for frame in frames]
+    boxes = None if any(frame.boxes is None for frame in frames) else [frame.boxes for frame in frames]
+    extra = {}
+    for name in frames[0].extra:
+        values = [frame.extra[name] for frame in frames]
+        extra[name] = join(values)
+        if not name.startswith("points_"):
+            extra["b_" + name] = rows_of(values)
+    return Batch(
+        points=join(points), b_points=rows_of(points), origin=torch.tensor(np.stack([frame.origin for frame in frames])),
+        images=images, hw=hw, lidar2img=join([frame.lidar2img for frame in frames]),
+        lidar2world=torch.tensor(np.stack([frame.lidar2world for frame in frames])),
+        time=torch.tensor([frame.time for frame in frames], dtype=torch.float64),
+        boxes=boxes and join(boxes), b_boxes=boxes and rows_of(boxes), labels=boxes and join([frame.labels for frame in frames]),
+        extra=extra, names=[frame.name for frame in frames], seeds=torch.tensor(seeds, dtype=torch.int64),
+        size=len(frames), cameras=len(frames[0].images))
+
+
+# ---- augmentation: pure functions of a Frame ----
+
+def warp_boxes(boxes, a2b):
+    """boxes (M, 9) in frame a -> (M, 9) float64 in frame b. a2b (4, 4) rotates, scales alike in all directions, mirrors and moves.
+
+    Yaw and velocity follow as directions; what a tilted a2b adds to their z is dropped (a box has a yaw only).
+    """
+    linear, shift = a2b[:3, :3], a2b[:3, 3]
+    centre = boxes[:, :3] @ linear.T + shift
+    size = boxes[:, 3:6] * np.cbrt(abs(np.linalg.det(linear)))
+    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1) @ linear[:2, :2].T        # (M, 2), any length
+    velocity = boxes[:, 7:9] @ linear[:2, :2].T
+    return np.concatenate([centre, size, np.arctan2(heading[:, 1], heading[:, 0])[:, None], velocity], 1, dtype=np.float64)
+
+
+def warp_frame(frame, a2b):
+    """Move the whole cloud by a2b (4, 4) float64: rotation or reflection, one scale, translation. Images stay as they are.
+
+    Points, origin and boxes are mapped; lidar2img and lidar2world take the inverse from the right, so that a point keeps its
+    pixel, its depth in true metres and its place in the world. Raises ValueError for a shear or uneven scale: boxes have no such form.
+    """
+    a2b = np.asarray(a2b, np.float64)
+    gram = a2b[:3, :3].T @ a2b[:3, :3]
+    if a2b.shape != (4, 4) or not gram[0, 0] > 0 or not np.allclose(gram, gram[0, 0] * np.eye(3), rtol=1e-5, atol=1e-5 * gram[0, 0]):
+        raise ValueError(f"{frame.name}: a2b is no rotation or reflection with one scale:\n{a2b}")
+    b2a = np.linalg.inv(a2b)
+    points = frame.points.copy()
+    points[:, :3] = frame.points[:, :3] @ a2b[:3, :3].T + a2b[:3, 3]
+    return replace(
+        frame, points=points, origin=(a2b[:3, :3] @ frame.origin + a2b[:3, 3]).astype(np.float32),
+        boxes=None if frame.boxes is None else warp_boxes(frame.boxes, a2b).astype(np.float32),
+        lidar2img=(frame.lidar2img @ b2a).astype(np.float32), lidar2world=frame.lidar2world @ b2a)
+
+
+def augment_cloud(frame, rng, turn, scale, flip):
+    """Random turn about z ~ U(-turn, turn) rad, scale ~ U(1 - scale, 1 + scale), and, if flip, x and y mirrored with p = 0.5 each.
+
+    rng is a np.random.Generator; it is asked for the same numbers whatever the options, so switching one keeps the others' draws.
+    """
+    angle, size, mirror = rng.uniform(-turn, turn), rng.uniform(1 - scale, 1 + scale), rng.random(2) < 0.5
+    a2b = np.eye(4)
+    a2b[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    a2b[:3, :3] *= size
+    if flip:
+        a2b[:2] *= np.where(mirror, -1., 1.)[:, None]
+    return warp_frame(frame, a2b)
+
+
+def select(frame, keep):
+    """Keep the points in `keep`, a mask (N,) bool or row numbers (n,) int; extras named "points_*" follow."""
+    extra = {name: value[keep] if name.startswith("points_") else value for name, value in frame.extra.items()}
+    return replace(frame, points=frame.points[keep], extra=extra)
+
+
+# ---- files: where caches live, and what may be read ----
+
+def cache_dir():
+    """Folder of all that can be computed again: $LIDAR_CAMERA_CACHE, else lidar-camera-pretraining under $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("LIDAR_CAMERA_CACHE") or Path(home) / "lidar-camera-pretraining")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot make this cache folder ({error.strerror}); point LIDAR_CAMERA_CACHE elsewhere") from error
+    return folder
+
+
+@contextmanager
+def locked(folder):
+    """One process at a time builds `folder`: the other ranks wait instead of doing the same work again."""
+    with open(f"{folder}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass            # a file system without locks: builders race, and the rename that publishes the folder decides
+        yield
+
+
+def say(text):
+    """Print once: from rank 0 of a run, not from a loader's worker."""
+    if os.environ.get("RANK", "0") == "0" and torch.utils.data.get_worker_info() is None:
+        print(text, flush=True)
+
+
+def inside(root, file, who):
+    """Path of `file` (relative, from a table) under root; DataError if it leads elsewhere. Tables are input, not to be trusted."""
+    path = os.path.realpath(os.path.join(root, file))
+    if not path.startswith(os.path.join(root, "")):
+        raise DataError(f"{who}: {file} leads to {path}, expected a place inside {root}; "
+                        "correct the table, or put the files themselves (no links to elsewhere) under the root")
+    return path
+
+
+# ---- nuScenes: the tables, once, into three arrays ----
+
+DETECTION = {       # category of an annotation -> class of the detection task; other categories have none         [devkit]
+    "vehicle.car": "car", "vehicle.truck": "truck", "vehicle.construction": "construction_vehicle", "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus", "vehicle.trailer": "trailer", "movable_object.barrier": "barrier", "vehicle.motorcycle": "motorcycle",
+    "vehicle.bicycle": "bicycle", "human.pedestrian.adult": "pedestrian", "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian", "human.pedestrian.police_officer": "pedestrian",
+    "movable_object.trafficcone": "traffic_cone"}
+TURN = np.array([[0., 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])      # LiDAR axes on disk (x right, y forward) -> ours
+
+
+class Table:
+    """One JSON table as columns: table["name"] is a list; `link` and `numbers` give checked arrays."""
+
+    def __init__(self, folder, name, columns, keep=None):
+        self.path, self.columns = folder / f"{name}.json", ("token", *columns.split())
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: this table is missing; extract the metadata archive of {folder.name} again")
+        try:        # rows become tuples as they are parsed: whole rows of the 2.6 million in sample_data would need gigabytes
+            rows = json.loads(self.path.read_bytes(), object_hook=lambda row: self.pick(row) if keep is None or keep(row) else None)
+            rows = [row for row in rows if row is not None]
+            self.data = dict(zip(self.columns, zip(*rows))) if rows else {column: () for column in self.columns}
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+            raise DataError(f"{self.path}: not a JSON list of rows ({error}); extract the metadata archive again") from error
+        self.number = {token: i for i, token in enumerate(self["token"])}
+        if len(self.number) < len(rows):
+            token, count = Counter(self["token"]).most_common(1)[0]
+            raise DataError(f"{self.path}: token {token} occurs {count} times, expected once; extract the metadata archive again")
+
+    def pick(self, row):
+        for column in self.columns:
+            if column not in row:
+                raise DataError(f"{self.path}: row {row.get('token')} has no field {column}, only {sorted(row)}")
+        return tuple(row[column] for column in self.columns)
+
+    def __getitem__(self, column):
+        return self.data[column]
+
+    def __len__(self):
+        return len(self.number)
+
+    def link(self, column, other, rows=None, end=False):
+        """Row numbers in table `other` of the tokens in `column`, of these rows or all; with end=True an empty token is -1."""
+        rows = range(len(self)) if rows is None else rows
+        found = np.array([other.number.get(self[column][i], -1) for i in rows], np.int64)
+        for i in np.asarray(rows)[found < 0]:
+            if not (end and self[column][i] == ""):
+                raise DataError(f"{self.path}: row {self['token'][i]} has {column} {self[column][i]!r}, and {other.path.name} has no such "
+                                "row; the tables are incomplete: extract the metadata archive again")
+        return found
+
+    def numbers(self, column, *shape, rows=None):
+        """Finite numbers in `column` of these rows, or all -> (len(rows), *shape) float64."""
+        rows = range(len(self)) if rows is None else rows
+        values = np.zeros((len(rows), *shape))
+        for n, i in enumerate(rows):
+            try:
+                values[n] = self[column][i]
+                fine = np.isfinite(values[n]).all()
+            except (ValueError, TypeError, OverflowError):
+                fine = False
+            if not fine:
+                raise DataError(f"{self.path}: row {self['token'][i]} has {column} {self[column][i]}, expected "
+                                f"{' x '.join(map(str, shape)) or 'one'} finite number(s); extract the metadata archive again")
+        return values
+
+    def poses(self):
+        """Columns translation (m) and rotation (quaternion w, x, y, z) -> (len(self), 4, 4) float64, row's frame to its parent's."""
+        quaternion, pose = self.numbers("rotation", 4), np.tile(np.eye(4), (len(self), 1, 1))
+        norm = np.linalg.norm(quaternion, axis=1)
+        bad = np.flatnonzero(abs(norm - 1) > 1e-3)
+        if len(bad):
+            raise DataError(f"{self.path}: row {self['token'][bad[0]]} has a rotation of length {norm[bad[0]]:g}, not a unit quaternion")
+        pose[:, :3, 3] = self.numbers("translation", 3)
+        if len(self):
+            pose[:, :3, :3] = Rotation.from_quat(quaternion[:, [1, 2, 3, 0]]).as_matrix()       # scipy has w last
+        return pose
+
+
+def in_order(table, time, link, column):
+    """Neighbours in a chain must lie in order of time; a cycle, however long, breaks that somewhere."""
+    i = np.flatnonzero(link >= 0)
+    wrong = i[(time[link[i]] >= time[i]) if column == "prev" else (time[link[i]] <= time[i])]
+    if len(wrong):
+        raise DataError(f"{table.path}: row {table['token'][wrong[0]]} has {column} {table[column][wrong[0]]}, which does not lie "
+                        f"{'before' if column == 'prev' else 'after'} it in time; "
+                        "the chain is cyclic or broken: extract the metadata archive again")
+
+
+def pack(**columns):
+    """Equally long arrays (or lists of str, kept as bytes) -> one structured array with a field for each."""
+    columns = {name: np.char.encode(np.array(c, "U")) if isinstance(c, (list, tuple)) else c for name, c in columns.items()}
+    packed = np.empty(len(next(iter(columns.values()))), [(name, c.dtype, c.shape[1:]) for name, c in columns.items()])
+    for name, c in columns.items():
+        packed[name] = c
+    return packed
+
+
+def official_splits(folder):
+    """{scene name: "train", "val" or "test"} from folder/splits.json if there (the devkit's way to own splits), else the official lists."""
+    if (folder / "splits.json").is_file():
+        lists = json.loads((folder / "splits.json").read_text())
+    else:
+        from nuscenes.utils.splits import create_splits_scenes  # slow to import, and needed only here
+        lists = create_splits_scenes()
+        names = ("mini_train", "mini_val") if folder.name == "v1.0-mini" else ("train", "val", "test")
+        lists = {name: lists[name] for name in names}
+    split_of = {}
+    for end in ("train", "val", "test"):
+        for scene in (scene for name, scenes in lists.items() if name.endswith(end) for scene in scenes):
+            if split_of.setdefault(scene, end) != end:
+                raise DataError(f"{folder / 'splits.json'}: {scene} is in {split_of[scene]} and in {end}, expected one split a scene")
+    return split_of
+
+
+def build_index(root, version):
+    """Parse the tables of root/version -> {name: structured array}: all that load() needs, checked, without a Python object.
+
+    frames  token, scene, split; time (us); sensors (1 + K,) rows of `sensors`, LiDAR first; boxes (2,) first and last + 1 row of `boxes`
+    sensors file; to_world (4, 4), of the LiDAR in our axes; intrinsic (3, 3); height, width; time (us); prev, the sweep before or -1
+    boxes   box (9,) as Frame.boxes but in the world; category, token, instance; label or -1; lidar_points
+    counts  (2,) frames in the tables, frames left out because none of their files is on disk
+    """
+    folder, channels = Path(root) / version, ("LIDAR_TOP", *CAMERAS)
+    bar = tqdm(total=9, desc=f"{version}: reading the tables, once", unit=" tables", disable=None)      # None: quiet when not on a terminal
+
+    def read(name, columns, keep=None):
+        table = Table(folder, name, columns, keep)
+        bar.update()
+        return table
+
+    # who measures: the channel number of each calibrated sensor, -1 for radars
+    sensor, calibrated = read("sensor", "channel"), read("calibrated_sensor", "sensor_token translation rotation camera_intrinsic")
+    channel = np.array([channels.index(c) if c in channels else -1 for c in sensor["channel"]])[calibrated.link("sensor_token", sensor)]
+    intrinsic = np.zeros((len(calibrated), 3, 3))
+    intrinsic[channel > 0] = calibrated.numbers("camera_intrinsic", 3, 3, rows=np.flatnonzero(channel > 0))
+
+    # what was measured: every LiDAR sweep, and the images of key frames; a row of an unknown sensor is kept, for link() to complain
+    channel_of = dict(zip(calibrated["token"], channel.tolist()))
+    data = read("sample_data", "sample_token ego_pose_token calibrated_sensor_token timestamp is_key_frame height width filename prev",
+                lambda row: (c := channel_of.get(row.get("calibrated_sensor_token"), 0)) == 0 or c > 0 and row.get("is_key_frame", True))
+    wanted = set(data["ego_pose_token"])
+    ego = read("ego_pose", "translation rotation", lambda row: row.get("token") in wanted)
+    calibration = data.link("calibrated_sensor_token", calibrated)
+    channel, intrinsic, is_lidar = channel[calibration], intrinsic[calibration], channel[calibration] == 0
+    to_world = ego.poses()[data.link("ego_pose_token", ego)] @ calibrated.poses()[calibration]
+    to_world[is_lidar] = to_world[is_lidar] @ TURN.T
+    time, prev, sweeps = data.numbers("timestamp").astype(np.int64), np.full(len(data), -1), np.flatnonzero(is_lidar)
+    prev[sweeps] = data.link("prev", data, rows=sweeps, end=True)
+    in_order(data, time, prev, "prev")
+    for token, file in zip(data["token"], data["filename"]):
+        if os.path.isabs(file) or ".." in file.split("/"):
+            raise DataError(f"{data.path}: row {token} has filename {file}, expected a path inside {root}; correct the table")
+
+    # frames: scenes by their start, samples by time; which of their files are on disk
+    scene, sample = read("scene", "name"), read("sample", "timestamp scene_token next")
+    sample_time, sample_scene = sample.numbers("timestamp").astype(np.int64), sample.link("scene_token", scene)
+    in_order(sample, sample_time, sample.link("next", sample, end=True), "next")
+    start = np.full(len(scene), np.iinfo(np.int64).max)
+    np.minimum.at(start, sample_scene, sample_time)
+    key = np.flatnonzero(data["is_key_frame"])
+    sensors = np.full((len(sample), len(channels)), -1)
+    sensors[data.link("sample_token", sample, rows=key), channel[key]] = key
+    for i, c in np.argwhere(sensors < 0)[:1]:
+        raise DataError(f"{data.path}: no key-frame row of {channels[c]} for sample {sample['token'][i]}; "
+                        "the tables are incomplete: extract the metadata archive again")
+    if len(key) > sensors.size:
+        raise DataError(f"{data.path}: {len(key)} key-frame rows for {len(sample)} samples, expected {len(channels)} each; "
+                        "extract the metadata archive again")
+    places = [os.path.split(os.path.join(root, data["filename"][i])) for i in sensors.ravel()]       # (folder, name) of each file
+    listing = {place: set(os.listdir(place)) if os.path.isdir(place) else set() for place in {place for place, _ in places}}
+    there = np.array([file in listing[place] for place, file in places]).reshape(sensors.shape)
+    for i, c in np.argwhere(~there & there.any(1, keepdims=True))[:1]:
+        file = os.path.join(root, data["filename"][sensors[i, c]])
+        raise DataError(f"nuscenes/{scene['name'][sample_scene[i]]}/{sample['token'][i]}: {file} is missing, "
+                        "while other files of this frame are there; extract the file blobs again")
+    order = np.lexsort((sample_time, sample_scene, start[sample_scene]))
+    order = order[there[order].all(1)]
+    if not len(order):
+        raise DataError(f"{root}: none of the {len(sample)} frames of {version} has its files under samples/; extract the file blobs there")
+
+    # annotations, in the world
+    category, instance = read("category", "name"), read("instance", "category_token")
+    annotation = read("sample_annotation", "sample_token instance_token translation size rotation prev next num_lidar_pts")
+    of_sample, pose = annotation.link("sample_token", sample), annotation.poses()
+    before, after = annotation.link("prev", annotation, end=True), annotation.link("next", annotation, end=True)
+    seen = sample_time[of_sample]
+    in_order(annotation, seen, before, "prev")
+    in_order(annotation, seen, after, "next")
+    first, last = np.where(before < 0, np.arange(len(annotation)), before), np.where(after < 0, np.arange(len(annotation)), after)
+    span = (seen[last] - seen[first]) * 1e-6                                                         # seconds, 0 for a lone box
+    known = (span > 0) & (span <= np.where((before >= 0) & (after >= 0), 3., 1.5))                   # [devkit] box_velocity
+    velocity = (pose[last, :2, 3] - pose[first, :2, 3]) / np.where(known, span, np.nan)[:, None]
+    box = np.concatenate([pose[:, :3, 3], annotation.numbers("size", 3)[:, [1, 0, 2]],               # on disk w, l, h
+                          np.arctan2(pose[:, 1, 0], pose[:, 0, 0])[:, None], velocity], 1)
+    number = np.full(len(sample), -1)
+    number[order] = np.arange(len(order))                                                            # sample -> frame, -1 if left out
+    rows = np.argsort(number[of_sample], kind="stable")
+    rows = rows[number[of_sample[rows]] >= 0]
+    bounds = np.searchsorted(number[of_sample[rows]], np.arange(len(order) + 1))
+    name = [category["name"][c] for c in instance.link("category_token", category)[annotation.link("instance_token", instance)]]
+    label = np.array([CLASSES.index(DETECTION[n]) if n in DETECTION else -1 for n in name], np.int64)
+    split_of = official_splits(folder)
+    bar.close()
+    return dict(
+        frames=pack(token=[sample["token"][i] for i in order], scene=[scene["name"][sample_scene[i]] for i in order],
+                    split=[split_of.get(scene["name"][sample_scene[i]], "") for i in order], time=sample_time[order],
+                    sensors=sensors[order], boxes=np.stack([bounds[:-1], bounds[1:]], 1)),
+        sensors=pack(file=data["filename"], to_world=to_world, intrinsic=intrinsic, height=data.numbers("height").astype(np.int64),
+                     width=data.numbers("width").astype(np.int64), time=time, prev=prev),
+        boxes=pack(box=box[rows], category=[name[i] for i in rows], token=[annotation["token"][i] for i in rows],
+                   instance=[annotation["instance_token"][i] for i in rows], label=label[rows],
+                   lidar_points=annotation.numbers("num_lidar_pts").astype(np.int64)[rows]),
+        counts=np.array([len(sample), len(sample) - len(order)]))
+
+
+def find_version(root, version):
+    """Name of the folder of tables in root: `version` if given, else v1.0-trainval, else v1.0-mini, else the only one there is."""
+    found = sorted(path.parent.name for path in root.glob("v1.0-*/sample.json"))
+    if version in found:
+        return version
+    if found and version is None:
+        for choice in ("v1.0-trainval", "v1.0-mini", *found[:1] * (len(found) == 1)):
+            if choice in found:
+                if len(found) > 1:
+                    say(f"{root}: {' and '.join(found)} are here; reading {choice}")
+                return choice
+    if found:
+        raise DataError(f"{root}: found {', '.join(found)}, not {version or 'v1.0-trainval or v1.0-mini'}; "
+                        "say which with version=, or leave one there")
+    for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
+        if any(place.glob("v1.0-*/sample.json")):
+            raise DataError(f"{root}: this is not the root of nuScenes, which holds samples/ and v1.0-*/; give {place}")
+    there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) if root.is_dir() else "no such folder"
+    raise DataError(f"{root}: no data set here; looked for nuScenes (v1.0-*/sample.json beside samples/), found {there or 'nothing'}; "
+                    "give the folder that the nuScenes archives were extracted into")
+
+
+class NuScenes:
+    """Reader of nuScenes. Opening parses the tables once and keeps an index under cache_dir(); reading a frame touches mapped rows only.
+
+    .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names  .split(name)  .load(i)
+    """
+
+    def __init__(self, root, preset="paper", version=None):
+        self.grid, self.preset = GRIDS["nuscenes", preset], preset
+        self.root = os.path.realpath(root)
+        self.version = find_version(Path(self.root), version)
+        tables, samples = Path(self.root, self.version).glob("*.json"), Path(self.root, "samples").glob("*")
+        state = sorted([(str(path), stat.st_size, stat.st_mtime_ns) for path in tables for stat in [path.stat()]]
+                       + [(str(path), path.stat().st_mtime_ns) for path in samples])     # folders: more blobs may be extracted later
+        self.key = hashlib.sha256(repr((VERSION, state)).encode()).hexdigest()[:16]
+        self.open_index()
+        total, left_out = self.counts
+        if left_out:
+            say(f"{self.root}: {left_out} of the {total} frames of {self.version} have no file on disk and are left out")
+
+    def open_index(self):
+        folder = cache_dir() / f"index-{self.key}"
+
+        def mapped(name):
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+        with locked(folder):
+            try:
+                self.frames, self.sensors, self.boxes, self.counts = map(mapped, ("frames", "sensors", "boxes", "counts"))
+                return
+            except FileNotFoundError:
+                pass                                    # not built yet
+            except (OSError, ValueError, EOFError) as error:
+                say(f"{folder}: damaged ({error}), built again")
+            shutil.rmtree(folder, ignore_errors=True)
+            index = build_index(self.root, self.version)
+            aside = tempfile.mkdtemp(dir=folder.parent, prefix="index-building-")
+            for name, array in index.items():
+                np.save(os.path.join(aside, f"{name}.npy"), array, allow_pickle=False)
+            try:
+                os.rename(aside, folder)
+            except OSError:                             # another process was first (see locked): its index is as good
+                shutil.rmtree(aside)
+            self.frames, self.sensors, self.boxes, self.counts = map(mapped, ("frames", "sensors", "boxes", "counts"))
+
+    def __getstate__(self):                             # what a worker receives: no array, it maps the index itself
+        return {name: value for name, value in self.__dict__.items() if not isinstance(value, np.ndarray)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.open_index()
+
+    def __len__(self):
+        return len(self.frames)
+
+    def name(self, i):
+        return f"nuscenes/{self.frames['scene'][i].decode()}/{self.frames['token'][i].decode()}"
+
+    @property
+    def names(self):
+        return [self.name(i) for i in range(len(self))]
+
+    def split(self, name):
+        """Frame numbers of "train", "val" or "test", scenes by their start and frames by time; (n,) int64.
+
+        The data set's own split. If train or val has no frame on disk, both come from all frames there, cut 80/20 in time order:
+        taking only the empty one from there would put the same frames into both.
+        """
+        if name not in ("train", "val", "test"):
+            raise DataError(f"{self.root}: no split {name!r}; there are train, val and test")
+        of, everything, cut = self.frames["split"], np.arange(len(self)), max(1, len(self) * 4 // 5)
+        indices = everything[of == name.encode()]
+        if name != "test" and not ((of == b"train").any() and (of == b"val").any()):
+            say(f"{self.root}: {self.version} has {(of == b'train').sum()} train and {(of == b'val').sum()} val frames on disk; "
+                f"all {len(self)} frames are cut in time order: the first {cut} are train, the other {len(self) - cut} val")
+            indices = everything[:cut] if name == "train" else everything[cut:]
+        if not len(indices):
+            raise DataError(f"{self.root}: the {len(self)} frames of {self.version} on disk leave none for {name}; extract more of them")
+        return indices
+
+    def sweep(self, i):
+        """Key sweep of frame i as it is on disk, ego vehicle included -> (N, 5) float32: x forward, y left, z up; intensity; ring."""
+        return self.read_sweep(self.sensors[self.frames["sensors"][i, 0]], self.name(i))
+
+    def read_sweep(self, sensor, name):
+        file = inside(self.root, sensor["file"].decode(), name)
+        try:
+            raw = np.fromfile(file, np.uint8)
+        except FileNotFoundError as error:
+            raise DataError(f"{name}: {file} is missing; extract the LiDAR blobs (samples and sweeps) again") from error
+        if raw.size == 0 or raw.size % 20:
+            raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 20 (five float32 a point, N > 0); "
+                            "the file is truncated: extract it again")
+        x, y, z, intensity, ring = columns = np.ascontiguousarray(raw.view(np.float32).reshape(-1, 5).T)
+        low, high = columns.min(1), columns.max(1)                                                   # NaN where any is
+        if not (low[:3] > -300).all() or not (high[:3] < 300).all() or not low[3] >= 0 or not high[3] <= 255:
+            raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite x, y, z within 300 m and "
+                            "intensity in 0..255; the file is damaged or not five float32 a point: extract it again")
+        # a file of 4 floats a point can pass for one of 5 by its size; its "rings" give it away
+        if not low[4] >= 0 or not high[4] <= 31 or (ring != np.rint(ring)).any():
+            raise DataError(f"{name}: {file} has rings from {low[4]:g} to {high[4]:g}, expected whole numbers in 0..31; "
+                            "is it written with another number of floats a point than 5?")
+        return np.stack([y, -x, z, intensity / 255, ring], 1)                                        # TURN
+
+    def annotations(self, i):
+        """All boxes of frame i, as structured rows: box (9,) float64 as Frame.boxes but in the world, category, token, instance,
+        label (-1: a category outside the detection task), lidar_points (in the key sweep)."""
+        return self.boxes[slice(*self.frames["boxes"][i])]
+
+    def load(self, i, image=None):
+        """Read frame i -> Frame. image (H, W) is the size of its pictures, default the grid's."""
+        name, row = self.name(i), self.frames[i]
+        lidar, cameras = self.sensors[row["sensors"][0]], self.sensors[row["sensors"][1:]]
+        lidar2world = np.array(lidar["to_world"])
+        world2lidar = np.linalg.inv(lidar2world)
+
+        clouds, sensor = [], lidar
+        for _ in range(self.grid.sweeps):
+            points = self.read_sweep(sensor, name)
+            x, y = points[:, 0], points[:, 1]
+            # the car itself, 3 % of it beyond the devkit's |x|, |y| < 1: bonnet and tail, and nothing else fits there        [ours]
+            points = points[~((x > -1.5) & (x < 2.5) & (abs(y) < 1))]
+            if sensor is not lidar:
+                move = (world2lidar @ sensor["to_world"]).astype(np.float32)                         # product in float64
+                points[:, :3] = points[:, :3] @ move[:3, :3].T + move[:3, 3]
+            points[:, 4] = (lidar["time"] - sensor["time"]) * 1e-6
+            clouds.append(points)
+            if sensor["prev"] < 0:
+                break
+            sensor = self.sensors[sensor["prev"]]
+
+        # LiDAR -> world -> camera with each sensor's own ego pose: the car moves up to a metre between sweep and shutter
+        images, crops = zip(*[self.read_image(camera, image or self.grid.image, name) for camera in cameras])
+        world2img = np.tile(np.eye(4), (len(cameras), 1, 1))
+        world2img[:, :3, :3] = np.stack(crops) @ cameras["intrinsic"]
+        lidar2img = world2img @ np.linalg.inv(cameras["to_world"]) @ lidar2world
+
+        boxes = labels = None
+        if len(self.boxes):                             # v1.0-test has no annotation at all
+            rows = self.annotations(i)
+            rows = rows[rows["label"] >= 0]
+            boxes, labels = warp_boxes(rows["box"], world2lidar).astype(np.float32), rows["label"].astype(np.int64)
+        return Frame(np.concatenate(clouds), np.zeros(3, np.float32), list(images), lidar2img.astype(np.float32), lidar2world,
+                     row["time"] * 1e-6, boxes, labels, {}, name)
+
+    def read_image(self, camera, size, name):
+        """-> (3, H, W) uint8 and the (3, 3) that takes pixels on disk to pixels in it: scaled to cover, sides and top cut.       [ours]"""
+        file, (height, width), expected = inside(self.root, camera["file"].decode(), name), size, (camera["width"], camera["height"])
+        try:
+            with Image.open(file, formats=["JPEG"]) as image:
+                if image.size != expected:
+                    raise DataError(f"{name}: {file} is {image.width} x {image.height}, expected {expected[0]} x {expected[1]} "
+                                    "by sample_data.json; the calibration is for that size: extract the original file again")
+                scale = max(height / image.height, width / image.width)
+                left, top = (image.width - width / scale) / 2, image.height - height / scale         # px on disk
+                image.draft("RGB", (int(image.width * scale), int(image.height * scale)))            # decodes at 1/2, 1/4 or 1/8
+                shrunk = round(expected[0] / image.width)       # not the ratio of sizes: 900 / 8 = 112.5 rows are stored as 113
+                box = (left / shrunk, top / shrunk, (left + width / scale) / shrunk, (top + height / scale) / shrunk)
+                pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR, box).convert("RGB"))
+        except FileNotFoundError as error:
+            raise DataError(f"{name}: {file} is missing; extract the camera blobs again") from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{name}: {file} is not a whole JPEG ({error}), {os.path.getsize(file)} bytes; extract it again") from error
+        return pixels.transpose(2, 0, 1), np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
+
+
+def open_dataset(root, preset="paper"):
+    """The data set in folder `root`, told apart by what lies there; "" is the embedded world, written under cache_dir() at first use."""
+    if root == "":
+        import synthetic  # the one arrow from data to synthetic
+        root = cache_dir() / f"world-{synthetic.VERSION}"
+        with locked(root):
+            if not root.exists():
+                say(f"writing the embedded world to {root}, once; this takes a few minutes")
+                synthetic.write(root)
+    return NuScenes(root, preset)
+
+
+# ---- loader ----
+
+def prepared(frame, prepare, folder):
+    """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file is written anew."""
+    path = folder / f"{frame.name.rsplit('/', 1)[1]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        pass                                            # not there yet, or truncated or garbled
+    extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
+        try:
+            np.savez(aside, **extra)
+            aside.close()
+            os.replace(aside.name, path)
+        except BaseException:
+            os.unlink(aside.name)
+            raise
+    return extra
+
+
+def start_worker(_):
+    """One thread a worker, in a process group of its own: Ctrl-C reaches the main process, which finishes its step with workers alive.
+
+    SIGTERM stays torch's: at exit Python ends the workers by it, and one that ignored it would hang the run.
+    """
+    torch.set_num_threads(1)
+    os.setpgid(0, 0)
+
+
+def collate_jobs(pairs):
+    frames, seeds = zip(*pairs)
+    return collate(frames, seeds)
+
+
+class Loader:
+    """Batches of one split for one rank; see loader(). The contents are a function of (seed, step), never of rank count or workers."""
+
+    def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare):
+        if not 0 <= rank < world or batch < 1 or workers < 0:
+            raise ValueError(f"rank {rank} of world {world}, batch {batch}, workers {workers}: "
+                             "expected 0 <= rank < world, batch >= 1, workers >= 0")
+        self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split)
+        self.batch, self.rank, self.world, self.seed, self.workers = batch, rank, world, seed, workers
+        self.image, self.augment, self.prepare = image or dataset.grid.image, augment, prepare
+        self.steps_per_epoch = max(1, len(self.indices) // (batch * world))
+        if prepare:
+            if not re.fullmatch(r"[\w.=,+-]+", prepare.key):
+                raise ValueError(f"prepare.key is {prepare.key!r}, expected letters, digits and _ . = , + - only: it names a folder")
+            what = hashlib.sha256(repr((dataset.key, self.grid, self.image)).encode()).hexdigest()[:16]
+            self.folder = cache_dir() / "prepared" / what / prepare.key
+
+    def __getitem__(self, job):
+        """(epoch, index, training) -> (Frame, seed). What a worker computes."""
+        epoch, index, training = job
+        frame = self.dataset.load(index, self.image)
+        if self.prepare:
+            frame = replace(frame, extra=prepared(frame, self.prepare, self.folder))
+        if training and self.augment:
+            frame = self.augment(frame, np.random.default_rng((self.seed, epoch, index)))
+        # the trailing words keep this stream and the order's apart from augment's: numpy pads short seeds with zeros
+        return frame, int(np.random.SeedSequence((self.seed, epoch, index, 1)).generate_state(1, np.uint64)[0]) >> 1
+
+    def jobs_from(self, step):
+        size = self.batch * self.world
+        while True:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.indices)
+            order = np.resize(order, max(size, len(order)))                     # a split smaller than a batch is gone through again
+            share = order[within * size:][self.rank * self.batch:(self.rank + 1) * self.batch]
+            yield [(epoch, int(index), True) for index in share]
+            step += 1
+
+    def batches(self, jobs):
+        if not self.workers:
+            for job in jobs:
+                yield collate_jobs([self[item] for item in job])
+            return
+        yield from torch.utils.data.DataLoader(self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
+                                               worker_init_fn=start_worker, pin_memory=torch.cuda.is_available())
+
+    def begin_at(self, step):
+        """Endless batches from this step on: what a run that was never interrupted would see there."""
+        return self.batches(self.jobs_from(step))
+
+    def once(self):
+        """This rank's share of the split, every world-th frame, in order and not augmented; the last batch may be smaller."""
+        mine = [(0, int(index), False) for index in self.indices[self.rank::self.world]]
+        return self.batches(mine[i:i + self.batch] for i in range(0, len(mine), self.batch))
+
+
+def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None):
+    """Loader of `split` of the data set in folder `root` ("": the embedded world), `batch` frames a rank.
+
+    image    (H, W) of the pictures, default the grid's
+    augment  augment(frame, rng) -> Frame, in begin_at only; rng is a np.random.Generator of (seed, epoch, index of the frame)
+    prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame; computed once, kept under cache_dir(), put into
+             frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
+    With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
+    """
+    return Loader(open_dataset(root, preset), split, batch, rank, world, seed, workers, image, augment, prepare)

@@ -1,0 +1,547 @@
+"""clap.py: every loss against a slow transcription from the paper, analytic curvature and rendering, what reaches what, and whole runs."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clap
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TINY = clap.Config(preset="small", **{**clap.SMALL, "rays": 96, "pixels": 24, "samples": 12, "finer": 6, "prototypes": 8, "dims": 16, "width": 4, "bins": 12})
+
+
+@pytest.fixture(scope="module")
+def batch(world):
+    """Two frames of the embedded world with small images and their curvature."""
+    return next(data.loader(str(world), "train", 2, preset="small", image=(48, 128), prepare=clap.Curvature(32),
+                            augment=partial(data.augment_cloud, turn=0.39, scale=0.05, flip=True)).begin_at(0))
+
+
+@pytest.fixture()
+def model():
+    torch.manual_seed(0)
+    return clap.Clap(TINY, data.GRIDS["nuscenes", "small"])
+
+
+# ---- prototypes ----
+
+def slow_sinkhorn(S, epsilon, iterations):
+    """SwAV's listing in the plain domain, float64."""
+    Q = np.exp(np.asarray(S, np.float64).T / epsilon)                                   # prototypes x samples
+    Q /= Q.sum()
+    for _ in range(iterations):
+        Q /= Q.sum(1, keepdims=True)
+        Q /= len(Q)
+        Q /= Q.sum(0, keepdims=True)
+        Q /= Q.shape[1]
+    return (Q * Q.shape[1]).T
+
+
+def test_sinkhorn_is_swav_s_and_balances():
+    torch.manual_seed(0)
+    S = F.normalize(torch.randn(2048, 128), dim=1) @ F.normalize(torch.randn(32, 128), dim=1).t()
+    Q = clap.sinkhorn(S.double(), 0.05, 3)
+    np.testing.assert_allclose(Q.numpy(), slow_sinkhorn(S, 0.05, 3), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(Q.sum(1), torch.ones(2048, dtype=torch.float64))
+    share = Q.sum(0) / (2048 / 32)
+    assert 0.99 < share.min() < share.max() < 1.01
+    torch.testing.assert_close(clap.sinkhorn(S.double(), 0.05, 200).sum(0), torch.full((32,), 64.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(clap.sinkhorn(S.double() + 3.7, 0.05, 3), Q)
+    order = torch.randperm(2048)
+    torch.testing.assert_close(clap.sinkhorn(S.double()[order], 0.05, 3), Q[order])
+
+
+def test_sinkhorn_at_the_edges():
+    assert clap.sinkhorn(torch.randn(50, 8) * 100, 0.05, 3).isfinite().all()            # exp would overflow
+    assert clap.sinkhorn(torch.zeros(0, 8), 0.05, 3).shape == (0, 8)
+    one = torch.zeros(50, 8)
+    one[:, 3] = 5.0                                                                     # one prototype takes all
+    torch.testing.assert_close(clap.sinkhorn(one, 0.05, 3), torch.full((50, 8), 1 / 8))
+    assert not clap.sinkhorn(torch.randn(5, 8, requires_grad=True), 0.05, 3).requires_grad
+
+
+def prototypes(scores_P, scores_I, **change):
+    """The module with its heads replaced so that unit embeddings give the wanted scores: embeddings one-hot, prototypes the transposed scores."""
+    cfg = replace(TINY, prototypes=scores_P.shape[1], **change)
+    module = clap.Prototypes(cfg, 4, 4)
+    N = len(scores_P)
+    module.head_lidar = module.head_image = torch.nn.Identity()
+    module.K = torch.nn.Parameter(torch.cat([scores_P, scores_I]).t().contiguous())     # (N_K, 2 N)
+    eye = torch.eye(2 * N, dtype=scores_P.dtype)
+    return module(eye[:N], eye[N:])
+
+
+def test_prototype_losses_written_out_in_loops():
+    torch.manual_seed(0)
+    S_P, S_I = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    L_SwAV, L_EM, L_GMM, _ = prototypes(S_P, S_I, tau=0.7)
+    Q_P, Q_I = slow_sinkhorn(S_P, 0.05, 3), slow_sinkhorn(S_I, 0.05, 3)
+    swav = em = 0.0
+    for n in range(6):
+        for S, Q in ((S_P, Q_I), (S_I, Q_P)):                                           # images teach points, points teach images
+            row, soft = [math.exp(v / 0.7) for v in S[n].tolist()], [math.exp(v) for v in S[n].tolist()]
+            for m in range(5):
+                swav -= Q[n, m] * math.log(row[m] / sum(row)) / (6 * 5)
+                em -= soft[m] / sum(soft) * math.log(soft[m] / sum(soft)) / (6 * 5)
+    K = torch.cat([S_P, S_I]).t().tolist()
+    gram = sum(sum(a * b for a, b in zip(K[n], K[m])) for n in range(5) for m in range(5) if m != n) / (5 * 4)
+    assert [float(L_SwAV), float(L_EM), float(L_GMM)] == pytest.approx([swav, em, gram], rel=1e-6)
+    other = prototypes(S_I, S_P, tau=0.7)
+    assert float(other[0]) == pytest.approx(float(L_SwAV)) and float(other[1]) == pytest.approx(float(L_EM))    # symmetric in the modalities
+
+
+def test_prototype_losses_at_known_points():
+    zero = torch.zeros(6, 512)
+    L_SwAV, L_EM, _, seen = prototypes(zero, zero)
+    assert float(L_SwAV) == pytest.approx(2 * math.log(512) / 512, rel=1e-5) and float(L_EM) == pytest.approx(2 * math.log(512) / 512, rel=1e-5)
+    sure = torch.eye(6, 8) * 1e3
+    assert float(prototypes(sure, sure)[1]) == pytest.approx(0, abs=1e-6)
+    assert float(prototypes(sure, sure)[3]["agreement"]) == 1 and float(prototypes(sure, sure.flip(0))[3]["agreement"]) == 0
+    assert float(prototypes(sure, sure)[3]["perplexity_P"]) == pytest.approx(6, rel=1e-5)
+
+    def gram(K):
+        module = clap.Prototypes(replace(TINY, prototypes=len(K), dims=K.shape[1]), 4, 4).eval()
+        module.K = torch.nn.Parameter(K)
+        return float(module(torch.randn(3, 4), torch.randn(3, 4))[2])
+    unit = F.normalize(torch.randn(1, 16), dim=1).expand(10, 16).contiguous()
+    assert gram(unit) == pytest.approx(1, rel=1e-5) and gram(torch.eye(10, 16)) == 0 and gram(3 * unit) == pytest.approx(9, rel=1e-5)
+    assert gram(torch.cat([unit[:5], -unit[5:]])) == pytest.approx(-1 / 9, rel=1e-4)    # two antipodal piles: its minimum at unit norm
+
+
+# ---- curvature ----
+
+def sphere(p, b):
+    return (p - p.new_tensor([2.0, 1.0, 0.0])).norm(dim=1) - 3
+
+
+SHAPES = [("plane", lambda p, b: p @ p.new_tensor([0.6, 0.0, 0.8]) - 1, 0.0), ("cylinder", lambda p, b: p[:, :2].norm(dim=1) - 2, 1 / 2),
+          ("sphere", sphere, math.sqrt(2) / 3)]
+
+
+@pytest.mark.parametrize("name, sdf, expected", SHAPES)
+def test_sdf_curvature_of_analytic_shapes(name, sdf, expected):
+    """Plane 0, cylinder 1 / R, sphere sqrt(2) / R, on the surface; float64 leaves the truncation of the differences alone."""
+    torch.manual_seed(0)
+    away = F.normalize(torch.randn(64, 3, dtype=torch.float64), dim=1)
+    p = {"plane": away, "cylinder": away * torch.tensor([1.0, 1.0, 5.0]), "sphere": away * 3 + torch.tensor([2.0, 1.0, 0.0])}[name]
+    if name == "cylinder":
+        p = torch.cat([2 * F.normalize(p[:, :2], dim=1), p[:, 2:]], 1)
+    b = torch.zeros(64, dtype=torch.int64)
+    ours = clap.sdf_curvature(p, b, None, sdf, 0.02)
+    torch.testing.assert_close(ours, torch.full_like(ours, expected), atol=2e-4, rtol=0)
+    torch.testing.assert_close(clap.sdf_curvature(p, b, None, lambda q, f: 7 * sdf(q, f), 0.02), ours)             # n~ is normalised
+    torch.testing.assert_close(clap.sdf_curvature(2 * p, b, None, lambda q, f: sdf(q / 2, f), 0.04), ours / 2, atol=2e-4, rtol=0)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    torch.testing.assert_close(clap.sdf_curvature(p @ turn, b, None, lambda q, f: sdf(q @ turn.t(), f), 0.02), ours, atol=2e-4, rtol=0)
+
+
+def test_sdf_curvature_asks_for_19_values_a_point():
+    asked = []
+    clap.sdf_curvature(torch.zeros(10, 3), torch.zeros(10, dtype=torch.int64), None, lambda p, b: asked.append(len(p)) or p[:, 0], 0.3)
+    assert sum(asked) == 190
+
+
+def test_pca_orders_edges_before_faces():
+    """A box on a plane: weight on the edges > on the faces > none."""
+    g = np.random.default_rng(0)
+    top = np.concatenate([g.uniform(-1, 1, (3000, 2)), np.ones((3000, 1))], 1)
+    side = np.stack([np.ones(3000), g.uniform(-1, 1, 3000), g.uniform(0, 1, 3000)], 1)
+    points = np.zeros((6000, 5), np.float32)
+    points[:, :3] = np.concatenate([top, side])
+    frame = SimpleNamespace(points=points)
+    weight = clap.Curvature(32)(frame)["points_curvature"]
+    edge = (np.abs(points[:, 0] - 1) < 0.05) & (points[:, 2] > 0.95)
+    face = (np.abs(points[:, 0]) < 0.5) & (points[:, 2] == 1)
+    assert weight[edge].mean() > 20 * weight[face].mean() and weight[face].max() < 1e-3
+    points[:, 4] = 0.1
+    points[:50, 4] = 0
+    again = clap.Curvature(32)(frame)["points_curvature"]
+    assert (again[50:] == 0).all() and np.allclose(again[:50], weight[:50], atol=1e-6)  # neighbours from all sweeps, values at key points
+
+
+def test_weights_are_made_safe():
+    w = clap.sane(torch.tensor([0.0, 1.0, float("nan"), float("inf"), 2.0] + [1.0] * 200))
+    assert w.isfinite().all() and (w > 0).all() and w.max() < 1.1
+    assert torch.equal(clap.sane(torch.zeros(4)), torch.ones(4)) and clap.sane(torch.zeros(0)).shape == (0,)
+
+
+def test_draws_follow_the_weights_within_each_frame():
+    g = [torch.Generator().manual_seed(i) for i in range(3)]
+    weights, b = torch.tensor([1.0, 2.0, 4.0, 8.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 0, 2, 2])
+    count = torch.zeros(6)
+    for _ in range(4000):
+        count[clap.draw_points(weights, b, 1, g)] += 1
+    torch.testing.assert_close(count[:4] / 4000, torch.tensor([1, 2, 4, 8]) / 15, atol=0.025, rtol=0)
+    assert count[4] == 0 and count[5] == 4000
+    rows = clap.draw_points(torch.ones(6), b, 100, g)
+    assert sorted(rows.tolist()) == list(range(6))                                      # without replacement
+
+
+def test_pixel_weights_stay_near_points(batch):
+    xyz, b = batch.points[:, :3], batch.b_points
+    weights = torch.rand(len(xyz)) + 0.1
+    maps = clap.pixel_weights(weights, xyz, b, batch, 9)
+    count, H, W = len(batch.images), *batch.images.shape[-2:]
+    hit = torch.zeros(count, H, W, dtype=torch.float64)
+    matrix = batch.lidar2img.double()
+    for i in range(count):                                                              # the same, one image at a time, the largest kept by a loop
+        mine = (b == i // batch.cameras).nonzero()[:, 0]
+        uvd = xyz[mine].double() @ matrix[i, :3, :3].t() + matrix[i, :3, 3]
+        for n, (u, v, d) in zip(mine.tolist(), uvd.tolist()):
+            if d > 0.1 and 0 <= u / d < W and 0 <= v / d < H:
+                hit[i, int(v / d), int(u / d)] = max(hit[i, int(v / d), int(u / d)], float(weights[n]))
+    tap = torch.arange(-4, 5, dtype=torch.float64)
+    kernel = torch.exp(-tap ** 2 / (2 * 1.7 ** 2))
+    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    expected = F.conv2d(hit[:, None], kernel[None, None], padding=4)[:, 0]
+    assert ((maps.double() - expected).abs() < 1e-4).double().mean() > 0.999            # fp32 may floor a point to the next pixel
+    assert (maps[F.max_pool2d(hit[:, None].float(), 9, 1, 4)[:, 0] == 0] == 0).float().mean() > 0.999
+    assert maps.sum() > 0.9 * hit.sum()                                                 # the rest was blurred over the border
+
+
+def test_pixels_without_weight_are_not_drawn():
+    weights = torch.zeros(2, 6, 8)
+    weights[0, 3, 4] = 1.0
+    image, v, u = clap.draw_pixels(weights, 20, 2, [torch.Generator(), torch.Generator()])
+    assert (image.tolist(), v.tolist(), u.tolist()) == ([0], [3], [4])
+
+
+def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(clap, "SAMPLERS", {k: (lambda *a, k=k, f=f: asked.append(k) or f(*a)) for k, f in clap.SAMPLERS.items()})
+    drawn = []
+    original = clap.draw_pixels
+    monkeypatch.setattr(clap, "draw_pixels", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    model.cfg = replace(TINY, sampler="sdf")
+    model(batch, uniform=True)
+    model(batch)
+    model.cfg = replace(TINY, sampler="uniform")
+    model(batch)
+    assert asked == ["uniform", "sdf", "uniform"]
+    assert drawn[0][1].min() >= 0.4 * 48 and drawn[2][1].min() >= 0.4 * 48
+
+
+# ---- the field, its rendering, the rendering losses ----
+
+def slow_ray(field, volume, origin, direction, far, jitter, u):
+    """One ray by the book: grid_sample, scalar loops, the paper's alpha, float64."""
+    def at(depth):
+        p = origin + direction * depth
+        where = field.cells.index(p[None].float()).double().flip(1) / (torch.tensor(field.cells.shape[::-1]) - 1) * 2 - 1
+        f = F.grid_sample(volume, where.view(1, 1, 1, 1, 3), align_corners=True, padding_mode="border").flatten()
+        x = field.place(p * field.scale)
+        for i, layer in enumerate(field.layers):
+            x = layer(x + field.inject.weight[16 * i:16 * i + 16] @ f + field.inject.bias[16 * i:16 * i + 16])
+            x = torch.where(x > 0.2, x, torch.log1p(torch.exp(100 * x.clamp(max=0.2))) / 100)      # softplus, beta 100
+        out = field.output(x)
+        return float(out[0]), field.rgb(torch.cat([f, out[1:], direction]))
+
+    def weights(s, h):
+        passed, w = 1.0, []
+        for a, b in zip(s, s[1:]):
+            phi = [1 / (1 + math.exp(-h * v)) for v in (a, b)]
+            alpha = max((phi[0] - phi[1]) / phi[0], 0)
+            w.append(passed * alpha)
+            passed *= 1 - alpha
+        return w
+    S = len(jitter)
+    depth = [clap.NEAR + (far - clap.NEAR) * (i + j) / S for i, j in enumerate(jitter.tolist())]
+    w = np.array(weights([at(d)[0] for d in depth], 64.0)) + 1e-5
+    cdf = np.concatenate([[0], np.cumsum(w / w.sum())])
+    depth = sorted(depth + np.interp(u.numpy(), cdf, depth).tolist())
+    values = [at(d) for d in depth]
+    w = weights([s for s, _ in values], float(torch.exp(10 * field.sharpness)))
+    r = sum(w_n * (a + b) / 2 for w_n, a, b in zip(w, depth, depth[1:]))
+    c = sum(w_n * (a[1] + b[1]) / 2 for w_n, a, b in zip(w, values, values[1:]))
+    return r, c
+
+
+def test_rendering_is_the_book_s_ray_by_ray(model):
+    torch.manual_seed(3)
+    field = model.field.double()
+    with torch.no_grad():
+        field.output.weight[0] *= 20                                                    # a field with surfaces in it
+        field.sharpness.fill_(0.4)
+    volume = torch.randn(1, 8, *field.cells.shape, dtype=torch.float64)
+    table = volume[0].permute(1, 2, 3, 0).reshape(-1, 8)
+    away = F.normalize(torch.randn(6, 3, dtype=torch.float64) * torch.tensor([1, 1, 0.05]), dim=1)
+    origin, far = torch.rand(6, 3, dtype=torch.float64), torch.full((6,), 24.0, dtype=torch.float64)
+    jitter, u = torch.rand(6, 10, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        r, c = field.render(table, origin, away, torch.zeros(6, dtype=torch.int64), far, jitter, u, True)
+        for i in range(6):
+            r_slow, c_slow = slow_ray(field, volume, origin[i], away[i], 24.0, jitter[i], u[i])
+            assert float(r[i]) == pytest.approx(float(r_slow), abs=1e-3)
+            torch.testing.assert_close(c[i], c_slow, atol=1e-4, rtol=1e-3)
+    assert r.max() > 1 and r.std() > 0.1
+
+
+def test_an_oracle_field_renders_its_sphere(model, monkeypatch):
+    """Through Field.render, importance samples included: every ray within half a stratum of the truth, and nearer with the finer samples."""
+    field, R = model.field, 200
+    with torch.no_grad():
+        field.sharpness.fill_(math.log(400.0) / 10)
+    centre = torch.tensor([12.0, 2.0, 0.0])
+    monkeypatch.setattr(field, "sdf", lambda table, p, b: (((p - centre).norm(dim=1) - 4) * field.scale, torch.zeros(len(p), 16), torch.zeros(len(p), 8)))
+    g = torch.Generator().manual_seed(0)
+    to = F.normalize(centre, dim=0) + torch.randn(R, 3, generator=g) * 0.08
+    away = F.normalize(to, dim=1)
+    along = away @ centre
+    truth = along - (16 - (centre.norm() ** 2 - along ** 2)).clamp_min(0).sqrt()
+    hit = centre.norm() ** 2 - along ** 2 < 12
+    def render(n, finer, colour):
+        noise = torch.rand(R, n, generator=g), torch.rand(R, finer, generator=g)
+        return field.render(None, torch.zeros(R, 3), away, torch.zeros(R, dtype=torch.int64), torch.full((R,), 25.0), *noise, colour)
+
+    def error(n, finer):
+        return (render(n, finer, False)[0] - truth)[hit].abs()
+    assert error(32, 16).max() < 24 / 32 and error(32, 16).mean() < 0.6 * error(32, 1).mean() and hit.sum() > 100
+    assert render(32, 16, True)[1].isfinite().all()
+
+
+def test_rendering_losses_written_out_in_loops(batch, model, monkeypatch):
+    seen = {}
+    original, originals = clap.draw_pixels, model.render
+    monkeypatch.setattr(clap, "draw_pixels", lambda *a: seen.setdefault("pixels", original(*a)))
+    def render(table, origin, direction, b, generators, colour):
+        seen["colour" if colour else "range"] = origin, direction, (out := originals(table, origin, direction, b, generators, colour))
+        return out
+    monkeypatch.setattr(model, "render", render)
+    L, terms = model(batch)
+    origin, direction, (r_hat, _, _) = seen["range"]
+    key = batch.points[batch.points[:, 4] == 0, :3]
+    total = 0.0
+    for o, d, r_ in zip(origin, direction, r_hat.tolist()):                             # find each ray's point again: the nearest in direction
+        away = key - o
+        at = int((F.normalize(away, dim=1) @ d).argmax())
+        total += abs(float(away[at].norm()) - r_) / 25.6
+    assert float(terms["L_range"]) == pytest.approx(total / len(r_hat), rel=2e-3)
+    image, v, u = seen["pixels"]
+    _, c_hat, valid = seen["colour"][2]
+    colour = sum(abs(int(batch.images[i, j, y, x]) / 255 - float(c[j])) for i, y, x, c, ok in zip(image, v, u, c_hat.detach(), valid) if ok for j in range(3))
+    assert float(terms["L_colour"]) == pytest.approx(colour / (3 * int(valid.sum())), rel=1e-4)
+    proto = 1.0 * float(terms["L_SwAV"]) + 0.1 * float(terms["L_EM"]) + 0.1 * float(terms["L_GMM"])
+    rend = float(terms["L_range"]) + 0.05 * float(terms["L_surface"]) + 0.05 * float(terms["L_colour"])
+    assert float(L) == pytest.approx(2.0 * rend + 1.0 * proto, rel=1e-5)
+    assert len(r_hat) == 2 * 96 and len(image) <= 12 * 24
+
+
+def test_surface_term_is_the_mean_absolute_sdf_at_the_drawn_points(batch, model, monkeypatch):
+    drawn, original = [], clap.draw_points
+    monkeypatch.setattr(clap, "draw_points", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    model.eval()
+    _, terms = model(batch)
+    g = clap.frame_generators(batch.seeds, CPU)
+    hidden = clap.hide_points(batch.points, batch.b_points, 2, model.lidar, 0.9, g)
+    hidden_px = clap.hide_pixels(batch.images, batch.cameras, 0.3, g)
+    table = model.encode(batch, hidden, hidden_px)[0]
+    rows = model.targets(batch)[0][drawn[0]]
+    values = [abs(float(model.field.sdf(table, batch.points[i, :3][None], batch.b_points[i][None])[0].detach())) for i in rows]
+    assert float(terms["L_surface"]) == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+# ---- what reaches what ----
+
+PARTS = ("lidar", "camera.resnet", "camera.neck", "fuse", "shallow", "field.place", "field.inject", "field.layers", "field.output", "field.rgb", "field.sharpness",
+         "proto.head_lidar", "proto.head_image", "proto.K")
+ENCODERS = {"lidar", "camera.resnet", "camera.neck", "fuse", "shallow"}
+SDF = {"field.place", "field.inject", "field.layers", "field.output"}
+REACH = {"L_range": ENCODERS | SDF | {"field.sharpness"}, "L_surface": ENCODERS | SDF, "L_colour": ENCODERS | SDF | {"field.rgb", "field.sharpness"},
+         "L_SwAV": {"lidar", "camera.resnet", "camera.neck", "proto.head_lidar", "proto.head_image", "proto.K"},
+         "L_EM": {"lidar", "camera.resnet", "camera.neck", "proto.head_lidar", "proto.head_image", "proto.K"}, "L_GMM": {"proto.K"}}
+
+
+@pytest.mark.parametrize("term", REACH)
+def test_each_term_reaches_just_its_modules(batch, model, term):
+    _, terms = model(batch)
+    terms[term].backward()
+    reached = {part for part in PARTS for name, p in model.named_parameters() if name.startswith(part) and p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == REACH[term]
+
+
+def test_every_parameter_gets_gradient(batch, model):
+    model(batch)[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+    assert all(any(name.startswith(part) for part in PARTS) for name, _ in model.named_parameters())
+
+
+def test_without_prototypes_only_rendering_is_left(batch):
+    torch.manual_seed(0)
+    model = clap.Clap(replace(TINY, without="prototypes"), data.GRIDS["nuscenes", "small"])
+    L, terms = model(batch)
+    assert float(L) == pytest.approx(2 * float(terms["L_rend"])) and "L_SwAV" not in terms and not any("proto" in n for n, _ in model.named_parameters())
+    L.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_hidden_stays_hidden(batch, model):
+    """Nothing of a hidden point or pixel enters the volume; most is hidden; blocks are 8 voxels wide."""
+    model.eval()
+    hidden = clap.hide_points(batch.points, batch.b_points, 2, model.lidar, 0.9, clap.frame_generators(batch.seeds, CPU))
+    hidden_px = clap.hide_pixels(batch.images, batch.cameras, 0.3, clap.frame_generators(batch.seeds, CPU))
+    before = model.encode(batch, hidden, hidden_px)[0]
+    points, images = batch.points.clone(), batch.images.clone()
+    points[hidden, :4] = points[hidden, :4].flip(0)
+    images.permute(0, 2, 3, 1)[hidden_px] = 255 - images.permute(0, 2, 3, 1)[hidden_px]
+    assert torch.equal(before, model.encode(replace(batch, points=points, images=images), hidden, hidden_px)[0])
+    assert not torch.equal(before, model.encode(replace(batch, points=batch.points * 0.9), hidden, hidden_px)[0])
+    inside = ((batch.points[:, :3].abs() < torch.tensor([25.6, 25.6, 1.0])).all(1)) & (batch.points[:, 2] > -3)
+    block = torch.cat([batch.b_points[inside, None], ((batch.points[inside, :3] + torch.tensor([25.6, 25.6, 3.0])) / torch.tensor([0.8, 0.8, 1.0])).long()], 1)
+    _, which = block.unique(dim=0, return_inverse=True)
+    assert 0.85 < hidden[inside].float().mean() < 0.95 and 0.15 < hidden_px.float().mean() < 0.45
+    assert all(len(hidden[inside][which == i].unique()) == 1 for i in range(int(which.max()) + 1))
+
+
+def test_prototypes_meet_cells_that_both_see(batch, model):
+    g = clap.frame_generators(batch.seeds, CPU)
+    none = torch.zeros(len(batch.points), dtype=torch.bool)
+    _, lidar, _, seen = model.encode(batch, none, torch.zeros(len(batch.images), 48, 128, dtype=torch.bool))
+    cell = model.both_see(lidar, seen, g)
+    b, z, y, x = lidar.coords[cell].unbind(1)
+    assert seen[b, z, y, x].all() and len(cell.unique()) == len(cell) and set(b.tolist()) == {0, 1}
+    assert torch.bincount(lidar.coords[model.both_see(lidar, seen, g, most=7), 0]).tolist() == [7, 7]
+
+
+def test_range_targets_start_at_the_lidar(batch, model):
+    moved = replace(batch, origin=torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]]))
+    rows, direction, r = model.targets(moved)
+    torch.testing.assert_close(moved.origin[batch.b_points[rows]] + direction * r[:, None], batch.points[rows, :3], atol=1e-4, rtol=1e-4)
+    assert (r > 3).all() and (batch.points[rows, 4] == 0).all()
+
+
+# ---- bad frames ----
+
+@pytest.mark.parametrize("trouble", ["one empty cloud", "no points at all", "no camera sees", "no valid ray", "one prototype takes all", "single point"])
+def test_bad_frames_give_a_finite_loss_and_gradient(batch, model, trouble):
+    bad = batch
+    if trouble == "one empty cloud":
+        keep = batch.b_points == 0
+        bad = replace(batch, points=batch.points[keep], b_points=batch.b_points[keep], extra={"points_curvature": batch.extra["points_curvature"][keep]})
+    if trouble in ("no points at all", "single point"):
+        n = trouble == "single point"
+        bad = replace(batch, points=batch.points[:n], b_points=batch.b_points[:n], extra={"points_curvature": batch.extra["points_curvature"][:n]})
+    if trouble == "no camera sees":
+        bad = replace(batch, lidar2img=torch.diag(torch.tensor([1.0, 1.0, 1e-9, 1.0])).expand_as(batch.lidar2img) + 0)
+    if trouble == "no valid ray":
+        points = batch.points.clone()
+        points[:, :3] *= 100
+        bad = replace(batch, points=points)
+    if trouble == "one prototype takes all":
+        with torch.no_grad():
+            model.proto.K.zero_()[3] = 50.0
+    for sampler in ("pca", "sdf"):
+        model.cfg = replace(TINY, sampler=sampler)
+        model.zero_grad()
+        L, terms = model(bad)
+        L.backward()
+        assert L.isfinite() and all(math.isfinite(float(v)) for v in terms.values()), (trouble, terms)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- learning and runs ----
+
+def test_one_frame_can_be_learned(batch, model):
+    opt = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    first = None
+    for _ in range(25):
+        L, terms = model(batch)
+        opt.zero_grad()
+        L.backward()
+        opt.step()
+        first = first or {k: float(v) for k, v in terms.items()}
+    assert float(terms["L_range"]) < 0.4 * first["L_range"]
+    assert float(terms["L_SwAV"]) < first["L_SwAV"]
+
+
+def run(world, out, *more, wait=True, script="clap.py"):
+    command = [sys.executable, str(ROOT / script), "--data", str(world), "--preset", "small", "--out", str(out), "--steps", "4", "--save-every", "1", "--eval-every", "2",
+               "--rays", "64", "--pixels", "16", "--samples", "8", "--finer", "4", "--width", "4", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if wait:
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=out.parent)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=out.parent)
+
+
+def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_path):
+    whole = run(world, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "held-out range error" in whole.stdout.splitlines()[-1]
+    for name in ("config.json", "provenance.json", "log.jsonl", "last.pt", "backbones.safetensors", "metrics.json", "source/clap.py", "figures/rendered.png",
+                 "figures/samples.png", "figures/sampled_pixels.png", "figures/prototypes.png", "figures/losses.png"):
+        assert (tmp_path / "whole" / name).stat().st_size > 0, name
+    killed = run(world, tmp_path / "killed", wait=False)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] < 4
+    again = run(world, tmp_path / "killed")
+    assert again.returncode == 0, again.stderr
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    assert a["step"] == b["step"] == 4
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["model"].keys() == b["model"].keys()
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
+
+    from safetensors import safe_open
+    with safe_open(tmp_path / "whole" / "backbones.safetensors", "pt") as stored:
+        assert {k.split(".")[0] for k in stored.keys()} == {"lidar", "camera", "fuse"} and stored.metadata()["units"] == "lidar,camera.resnet,camera.neck,fuse"
+        assert json.loads(stored.metadata()["config"])["width"] == 4
+        assert torch.equal(stored.get_tensor("camera.resnet.conv1.weight"), a["model"]["camera.resnet.conv1.weight"])
+
+    done = run(world, tmp_path / "whole")                                               # once more: finished, nothing changes
+    assert done.returncode == 0 and torch.equal(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]["proto.K"], a["model"]["proto.K"])
+    other = run(world, tmp_path / "whole", "--seed", "5")
+    assert other.returncode != 0 and "seed was 0, is 5" in other.stderr
+    (tmp_path / "whole" / "last.pt").write_bytes(b"PK\x03\x04 cut short")
+    broken = run(world, tmp_path / "whole")
+    assert broken.returncode != 0 and "not a readable checkpoint" in broken.stderr
+
+
+def test_help_states_every_number_with_its_source():
+    shown = subprocess.run([sys.executable, str(ROOT / "clap.py"), "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, cwd=ROOT)
+    assert shown.returncode == 0
+    for words in ("8192", "N_L", "[paper]", "--sampler {pca,sdf,uniform}", "omega_GMM", "[code SwAV]"):
+        assert words in shown.stdout, words
+
+
+def two_processes(rank, folder, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    S, x = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64, requires_grad=True)
+    mine = slice(0, 11) if rank == 0 else slice(11, 30)
+    Q = clap.sinkhorn(S[mine], 0.05, 3)
+    mean = clap.mean_over_ranks(x[mine].square().sum(), len(x[mine]))
+    mean.backward()
+    empty = clap.mean_over_ranks(x[:0].sum() if rank else x.sum(), 0 if rank else 30)
+    torch.save((Q, x.grad / 2, mean.detach() / 2, empty.detach() / 2), f"{out}/{rank}.pt")              # DDP's average over two processes
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_two_processes_give_sinkhorn_and_means_of_one(tmp_path):
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path), str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    S, x = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64, requires_grad=True)
+    x.square().mean().backward()
+    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), clap.sinkhorn(S, 0.05, 3))
+    torch.testing.assert_close(parts[0][1] + parts[1][1], x.grad)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], x.detach().square().mean())
+    torch.testing.assert_close(parts[0][3] + parts[1][3], x.detach().mean())

@@ -1,0 +1,733 @@
+"""data.py against the official devkit, closed forms and counts made by another script; broken folders; caches; the loader."""
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(caches, monkeypatch):
+    """No test sees the user's cache; roots that several tests open are indexed once."""
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(caches))
+
+
+@pytest.fixture
+def new_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path / "new-cache"))
+    return tmp_path / "new-cache"
+
+
+@pytest.fixture(scope="module")
+def devkit(nuscenes_root):
+    nuscenes = pytest.importorskip("nuscenes")
+    return nuscenes.NuScenes(version=data.find_version(Path(nuscenes_root), None), dataroot=str(nuscenes_root), verbose=False)
+
+
+def project(xyz, lidar2img):
+    """(N, 3), (4, 4) -> (N, 3): u, v, depth."""
+    uvd = np.c_[xyz, np.ones(len(xyz))] @ lidar2img.astype(np.float64).T
+    return np.c_[uvd[:, :2] / uvd[:, 2:3], uvd[:, 2]]
+
+
+def inside(xyz, box):
+    """Mask of the points in a box: into the box's own axes, compare with half its size."""
+    c, s = math.cos(box[6]), math.sin(box[6])
+    local = (xyz - box[:3]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    return (abs(local) <= np.asarray(box[3:6]) / 2).all(1)
+
+
+# ---- the real frames ----
+
+def test_points_in_each_camera_are_those_of_an_independent_count(nuscenes_root):
+    path = Path(nuscenes_root).parent / "golden_counts.json"
+    if not path.exists():
+        pytest.skip(f"no {path}: NUSCENES is not the small set of frames that was counted")
+    golden, dataset = json.loads(path.read_text())["nuscenes"], data.NuScenes(nuscenes_root, "small")
+    assert len(dataset) == len(golden) == 10
+    for i, name in enumerate(dataset.names):
+        counted, frame, points = golden[name.split("/")[2]], dataset.load(i, (900, 1600)), dataset.sweep(i)
+        assert len(points) == counted["points"]
+        for camera, lidar2img in zip(dataset.grid.cameras, frame.lidar2img):
+            for xyz, allowed in ((points, 2), (frame.points, 100)):     # the bonnet's points that a camera sees are not in the frame
+                u, v, d = project(xyz[:, :3], lidar2img).T
+                n = ((d > 1) & (u > 1) & (u < 1599) & (v > 1) & (v < 899)).sum()
+                assert abs(n - counted["in_image"][camera]) <= allowed, (name, camera, n)
+
+
+def test_boxes_hold_the_points_that_the_annotators_counted(nuscenes_root):
+    dataset, boxes = data.NuScenes(nuscenes_root, "small"), 0
+    for i in range(min(10, len(dataset))):
+        frame, rows = dataset.load(i, (90, 160)), dataset.annotations(i)
+        for points in (dataset.sweep(i), frame.points):                 # what is taken off as the ego vehicle is in no box
+            world = points[:, :3].astype(np.float64) @ frame.lidar2world[:3, :3].T + frame.lidar2world[:3, 3]
+            assert [inside(world, row["box"]).sum() for row in rows] == rows["lidar_points"].tolist()
+        boxes += len(rows)
+        assert len(frame.boxes) == (rows["label"] >= 0).sum() > 0
+    assert boxes == 724 or not (Path(nuscenes_root).parent / "golden_counts.json").exists()
+
+
+def test_projection_is_the_devkits(nuscenes_root, devkit):
+    from nuscenes.nuscenes import NuScenesExplorer
+    dataset = data.NuScenes(nuscenes_root, "small")
+    for i in (0, 5):
+        frame, points = dataset.load(i, (900, 1600)), dataset.sweep(i)
+        sample = devkit.get("sample", frame.name.split("/")[2])
+        for camera, lidar2img, image in zip(dataset.grid.cameras, frame.lidar2img, frame.images):
+            uv, depth, picture = NuScenesExplorer(devkit).map_pointcloud_to_image(sample["data"]["LIDAR_TOP"], sample["data"][camera])
+            mine = project(points[:, :3], lidar2img)
+            mine = mine[(mine[:, 2] > 1) & (mine[:, :2] > 1).all(1) & (mine[:, :2] < (1599, 899)).all(1)]
+            assert abs(mine[:, :2] - uv[:2].T).max() < 0.1 and abs(mine[:, 2] - depth).max() < 1e-3     # px; m
+            assert (image.transpose(1, 2, 0) == np.asarray(picture)).all()                              # full size is not resampled
+
+
+def test_boxes_and_velocities_are_the_devkits(nuscenes_root, devkit):
+    from nuscenes.eval.detection.utils import category_to_detection_name
+    dataset = data.NuScenes(nuscenes_root, "small")
+    for i in (0, 4, 9):
+        frame, rows = dataset.load(i, (90, 160)), dataset.annotations(i)
+        for row in rows:
+            np.testing.assert_allclose(row["box"][7:9], devkit.box_velocity(row["token"].decode())[:2], atol=1e-5)
+            name = category_to_detection_name(row["category"].decode())
+            assert row["label"] == (-1 if name is None else dataset.grid.classes.index(name))
+        sweep = devkit.get("sample", frame.name.split("/")[2])["data"]["LIDAR_TOP"]
+        official = {box.token: box for box in devkit.get_sample_data(sweep)[1]}
+        rows = rows[rows["label"] >= 0]
+        assert (frame.labels == rows["label"]).all()
+        for mine, row in zip(frame.boxes, rows):
+            box = official[row["token"].decode()]
+            x, y, z = box.center                                        # the devkit's LiDAR axes: x right, y forward
+            heading = box.orientation.rotation_matrix[[1, 0], 0] * (1, -1)
+            heading /= np.hypot(*heading)
+            np.testing.assert_allclose(mine[:6], [y, -x, z, box.wlh[1], box.wlh[0], box.wlh[2]], atol=1e-4)
+            np.testing.assert_allclose([math.cos(mine[6]), math.sin(mine[6])], heading, atol=1e-4)
+            speed = (devkit.box_velocity(box.token) * [1, 1, 0]) @ frame.lidar2world[:3, :2]        # over ground, in our axes
+            np.testing.assert_allclose(mine[7:9], speed, atol=1e-4)
+
+
+def test_what_stands_still_keeps_its_place_in_the_world(nuscenes_root):
+    """Box centres sent through the frame's pose are the translations on disk, in every frame: one world for all."""
+    table = json.loads(next(Path(nuscenes_root).glob("v1.0-*/sample_annotation.json")).read_text())
+    place, dataset = {row["token"]: row["translation"] for row in table}, data.NuScenes(nuscenes_root, "small")
+    for i in range(min(10, len(dataset))):
+        frame, rows = dataset.load(i, (90, 160)), dataset.annotations(i)
+        tokens = [row["token"].decode() for row in rows if row["label"] >= 0]
+        world = frame.boxes[:, :3] @ frame.lidar2world[:3, :3].T + frame.lidar2world[:3, 3]
+        np.testing.assert_allclose(world, [place[token] for token in tokens], atol=1e-3)
+
+
+def test_older_sweeps_lie_where_the_devkit_puts_them(nuscenes_root, devkit):
+    from nuscenes.utils.data_classes import LidarPointCloud
+    from scipy.spatial import cKDTree
+    dataset, key_only = data.NuScenes(nuscenes_root, "paper"), data.NuScenes(nuscenes_root, "small")
+    frame, i = dataset.load(4, (90, 160)), 4
+    sample = devkit.get("sample", frame.name.split("/")[2])
+    cloud, lag = LidarPointCloud.from_file_multisweep(devkit, sample, "LIDAR_TOP", "LIDAR_TOP", nsweeps=10)
+    theirs = np.c_[cloud.points[1], -cloud.points[0], cloud.points[2], cloud.points[3] / 255, lag[0]]
+    lags = np.unique(frame.points[:, 4])
+    assert lags[0] == 0 and len(lags) == len(np.unique(lag)) > 1 and (np.diff(frame.points[:, 4]) >= 0).all()
+    assert (frame.points[frame.points[:, 4] == 0] == key_only.load(i, (90, 160)).points).all()
+    for age in lags:
+        mine, all_theirs = frame.points[frame.points[:, 4] == age], theirs[abs(theirs[:, 4] - age) < 1e-4]
+        distance, at = cKDTree(all_theirs[:, :4]).query(mine[:, :4])
+        assert distance.max() < 2e-4 and (np.diff(at) > 0).all()        # the same points in the same order,
+        assert 0 <= len(all_theirs) - len(mine) < 400                   # but for a little more of the car
+
+
+# ---- pictures and matrices ----
+
+def clone(root, to):
+    """A copy whose files may be replaced (never written into: they are hard links where the disk allows)."""
+    def link(source, target):
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    for folder, _, names in os.walk(root):
+        target = to / os.path.relpath(folder, root)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            link(os.path.join(folder, name), target / name)
+    return to
+
+
+def edit(root, table, change):
+    """Rewrite root/v1.0-*/<table>.json as change(rows) leaves it (or returns it)."""
+    path = next(root.glob(f"v1.0-*/{table}.json"))
+    rows = json.loads(path.read_text())
+    rows = change(rows) or rows
+    path.unlink()
+    path.write_text(json.dumps(rows))
+
+
+def put(path, content):
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def key_file(root, channel):
+    return sorted((root / "samples" / channel).iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def ramps(world, tmp_path_factory):
+    """The world with 900 x 1600 pictures whose red is the column and green the row."""
+    root = clone(Path(world), tmp_path_factory.mktemp("ramps"))
+    u, v = np.meshgrid((np.arange(1600) + .5) / 1600, (np.arange(900) + .5) / 900)
+    Image.fromarray((np.stack([u, v, 0 * u], 2) * 255).round().astype(np.uint8)).save(root / "ramp.jpg", quality=98, subsampling=0)
+    for jpg in root.glob("samples/CAM_*/*.jpg"):
+        put(jpg, (root / "ramp.jpg").read_bytes())
+    edit(root, "sample_data", lambda rows: [row.update(height=900, width=1600) for row in rows if row["fileformat"] == "jpg"] and None)
+    return root
+
+
+@pytest.mark.parametrize("size", [(256, 704), (96, 256), (224, 416), (100, 800), (900, 1600)])
+def test_resize_and_crop_move_pixels_as_the_matrix_says(ramps, size):
+    dataset = data.NuScenes(ramps, "small")
+    frame, full = dataset.load(0, size), dataset.load(0, (900, 1600))
+    for image, lidar2img, full2img in zip(frame.images, frame.lidar2img, full.lidar2img):
+        assert image.shape == (3, *size)
+        crop = np.linalg.inv(lidar2img.astype(np.float64) @ np.linalg.inv(full2img.astype(np.float64)))   # pixels here -> on disk
+        v, u = np.mgrid[:size[0], :size[1]] + .5
+        expected = np.stack([crop[0, 0] * u + crop[0, 2], crop[1, 1] * v + crop[1, 2]])
+        found = image[:2] / 255. * np.array([1600, 900])[:, None, None]
+        error = (found - expected)[:, 4:-4, 4:-4] / crop[0, 0]                                            # in pixels of this picture
+        assert abs(error.mean((1, 2))).max() < 0.12 and abs(error).mean() < 0.5 + 3 / crop[0, 0]      # a grey level is 6 px on disk
+
+
+def toy_frame(rng, n=400):
+    boxes = np.array([[10, 4, 0, 4, 2, 1.5, .4, 3, -1], [-8, 2, .5, 9, 3, 3, -2.8, np.nan, np.nan],
+                      [3, -15, -1, 1, .6, 1.8, 1.6, 0, 1]], np.float32)
+    points, of = rng.random((n, 5)) * (1, 1, 1, 1, 0), boxes[rng.integers(3, size=n)]
+    local = (points[:, :3] - .5) * of[:, 3:6] * 1.4                     # in and around the boxes
+    points[:, 0] = of[:, 0] + local[:, 0] * np.cos(of[:, 6]) - local[:, 1] * np.sin(of[:, 6])
+    points[:, 1] = of[:, 1] + local[:, 0] * np.sin(of[:, 6]) + local[:, 1] * np.cos(of[:, 6])
+    points[:, 2] = of[:, 2] + local[:, 2]
+    lidar2img = np.eye(4) + 0.1 * rng.normal(size=(2, 4, 4))
+    lidar2img[:, 3] = 0, 0, 0, 1
+    return data.Frame(points.astype(np.float32), np.array([1, 0, 1.8], np.float32), [np.zeros((3, 8, 9), np.uint8)] * 2,
+                      lidar2img.astype(np.float32), np.eye(4), 1., boxes, np.array([0, 3, 8]),
+                      {"points_row": np.arange(n), "free": np.zeros((7, 2))}, "toy")
+
+
+def transforms():
+    turn = np.eye(4)
+    turn[:2, :2] = [[math.cos(.7), -math.sin(.7)], [math.sin(.7), math.cos(.7)]]
+    mirror, scale, shift = np.diag([1., -1, 1, 1]), np.diag([1.2, 1.2, 1.2, 1]), np.eye(4)
+    shift[:3, 3] = 3, -2, .5
+    return {"turn": turn, "mirror y": mirror, "mirror x": -mirror @ np.diag([1, 1, -1, -1]), "scale": scale, "shift": shift,
+            "all": shift @ scale @ mirror @ turn}
+
+
+@pytest.mark.parametrize("name", transforms())
+def test_after_a_warp_points_keep_pixel_world_and_box(name):
+    frame, a2b = toy_frame(np.random.default_rng(0)), transforms()[name]
+    warped = data.warp_frame(frame, a2b)
+    np.testing.assert_allclose(warped.points[:, :3], frame.points[:, :3] @ a2b[:3, :3].T + a2b[:3, 3], rtol=1e-5, atol=1e-5)
+    assert (warped.points[:, 3:] == frame.points[:, 3:]).all() and (warped.extra["points_row"] == frame.extra["points_row"]).all()
+    old, new = (np.c_[f.points[:, :3], np.ones(400)] for f in (frame, warped))
+    for before, after in zip(frame.lidar2img, warped.lidar2img):
+        np.testing.assert_allclose(new @ after.T, old @ before.T, atol=1e-4)   # u d, v d, d: depth stays true though the cloud is scaled
+    np.testing.assert_allclose(new @ warped.lidar2world.T, old, atol=1e-4)
+    np.testing.assert_allclose(warped.origin, a2b[:3, :3] @ frame.origin + a2b[:3, 3], rtol=1e-6)
+    for before, after in zip(frame.boxes.astype(float), warped.boxes.astype(float)):
+        clear = inside(frame.points[:, :3], before * [1, 1, 1, .999, .999, .999, 1, 1, 1]) == inside(frame.points[:, :3], before)
+        assert inside(frame.points[:, :3], before).sum() > 10
+        assert (inside(warped.points[:, :3], after) == inside(frame.points[:, :3], before))[clear].all()
+        later = a2b[:2, :3] @ (before[:3] + [*before[7:9], 0]) + a2b[:2, 3]                  # the box a second on
+        np.testing.assert_allclose(after[:2] + after[7:9], later, atol=1e-4)
+
+
+def test_a_warp_that_boxes_cannot_follow_is_refused():
+    for bad in (np.diag([1., 2, 1, 1]), np.diag([0., 0, 0, 1]), np.eye(4) * np.nan, np.eye(4) + np.eye(4, k=1)):
+        with pytest.raises(ValueError, match="no rotation or reflection"):
+            data.warp_frame(toy_frame(np.random.default_rng(0)), bad)
+
+
+def test_augment_cloud_keeps_colours_and_draws_what_it_says():
+    frame, seen = toy_frame(np.random.default_rng(0)), []
+    for seed in range(200):
+        warped = data.augment_cloud(frame, np.random.default_rng(seed), 0.5, 0.1, flip=True)
+        np.testing.assert_allclose(np.c_[warped.points[:, :3], np.ones(400)] @ warped.lidar2img[0].T,
+                                   np.c_[frame.points[:, :3], np.ones(400)] @ frame.lidar2img[0].T, atol=1e-4)
+        linear = np.linalg.inv(warped.lidar2world)[:3, :3]
+        size = np.cbrt(abs(np.linalg.det(linear)))
+        flips = np.sign(linear[0, 0]), np.sign(linear[1, 1])                                  # |turn| < 90 degrees
+        seen.append((size, math.atan2(linear[1, 0] * flips[1], linear[0, 0] * flips[0]), *flips))
+        again = data.augment_cloud(frame, np.random.default_rng(seed), 0.5, 0.1, flip=True)
+        assert (again.points == warped.points).all()
+        if seed == 0:
+            still = data.augment_cloud(frame, np.random.default_rng(seed), 0, 0, flip=False)
+            np.testing.assert_allclose(still.points, frame.points, atol=1e-6)
+    size, turn, flip_x, flip_y = np.array(seen).T
+    assert 0.9 <= size.min() < 0.92 and 1.08 < size.max() <= 1.1 and -0.5 <= turn.min() < -0.45 and 0.45 < turn.max() <= 0.5
+    counts = [((flip_x == a) & (flip_y == b)).sum() for a in (-1, 1) for b in (-1, 1)]
+    assert min(counts) > 25, counts                                                           # 50 expected of each
+
+
+def test_select_takes_the_points_extras_along():
+    frame = toy_frame(np.random.default_rng(0))
+    keep = frame.points[:, 0] > 0
+    some = data.select(frame, keep)
+    assert (some.points == frame.points[keep]).all() and (some.extra["points_row"] == np.flatnonzero(keep)).all()
+    assert len(some.extra["free"]) == 7
+    assert (data.select(frame, [5, 2]).extra["points_row"] == [5, 2]).all()
+
+
+def test_frame_refuses_wrong_shapes_and_types():
+    frame = toy_frame(np.random.default_rng(0))
+    for wrong, message in ((dict(points=frame.points[:, :4]), r"points is float32 \(400, 4\), expected float32 \(400, 5\)"),
+                           (dict(lidar2img=frame.lidar2img[:1]), "lidar2img"),
+                           (dict(lidar2world=np.eye(4, dtype=np.float32)), "lidar2world"),
+                           (dict(boxes=frame.boxes.astype(float)), "boxes"), (dict(labels=None), "labels"),
+                           (dict(images=[np.zeros((8, 9, 3), np.uint8)] * 2), "image 0"),
+                           (dict(extra={"points_x": np.zeros(3)}), "points_x")):
+        with pytest.raises(ValueError, match=f"^toy: .*{message}"):
+            replace(frame, **wrong)
+
+
+def test_collate_states_sizes_pads_images_and_joins_extras():
+    rng = np.random.default_rng(0)
+    first, empty, last = toy_frame(rng), data.select(toy_frame(rng), np.zeros(400, bool)), toy_frame(rng, 10)
+    last = replace(last, images=[np.full((3, 4, 12), 7, np.uint8)] * 2)
+    batch = data.collate([first, empty, last], [1, 2, 3])
+    assert batch.size == 3 and batch.cameras == 2 and batch.names == ["toy"] * 3 and batch.seeds.tolist() == [1, 2, 3]
+    assert torch.bincount(batch.b_points, minlength=3).tolist() == [400, 0, 10] and torch.bincount(batch.b_boxes).tolist() == [3, 3, 3]
+    assert batch.images.shape == (6, 3, 8, 12) and batch.hw.tolist() == [[8, 9]] * 4 + [[4, 12]] * 2
+    assert (batch.images[4:, :, :4] == 7).all() and batch.images[:4].sum() == 0 == batch.images[4:, :, 4:].sum()
+    assert len(batch.extra["points_row"]) == 410
+    assert batch.extra["b_free"].tolist() == [0] * 7 + [1] * 7 + [2] * 7 and "b_points_row" not in batch.extra
+    assert batch.lidar2world.dtype == batch.time.dtype == torch.float64 and batch.to("cpu").size == 3
+
+
+# ---- loader ----
+
+def assert_same(a, b):
+    for f in fields(data.Batch):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=f"{f.name} differs")
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), f.name
+        else:
+            assert x == y, f.name
+
+
+def take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def jiggle(frame, rng):
+    return data.augment_cloud(frame, rng, 1., .1, flip=True)
+
+
+class Heights:
+    """A prepare: the height and range of each point in the unaugmented frame, and a free table; counts its calls in this process."""
+    key, calls = "heights-v1", 0
+
+    def __call__(self, frame):
+        type(self).calls += 1
+        flat = torch.tensor(np.hypot(*frame.points[:, :2].T))
+        return {"points_z": frame.points[:, 2].copy(), "points_xy": flat, "cells": np.arange(6).reshape(3, 2)}
+
+
+def test_batches_do_not_depend_on_workers(world, new_cache):
+    def make(workers):
+        return data.loader(world, "train", 2, seed=3, preset="small", workers=workers, augment=jiggle, prepare=Heights())
+    for a, b in zip(take(make(0).begin_at(1), 3), take(make(2).begin_at(1), 3)):
+        assert_same(a, b)
+    for a, b in zip(make(0).once(), make(2).once(), strict=True):
+        assert_same(a, b)
+
+
+def test_batches_do_not_depend_on_the_number_of_ranks(world):
+    whole = data.loader(world, "train", 2, preset="small", augment=jiggle)
+    halves = [data.loader(world, "train", 1, rank, 2, preset="small", augment=jiggle) for rank in (0, 1)]
+    assert whole.steps_per_epoch == halves[0].steps_per_epoch
+    for joined, *parts in zip(take(whole.begin_at(0), 3), *(take(half.begin_at(0), 3) for half in halves)):
+        assert joined.names == parts[0].names + parts[1].names
+        for name in ("points", "images", "lidar2img", "boxes", "seeds", "lidar2world"):
+            both = torch.cat([getattr(part, name) for part in parts])
+            torch.testing.assert_close(getattr(joined, name), both, rtol=0, atol=0, equal_nan=True)
+
+
+def test_begin_at_is_skipping(world):
+    loader = data.loader(world, "train", 1, preset="small", augment=jiggle)
+    start = loader.steps_per_epoch - 1                                                  # across the end of an epoch
+    for a, b in zip(take(loader.begin_at(0), start + 3)[start:], take(loader.begin_at(start), 3)):
+        assert_same(a, b)
+
+
+def test_epochs_permute_and_seeds_change(world):
+    loader = data.loader(world, "train", 1, preset="small")
+    n = loader.steps_per_epoch
+    batches = take(loader.begin_at(0), 2 * n)
+    names = [batch.names[0] for batch in batches]
+    assert sorted(names[:n]) == sorted(names[n:]) == sorted(loader.dataset.name(i) for i in loader.indices) and names[:n] != names[n:]
+    assert len({batch.seeds.item() for batch in batches}) == 2 * n
+    other = [batch.names[0] for batch in take(data.loader(world, "train", 1, seed=1, preset="small").begin_at(0), n)]
+    assert other != names[:n]
+    a, b = (data.loader(world, "train", 1, preset="small", augment=jiggle).begin_at(s * n) for s in (0, 0))
+    assert_same(next(a), next(b))
+
+
+def test_a_split_smaller_than_the_batch_wraps_round(world):
+    loader = data.loader(world, "val", 64, preset="small")
+    assert len(loader.indices) < 64 and loader.steps_per_epoch == 1
+    names = next(loader.begin_at(0)).names
+    assert len(names) == 64 and set(names) == {loader.dataset.name(i) for i in loader.indices}
+
+
+def test_once_covers_each_frame_once(world):
+    for count in (1, 2, 3):
+        loaders = [data.loader(world, "train", 2, rank, count, preset="small", augment=jiggle) for rank in range(count)]
+        names = [name for loader in loaders for batch in loader.once() for name in batch.names]
+        assert sorted(names) == sorted(loaders[0].dataset.name(i) for i in loaders[0].indices)
+    batch = next(loaders[0].once())
+    plain = [loaders[0].dataset.load(i).points for i in loaders[0].indices[[0, 3]]]
+    assert (batch.points.numpy() == np.concatenate(plain)).all()                                       # not augmented
+
+
+def test_prepare_is_computed_once_and_follows_augmentation(world, new_cache, monkeypatch):
+    def batches():
+        return list(take(data.loader(world, "train", 1, preset="small", augment=jiggle, prepare=Heights()).begin_at(0), 2))
+    Heights.calls = 0
+    first = batches()
+    assert Heights.calls == 2
+    for a, b in zip(first, batches()):
+        assert_same(a, b)
+    assert Heights.calls == 2
+    batch = first[0]
+    scale = (batch.points[:, 2] / batch.extra["points_z"]).median()
+    torch.testing.assert_close(batch.points[:, :2].norm(dim=1), batch.extra["points_xy"] * scale)      # row for row
+    assert batch.extra["cells"].shape == (3, 2) and batch.extra["b_cells"].tolist() == [0, 0, 0]
+
+    files = sorted(new_cache.glob("prepared/*/heights-v1/*.npz"))
+    assert len(files) == 2 and not list(new_cache.glob("prepared/**/*.tmp"))
+    whole = files[0].read_bytes()
+    for k, damaged in enumerate((whole[:len(whole) // 2], b"", b"garbage" * 99, whole[:-1], whole[:300] + b"\0" * 50 + whole[350:])):
+        files[0].write_bytes(damaged)
+        for a, b in zip(first, batches()):
+            assert_same(a, b)
+        assert Heights.calls == 3 + k
+    assert files[0].read_bytes() == whole
+
+    monkeypatch.setattr(Heights, "key", "heights-v2")                                                   # another version: computed anew
+    batches()
+    assert Heights.calls == 2 + 5 + 2
+    monkeypatch.setattr(Heights, "key", "../escape")
+    with pytest.raises(ValueError, match="names a folder"):
+        batches()
+
+
+def fail(frame, rng):
+    raise data.DataError(f"{frame.name}: told to fail")
+
+
+def test_an_error_in_a_worker_arrives_with_its_message(world):
+    with pytest.raises(data.DataError, match="nuscenes/.*told to fail"):
+        next(data.loader(world, "train", 1, preset="small", workers=1, augment=fail).begin_at(0))
+
+
+@pytest.mark.parametrize("wrong", [dict(batch=0), dict(batch=1, rank=2, world=2), dict(batch=1, workers=-1)])
+def test_loader_refuses_impossible_numbers(world, wrong):
+    with pytest.raises(ValueError, match="expected 0 <= rank < world"):
+        data.loader(world, "train", preset="small", **wrong)
+
+
+# ---- splits and versions ----
+
+def test_the_worlds_own_splits(world):
+    dataset = data.NuScenes(world, "small")
+    lists = json.loads(next(Path(world).glob("v1.0-*/splits.json")).read_text())
+    for split in ("train", "val"):
+        assert {dataset.name(i).split("/")[1] for i in dataset.split(split)} == set(lists[f"embedded_{split}"])
+    with pytest.raises(data.DataError, match="no split 'minival'"):
+        dataset.split("minival")
+    with pytest.raises(data.DataError, match="none for test"):
+        dataset.split("test")
+
+
+def test_an_empty_split_makes_both_from_all_frames(world, tmp_path, capsys):
+    root = clone(Path(world), tmp_path)
+    edit(root, "splits", lambda lists: {"own_val": [scene for scenes in lists.values() for scene in scenes]})
+    dataset = data.NuScenes(root, "small")
+    train, val = dataset.split("train"), dataset.split("val")
+    assert "cut in time order" in capsys.readouterr().out
+    assert train.tolist() + val.tolist() == list(range(len(dataset))) and len(train) == len(dataset) * 4 // 5
+    times = [dataset.load(i, (9, 16)).time for i in range(len(dataset))]
+    assert max(times[i] for i in train) < min(times[i] for i in val)
+
+
+def test_official_split_of_the_mini_version(nuscenes_root):
+    dataset = data.NuScenes(nuscenes_root, "small")
+    if dataset.version != "v1.0-mini":
+        pytest.skip(f"NUSCENES holds {dataset.version}")
+    assert set(dataset.frames["split"][dataset.frames["scene"] == b"scene-0916"]) == {b"val"}           # it is in mini_val
+
+
+def test_frames_without_any_file_are_left_out_aloud(world, tmp_path, capsys):
+    root = clone(Path(world), tmp_path)
+    before = data.NuScenes(root, "small")
+    gone, rows = before.names[1], before.frames["sensors"][1]
+    for row in rows:
+        (root / before.sensors["file"][row].decode()).unlink()
+    after = data.NuScenes(root, "small")
+    assert after.names == [name for name in before.names if name != gone] and len(after.load(1, (9, 16)).images) == 6
+    assert f"1 of the {len(before)} frames" in capsys.readouterr().out
+    data.NuScenes(root, "small")
+    assert "left out" in capsys.readouterr().out                                                        # said again from the cached index
+
+
+def test_the_version_taken_is_said_and_can_be_chosen(world, tmp_path, capsys):
+    root = clone(Path(world), tmp_path)
+    tables = next(root.glob("v1.0-*"))
+    for name in ("v1.0-mini", "v1.0-trainval"):
+        shutil.copytree(tables, root / name)
+    shutil.rmtree(tables)
+    assert data.NuScenes(root, "small").version == "v1.0-trainval" and "reading v1.0-trainval" in capsys.readouterr().out
+    assert data.NuScenes(root, "small", version="v1.0-mini").version == "v1.0-mini"
+    with pytest.raises(data.DataError, match="found v1.0-mini, v1.0-trainval, not v1.0-test"):
+        data.NuScenes(root, version="v1.0-test")
+
+
+# ---- the index ----
+
+def test_second_open_parses_nothing_and_maps_plain_arrays(world, new_cache, monkeypatch):
+    first = data.NuScenes(world, "small")
+    monkeypatch.setattr(data, "build_index", lambda *_: pytest.fail("the tables were parsed again"))
+    second, third = data.NuScenes(world, "small"), pickle.loads(pickle.dumps(first))
+    for dataset in (second, third):
+        assert all(isinstance(a, np.memmap) and not a.dtype.hasobject for a in (dataset.frames, dataset.sensors, dataset.boxes))
+        assert (dataset.load(1).points == first.load(1).points).all()
+    assert len(pickle.dumps(first)) < 4096                                                              # what a worker receives
+    for path in new_cache.rglob("*.npy"):
+        assert path.read_bytes()[:6] == b"\x93NUMPY"
+        np.load(path, allow_pickle=False)
+
+
+def test_index_is_built_again_when_a_table_or_a_file_of_it_changes(world, tmp_path, new_cache, capsys):
+    root = clone(Path(world), tmp_path / "root")
+    before = data.NuScenes(root, "small").load(0)
+    edit(root, "scene", lambda rows: [row.update(name="renamed-" + row["name"]) for row in rows] and None)
+    put(next(root.glob("v1.0-*/splits.json")), b"{}")
+    assert data.NuScenes(root, "small").load(0).name == before.name.replace("nuscenes/", "nuscenes/renamed-")
+    for path in sorted(new_cache.glob("index-*/*.npy")):
+        whole = path.read_bytes()
+        for damaged in (whole[:len(whole) - 8], whole[:20], b""):
+            path.write_bytes(damaged)
+            data.NuScenes(root, "small").load(0)
+        path.unlink()
+        data.NuScenes(root, "small").load(0)
+    assert "damaged" in capsys.readouterr().out and not list(new_cache.glob("index-building-*"))
+
+
+def open_and_read(root, cache):
+    os.environ["LIDAR_CAMERA_CACHE"] = cache
+    return data.NuScenes(root, "small").load(0).points.sum().item()
+
+
+def test_two_processes_may_build_the_index_at_once(world, new_cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        a, b = pool.starmap(open_and_read, [(str(world), str(new_cache))] * 2, chunksize=1)
+    assert a == b and len(list(new_cache.glob("index-*/frames.npy"))) == 1 and not list(new_cache.glob("index-building-*"))
+
+
+def test_losing_the_race_without_locks_is_harmless(world, new_cache, monkeypatch):
+    build, index_of = data.build_index, []
+
+    def slow(root, version):                            # another process publishes its index while this one builds
+        index = build(root, version)
+        if not index_of:
+            index_of.append(index)
+            data.NuScenes(world, "small")
+        return index
+    monkeypatch.setattr(data, "build_index", slow)
+
+    def flock(*_):
+        raise OSError("no locks on this file system")
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    assert len(data.NuScenes(world, "small").load(0).points) > 0
+    assert len(index_of) == 1 and not list(new_cache.glob("index-building-*"))
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(world, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(data.DataError, match="point LIDAR_CAMERA_CACHE elsewhere"):
+        data.NuScenes(world)
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("LIDAR_CAMERA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.cache_dir() == tmp_path / "lidar-camera-pretraining"
+
+
+# ---- bad input: each complaint says where, what was found, what was expected, what to do ----
+
+def resized(root):
+    file = key_file(root, "CAM_BACK")
+    Image.open(file).resize((50, 40)).save(root / "other.jpg")
+    put(file, (root / "other.jpg").read_bytes())
+
+
+def four_floats(root):
+    rng = np.random.default_rng(0)
+    put(key_file(root, "LIDAR_TOP"), (rng.uniform(0, 1, (500, 4)) * (50, 50, 2, 255)).astype(np.float32).tobytes())
+
+
+def with_value(column, value):
+    def change(root):
+        file = key_file(root, "LIDAR_TOP")
+        points = np.fromfile(file, np.float32).reshape(-1, 5)
+        points[3, column] = value
+        put(file, points.tobytes())
+    return change
+
+
+def outside_link(root):
+    file = key_file(root, "CAM_FRONT")
+    target = root.parent / "elsewhere.jpg"
+    target.write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(target)
+
+
+def table(name, change):
+    return lambda root: edit(root, name, change)
+
+
+def no_row(name):
+    return table(name, lambda rows: rows[:-1])
+
+
+def first(channel, **change):
+    """Change the first sample_data row of a channel."""
+    return table("sample_data", lambda rows: next(row for row in rows if channel in row["filename"]).update(change))
+
+
+def loop_sweeps(rows):
+    lidar = [row for row in rows if "LIDAR_TOP" in row["filename"]]
+    row = next(row for row in lidar if row["next"])
+    row["prev"] = row["next"]
+
+
+def set_all(name, **change):
+    return table(name, lambda rows: [row.update(change) for row in rows] and None)
+
+
+def cut(pattern, at):
+    """Cut the first file of that pattern at this byte."""
+    def change(root):
+        file = sorted(root.glob(pattern))[0]
+        put(file, file.read_bytes()[:at])
+    return change
+
+
+BROKEN = {
+    "truncated bin": (cut("samples/LIDAR_TOP/*", -7), ["nuscenes/", ".bin", "N x 20", "truncated", "extract"]),
+    "empty bin": (lambda r: put(key_file(r, "LIDAR_TOP"), b""), ["nuscenes/", ".bin", "0 bytes", "N > 0", "extract"]),
+    "missing bin": (lambda r: key_file(r, "LIDAR_TOP").unlink(), ["nuscenes/", ".bin", "missing", "extract"]),
+    "missing jpg": (lambda r: key_file(r, "CAM_FRONT").unlink(), ["nuscenes/", "CAM_FRONT", ".jpg", "missing", "extract"]),
+    "truncated jpg": (cut("samples/CAM_FRONT/*", 900), ["nuscenes/", ".jpg", "not a whole JPEG", "900 bytes", "extract"]),
+    "no jpg": (lambda r: put(key_file(r, "CAM_FRONT"), b"<html>"), ["nuscenes/", ".jpg", "not a whole JPEG", "6 bytes", "extract"]),
+    "wrong size jpg": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "expected", "sample_data.json", "extract"]),
+    "enormous height": (first("CAM_BACK/", height=10 ** 10), ["nuscenes/", "CAM_BACK", "x 10000000000", "sample_data.json"]),
+    "four floats a point": (four_floats, ["nuscenes/", ".bin", "expected", "float", "5"]),
+    "NaN point": (with_value(1, np.nan), ["nuscenes/", ".bin", "nan", "finite"]),
+    "infinite point": (with_value(2, np.inf), ["nuscenes/", ".bin", "inf", "finite"]),
+    "far point": (with_value(0, 5e4), ["nuscenes/", ".bin", "300 m"]),
+    "NaN intensity": (with_value(3, np.nan), ["nuscenes/", ".bin", "0..255"]),
+    "ring 40": (with_value(4, 40), ["nuscenes/", ".bin", "40", "0..31"]),
+    "ring 1.5": (with_value(4, 1.5), ["nuscenes/", ".bin", "whole numbers in 0..31"]),
+    "no calibration": (no_row("calibrated_sensor"), ["sample_data.json", "calibrated_sensor_token", "calibrated_sensor.json", "extract"]),
+    "no ego pose": (no_row("ego_pose"), ["sample_data.json", "ego_pose_token", "ego_pose.json", "extract"]),
+    "no image row": (table("sample_data", lambda rows: rows.remove(next(r for r in rows if "CAM_BACK/" in r["filename"]))),
+                     ["sample_data.json", "CAM_BACK", "sample", "extract"]),
+    "no instance": (no_row("instance"), ["sample_annotation.json", "instance_token", "instance.json"]),
+    "no scene": (no_row("scene"), ["sample.json", "scene_token", "scene.json"]),
+    "path upwards": (first("CAM_FRONT/", filename="../../etc/passwd"), ["sample_data.json", "../../etc/passwd", "inside", "correct"]),
+    "absolute path": (first("LIDAR_TOP/", filename="/etc/passwd"), ["sample_data.json", "/etc/passwd", "inside", "correct"]),
+    "link to elsewhere": (outside_link, ["nuscenes/", "leads to", "elsewhere.jpg", "inside"]),
+    "cyclic samples": (table("sample", lambda rows: rows[1].update(next=rows[1]["token"])), ["sample.json", "next", "cyclic", "extract"]),
+    "cyclic sweeps": (table("sample_data", loop_sweeps), ["sample_data.json", "prev", "cyclic", "extract"]),
+    "cyclic boxes": (table("sample_annotation", lambda rows: rows[0].update(next=rows[0]["token"])),
+                     ["sample_annotation.json", "next", "cyclic"]),
+    "duplicate token": (table("ego_pose", lambda rows: rows + rows[:1]), ["ego_pose.json", "occurs 2 times", "once", "extract"]),
+    "two key frames": (table("sample_data", lambda rows: rows + [dict(rows[0], token="twin")]),
+                       ["sample_data.json", "key-frame rows", "expected 7 each"]),
+    "NaN calibration": (set_all("calibrated_sensor", translation=[0, float("nan"), 1]),
+                        ["calibrated_sensor.json", "translation", "nan", "finite"]),
+    "infinite pose": (set_all("ego_pose", translation=[0, float("inf"), 1]), ["ego_pose.json", "translation", "inf", "finite"]),
+    "zero rotation": (set_all("ego_pose", rotation=[0, 0, 0, 0]), ["ego_pose.json", "rotation", "unit quaternion"]),
+    "three numbers for a rotation": (set_all("ego_pose", rotation=[1, 0, 0]), ["ego_pose.json", "rotation", "expected 4 finite"]),
+    "no intrinsics": (set_all("calibrated_sensor", camera_intrinsic=[]), ["calibrated_sensor.json", "camera_intrinsic", "3 x 3"]),
+    "no field": (table("ego_pose", lambda rows: [row.pop("rotation") for row in rows] and None), ["ego_pose.json", "no field rotation"]),
+    "half a table": (cut("v1.0-*/sample_data.json", 5000), ["sample_data.json", "JSON", "extract"]),
+    "not a list": (lambda r: put(next(r.glob("v1.0-*/sensor.json")), b"3"), ["sensor.json", "not a JSON list"]),
+    "a scene in two splits": (lambda r: put(next(r.glob("v1.0-*/splits.json")), b'{"train": ["a"], "val": ["a"]}'),
+                              ["splits.json", "a is in train and in val"]),
+    **{f"no {name}.json": (lambda r, name=name: next(r.glob(f"v1.0-*/{name}.json")).unlink(), [f"{name}.json", "missing", "extract"])
+       for name in ("sensor", "calibrated_sensor", "ego_pose", "sample_data", "sample_annotation", "scene", "instance", "category")},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folder(world, tmp_path, case):
+    root = clone(Path(world), tmp_path / "root")
+    breaks, message = BROKEN[case]
+    breaks(root)
+    with pytest.raises(data.DataError) as error:
+        dataset = data.NuScenes(root, "small")
+        for i in range(len(dataset)):
+            dataset.load(i)
+    for fragment in message:
+        assert fragment in str(error.value), (fragment, str(error.value))
+
+
+def test_a_sweep_with_only_the_car_in_it_is_an_empty_frame(world, tmp_path):
+    root = clone(Path(world), tmp_path)
+    points = np.array([[.5, .5, -.3, 9, 3], [0, 2.2, -.9, 9, 0], [-.9, -1.2, -1, 9, 0]], np.float32)
+    dataset = data.NuScenes(root, "small")
+    put(root / dataset.sensors["file"][dataset.frames["sensors"][0, 0]].decode(), points.tobytes())
+    frame = dataset.load(0)
+    assert frame.points.shape == (0, 5) and len(dataset.sweep(0)) == 3
+    batch = data.collate([jiggle(frame, np.random.default_rng(0)), dataset.load(1)], [0, 1])
+    assert batch.size == 2 and (batch.b_points == 1).all()
+
+
+def test_wrong_root_names_the_right_one(world, tmp_path):
+    root = clone(Path(world), tmp_path / "outer" / "nuscenes")
+    for wrong in (root.parent, next(root.glob("v1.0-*")), root / "samples", root / "samples" / "CAM_FRONT"):
+        with pytest.raises(data.DataError) as error:
+            data.open_dataset(str(wrong), "small")
+        assert str(error.value).startswith(f"{wrong}: ") and str(error.value).endswith(f"give {root}")
+    for wrong, found in ((tmp_path / "absent", "no such folder"), (tmp_path / "empty", "found nothing")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(data.DataError, match=f"looked for nuScenes.*{found}"):
+            data.open_dataset(str(wrong))
+
+
+def test_no_root_is_the_embedded_world_written_once(world, new_cache, monkeypatch, capsys):
+    import synthetic
+    written = []
+    monkeypatch.setattr(synthetic, "write", lambda root: (written.append(root), clone(Path(world), Path(root))))
+    for _ in range(2):
+        assert data.open_dataset("", "small").version == "v1.0-embedded"
+    assert written == [new_cache / f"world-{synthetic.VERSION}"] and "writing the embedded world" in capsys.readouterr().out
