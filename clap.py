@@ -24,7 +24,7 @@ No code of the authors is public. [paper] marks what the paper's public text sta
 Departures and readings:
   D1  Points are drawn by PCA surface variation of the raw cloud, as this project was asked to; the paper's weight, the norm of the derivative of the learned
       SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times).
-  D2  The image branch is a ResNet with a depth-weighted lift by pulling; the paper has Swin and a lift through T. Fusion and f^3D as in DESIGN: 5 layers of cells.
+  D2  The image branch is a ResNet with a depth-weighted lift by pulling; the paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head does not see the SDF's gradient (UniPAD's does): no second-order derivatives in the render path.
   D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
   D5  r_n is the middle of its section (NeuS); section starts would shorten every range by half a section. Weights are not renormalised, as printed.
@@ -93,22 +93,22 @@ class Config:
     gpus: int | None = None            # processes on this machine; 0: CPU; default 1 where CUDA is, else 0
     workers: int = 4                   # loader processes for each training process [ours]
     seed: int = 0                      # of everything: order, augmentation, masks, draws, initial weights
-    eval_every: int = 1000             # steps between held-out terms [ours]; small 50
-    save_every: int = 500              # steps between checkpoints [ours]; small 100
+    eval_every: int = 1000             # steps between held-out terms; 1000, small 50 [ours]
+    save_every: int = 500              # steps between checkpoints; 500, small 100 [ours]
     # optimisation
-    epochs: int = 24                   # [ours] unknown; UniPAD 12, PonderV2 24, TREND 48
+    epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
-    batch: int = 3                     # frames a process [sister, 8 x 3]; small 2
-    lr: float = 2e-4                   # AdamW, half a cosine to 0 [sister] for a global batch of 24, not rescaled for others; small 2e-3 [ours]
-    warmup: int = 500                  # steps from lr / 3 [code UniPAD]; small 50
+    batch: int = 3                     # frames a process; 3 [sister, on 8 processes], small 2 [ours]
+    lr: float = 2e-4                   # AdamW, half a cosine to 0; 2e-4 [sister] at a global batch of 24, not rescaled for others; small 2e-3 [ours]
+    warmup: int = 500                  # steps from lr / 3; 500 [code UniPAD], small 50 [ours]
     weight_decay: float = 0.01         # prototypes included [code UniPAD, PonderV2]
     clip: float = 35.0                 # gradient norm [code UniPAD, OpenPCDet]
     turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code UniPAD, 22.5 deg]
     scale: float = 0.05                # scaling U(1 - scale, 1 + scale); both axes flip with probability 1/2 [code UniPAD]
     # networks
-    resnet: Literal[18, 50] = 50       # image backbone, random initial weights D2; small 18
-    width: int = 16                    # first sparse stage [code OpenPCDet]; volume 8, image 5, fusion 4, field 2 times that: 128, 80, 64, 32; small 8
-    bins: int = 118                    # depth bins of the lift [code BEVFusion]; small 36
+    resnet: Literal[18, 50] = 50       # image backbone, random initial weights; 50, small 18 [ours] D2
+    width: int = 16                    # first sparse stage; volume, image, fusion, field have 8, 5, 4, 2 times that; 16 [code OpenPCDet]: 128, 80, 64, 32; small 8 [ours]
+    bins: int = 118                    # depth bins of the lift; 118 [code BEVFusion], small 36 [ours]
     # masking
     hide_points: float = 0.9           # share of 8 x 8 x 8 voxel blocks [sister]
     hide_pixels: float = 0.3           # share of 32 x 32 patches [code UniPAD]
@@ -116,18 +116,18 @@ class Config:
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
     neighbours: int = 32               # of the PCA, from all sweeps [ours]: at 16, half the neighbourhoods of a 32-beam sweep are a line
     uniform: float = 4 / 24            # with sdf: share of the run that samples uniformly [paper, 4 epochs] of 24 [ours]
-    rays: int = 8192                   # N_L, points drawn a frame [paper]; small 1024
-    pixels: int = 1024                 # N_C, pixels drawn a camera [paper]; small 128
+    rays: int = 8192                   # N_L, points drawn a frame; 8192 [paper], small 1024 [ours]
+    pixels: int = 1024                 # N_C, pixels drawn a camera; 1024 [paper], small 128 [ours]
     blur: int = 9                      # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision's rule]
     sky: float = 0.4                   # top share of rows that uniform sampling leaves out [code UniPAD]
     # rendering
-    samples: int = 72                  # stratified samples a ray [code UniPAD]; with the next 96 [paper]; small 32
-    finer: int = 24                    # samples by importance [code UniPAD]; small 16
+    samples: int = 72                  # stratified samples a ray; 72 [code UniPAD], with the next 96 [paper]; small 32 [ours]
+    finer: int = 24                    # samples by importance; 24 [code UniPAD], small 16 [ours]
     w_rend: float = 2.0                # omega_r [paper]
     w_surface: float = 0.05            # omega_sur [paper]
-    w_colour: float = 0.05             # omega_C [paper]; small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
+    w_colour: float = 0.05             # omega_C; 0.05 [paper], small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
     # prototypes
-    prototypes: int = 512              # N_K [paper]; small 64: fewer cells than 512 are visible there
+    prototypes: int = 512              # N_K; 512 [paper], small 64 [ours]: a small batch has about 1400 cells, and Sinkhorn wants many a prototype
     dims: int = 128                    # d_K [code SwAV]
     tau: float = 1.0                   # softmax temperature [paper] D6
     epsilon: float = 0.05              # Sinkhorn [code SwAV]

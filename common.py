@@ -193,14 +193,20 @@ class KernelMap(NamedTuple):
 
 
 def ravel(coords, shape):
-    """coords (V, 4) b, z, y, x -> (V,) int64 row-major key; sorted coordinates have sorted keys."""
+    """coords (V, 4) b, z, y, x -> (V,) row-major key, int32 where it fits (sorts and divisions cost half); sorted coordinates have sorted keys."""
+    frames = int(coords[:, 0].max()) + 1 if len(coords) else 1
+    coords = coords.int() if frames * math.prod(shape) < 2**31 else coords
     return ((coords[:, 0] * shape[0] + coords[:, 1]) * shape[1] + coords[:, 2]) * shape[2] + coords[:, 3]
 
 
 def unravel(keys, shape):
-    """The inverse of ravel."""
-    rest, x = keys // shape[2], keys % shape[2]
-    return torch.stack([rest // (shape[0] * shape[1]), rest // shape[1] % shape[0], rest % shape[1], x], 1)
+    """The inverse of ravel -> (V, 4) int64."""
+    parts = []
+    for n in reversed(shape):
+        rest = torch.div(keys, n, rounding_mode="trunc")
+        parts.append(keys - rest * n)
+        keys = rest
+    return torch.stack([keys, *reversed(parts)], 1).long()
 
 
 def submanifold_map(coords, shape):
@@ -210,13 +216,9 @@ def submanifold_map(coords, shape):
     two follow by stepping); the earlier 13 are the same pairs with input and output exchanged. [ours]
     """
     n, (_, Y, X) = len(coords), shape
-    keys = ravel(coords + coords.new_tensor([0, 1, 1, 1]), [s + 2 for s in shape])
-    row, plane, end = X + 2, (X + 2) * (Y + 2), torch.iinfo(torch.int32).max
-    if n and int(keys[-1]) + plane + row + 1 < end:
-        keys = keys.int()                                           # halves the cost of the searches
-    else:
-        end = torch.iinfo(torch.int64).max
-    table = torch.cat([keys, keys.new_full((1,), end)])
+    keys = ravel(coords + coords.new_tensor([0, 1, 1, 1]), [s + 2 for s in shape])         # with the border, a neighbour's key fits too
+    row, plane = X + 2, (X + 2) * (Y + 2)
+    table = torch.cat([keys, keys.new_full((1,), torch.iinfo(keys.dtype).max)])
     first = (table[1:] == keys + 1).nonzero()[:, 0]
     outs, ins = [first], [first + 1]
     for delta in (row - 1, plane - row - 1, plane - 1, plane + row - 1):
@@ -237,7 +239,7 @@ def strided_map(coords, shape, pad):
     An input feeds one or two outputs an axis; expanding axis by axis and one unique replace every search. [ours]
     """
     out_shape = [(n + 2 * p - 3) // 2 + 1 for n, p in zip(shape, pad)]
-    key, offset = coords[:, 0], torch.zeros_like(coords[:, 0])
+    key, offset = coords[:, 0], torch.zeros(len(coords), dtype=torch.uint8, device=coords.device)
     source = torch.arange(len(coords), device=coords.device)
     for axis in range(3):
         v = coords[source, 1 + axis] + pad[axis]                    # v = 2 o + t
@@ -245,9 +247,10 @@ def strided_map(coords, shape, pad):
         near = (o < out_shape[axis]).nonzero()[:, 0]
         far = ((t == 0) & (o >= 1) & (o <= out_shape[axis])).nonzero()[:, 0]              # an even v is also t = 2 of the output before
         key = torch.cat([(key * out_shape[axis] + o)[near], (key * out_shape[axis] + o - 1)[far]])
-        offset = torch.cat([(offset * 3 + t)[near], (offset * 3 + 2)[far]])
+        offset = torch.cat([(offset * 3 + t.byte())[near], (offset * 3 + 2)[far]])
         source = torch.cat([source[near], source[far]])
-    unique, outs = torch.unique(key, return_inverse=True)
+    frames = int(coords[-1, 0]) + 1 if len(coords) else 1
+    unique, outs = torch.unique(key.int() if frames * math.prod(out_shape) < 2**31 else key, return_inverse=True)
     order = torch.argsort(offset, stable=True)
     counts = torch.bincount(offset, minlength=27).tolist()
     return unravel(unique, out_shape), KernelMap(source[order], outs[order], counts, len(coords), len(unique), False)
@@ -361,7 +364,7 @@ class Level(NamedTuple):
     def dense(self, size):
         """-> (B, C, Z, Y, X), zero where no site is."""
         flat = self.features.new_zeros(size * math.prod(self.cells.shape), self.features.shape[1])
-        flat = flat.index_copy(0, ravel(self.coords, self.cells.shape), self.features)
+        flat = flat.index_copy(0, ravel(self.coords, self.cells.shape).long(), self.features)
         return flat.view(size, *self.cells.shape, -1).permute(0, 4, 1, 2, 3)
 
 
@@ -390,7 +393,7 @@ class VoxelNet(nn.Module):
     def voxelise(self, points, b):
         """points (N, 5), b (N,) -> Level 0: the mean point of each occupied voxel. Points outside the range are dropped."""
         xyz, cells = points[:, :3], self.cells[0]
-        inside = ((xyz >= xyz.new_tensor(self.low)) & (xyz < xyz.new_tensor(self.high))).all(1)
+        inside = torch.stack([(xyz[:, a] >= self.low[a]) & (xyz[:, a] < self.high[a]) for a in range(3)]).all(0)
         points, b = points[inside], b[inside]
         index = ((points[:, :3] - points.new_tensor(self.low)) / points.new_tensor(self.voxel)).long().flip(1)
         index = torch.minimum(index, index.new_tensor(cells.shape) - 1)                   # rounding at the upper face
@@ -578,16 +581,17 @@ def surface_variation(queries, cloud, k=32):
     """
     if len(queries) == 0 or len(cloud) == 0:
         return np.zeros(len(queries), np.float32)
-    k, chunk, out = min(k, len(cloud)), 8192, []
+    k, chunk, out = min(k, len(cloud)), 2048, []
     tree = cKDTree(cloud)
     for a in range(0, len(queries), chunk):                         # keeps the temporaries in cache
         query = queries[a:a + chunk]
         near = tree.query(query, k)[1].reshape(len(query), k)
-        offset = cloud[near] - query[:, None]                                              # (q, k, 3)
-        offset -= offset.mean(1, keepdims=True)
-        cov = (offset.transpose(0, 2, 1) @ offset).astype(np.float64)                      # (q, 3, 3), k times the covariance: the ratio does not mind
-        low = smallest_eigenvalue(cov[:, 0, 0], cov[:, 0, 1], cov[:, 0, 2], cov[:, 1, 1], cov[:, 1, 2], cov[:, 2, 2])
-        trace = np.trace(cov, axis1=1, axis2=2)
+        planes = [cloud[:, axis][near] - query[:, axis, None] for axis in range(3)]       # three of (q, k)
+        x, y, z = (plane - plane.mean(1, keepdims=True) for plane in planes)
+        # k times the covariance, as the ratio does not mind
+        xx, xy, xz, yy, yz, zz = (np.einsum("nk,nk->n", *pair).astype(np.float64) for pair in ((x, x), (x, y), (x, z), (y, y), (y, z), (z, z)))
+        trace = xx + yy + zz
+        low = smallest_eigenvalue(xx, xy, xz, yy, yz, zz)
         out.append(np.where(trace > 1e-12, np.clip(low, 0, None) / np.maximum(trace, 1e-12), 0.0))
     return np.concatenate(out).astype(np.float32)
 
