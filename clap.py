@@ -24,19 +24,22 @@ No code of the authors is public. [paper] marks what the paper's public text sta
 Departures and readings:
   D1  Points are drawn by PCA surface variation of the raw cloud, as this project was asked to; the paper's weight, the norm of the derivative of the learned
       SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times).
-  D2  The image branch is a ResNet with a depth-weighted lift by pulling; the paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
+  D2  The image branch is a ResNet whose hidden pixels take the mean colour (no mask token), with a lift by pulling: depth probability times the number of
+      bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head does not see the SDF's gradient (UniPAD's does): no second-order derivatives in the render path.
   D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
-  D5  r_n is the middle of its section (NeuS); section starts would shorten every range by half a section. Weights are not renormalised, as printed.
+  D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
+      renormalised, as printed.
   D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau), the same at the paper's tau = 1.
-  D7  Prototypes meet cells that hold a visible point and that some camera sees, at most 8192 a frame; the paper does not say which.
+  D7  Prototypes meet cells that hold a point left visible and that some camera sees, at most 8192 a frame; the paper does not say which. (The sparse
+      encoder's last sites are five times as many: strided convolutions spread each point over its neighbours.)
   D8  Sinkhorn runs in the log domain (exp(S / 0.05) overflows) and counts every process's cells; L_GMM is linear and signed, as printed.
 """
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -47,40 +50,12 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (
-    CameraNet,
-    FusionNet,
-    Log,
-    VoxelNet,
-    box_exit,
-    conv3d,
-    corners,
-    cosine,
-    figure,
-    frame_generators,
-    gather_weighted,
-    importance,
-    inside_boxes,
-    launch,
-    loss_curves,
-    mean_over_ranks,
-    mlp,
-    neus_weights,
-    over_ranks,
-    parse,
-    project,
-    rays,
-    resume,
-    save,
-    start,
-    stratified,
-    surface_variation,
-    wrap,
-    write_text,
-)
+from common import (CameraNet, FusionNet, Log, VoxelNet, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance,
+                    inside_boxes, launch, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save, start, stratified,
+                    surface_variation, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
-HELD_OUT = 16                                                       # frames of the val split that are looked at [ours]
+HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
 NEAR, CLOSE = 1.0, 3.0                                              # m, first sample of a ray [ours]; nearer LiDAR points are no targets [code UniPAD]
 
 
@@ -93,10 +68,10 @@ class Config:
     gpus: int | None = None            # processes on this machine; 0: CPU; default 1 where CUDA is, else 0
     workers: int = 4                   # loader processes for each training process [ours]
     seed: int = 0                      # of everything: order, augmentation, masks, draws, initial weights
-    eval_every: int = 1000             # steps between held-out terms; 1000, small 50 [ours]
-    save_every: int = 500              # steps between checkpoints; 500, small 100 [ours]
+    eval_every: int = 1000             # steps between held-out terms; 1000, small 80 [ours]
+    save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
     # optimisation
-    epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48
+    epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
     batch: int = 3                     # frames a process; 3 [sister, on 8 processes], small 2 [ours]
     lr: float = 2e-4                   # AdamW, half a cosine to 0; 2e-4 [sister] at a global batch of 24, not rescaled for others; small 2e-3 [ours]
@@ -115,7 +90,7 @@ class Config:
     # curvature sampling
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
     neighbours: int = 32               # of the PCA, from all sweeps [ours]: at 16, half the neighbourhoods of a 32-beam sweep are a line
-    uniform: float = 4 / 24            # with sdf: share of the run that samples uniformly [paper, 4 epochs] of 24 [ours]
+    warm_epochs: float = 4             # N_warmup, with sdf: epochs of uniform sampling at first; 4 [paper], small 0.5 [ours]
     rays: int = 8192                   # N_L, points drawn a frame; 8192 [paper], small 1024 [ours]
     pixels: int = 1024                 # N_C, pixels drawn a camera; 1024 [paper], small 128 [ours]
     blur: int = 9                      # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision's rule]
@@ -139,8 +114,18 @@ class Config:
     without: Literal["", "prototypes"] = ""  # the paper's ablation
 
 
-SMALL = dict(steps=320, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, rays=1024, pixels=128, samples=32, finer=16, prototypes=64, w_colour=0.5, workers=0,
-             eval_every=50, save_every=100)
+SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=320, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
+             rays=1024, pixels=128, samples=32, finer=16, w_colour=0.5, prototypes=64)      # explained in Config
+
+
+def check(cfg):
+    """Flags that contradict themselves, before anything is written."""
+    for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
+                        (cfg.blur % 2 == 0, f"--blur {cfg.blur}: a Gaussian has a middle, give an odd number of pixels"),
+                        (cfg.prototypes < 2, f"--prototypes {cfg.prototypes}: at least 2, or --without prototypes"),
+                        (min(cfg.batch, cfg.eval_every, cfg.save_every) < 1, "--batch, --eval-every and --save-every start at 1")):
+        if wrong:
+            raise SystemExit(told)
 
 
 # ---- hide ------------------------------------------------------------------------------------------------------------------------
@@ -183,7 +168,7 @@ class Curvature:
 # The three samplers, one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
 
 def pca_curvature(xyz, b, pca, sdf, step):
-    return pca
+    return pca.clone()
 
 
 def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
@@ -298,7 +283,7 @@ class Field(nn.Module):
 
     def render(self, table, origin, direction, b, far, jitter, u, colour):
         """Range and, if asked, colour along rays [paper §3]. origin, direction (R, 3), b (R,), far (R,) m, jitter (R, S), u (R, S') in [0, 1)
-        -> range (R,) m, colour (R, 3) on black or None. Samples lie between NEAR and far: none outside the volume's box is evaluated."""
+        -> range (R,) m, colour (R, 3) on black or None. Samples lie between NEAR and far, where the ray leaves the volume's box."""
         def at(depth):
             return (origin[:, None] + direction[:, None] * depth[..., None]).view(-1, 3), b.repeat_interleave(depth.shape[1])
 
@@ -336,11 +321,11 @@ def sinkhorn(scores, epsilon, iterations):
 class Prototypes(nn.Module):
     """One set of prototypes that cells of both modalities are assigned to [paper §4]."""
 
-    def __init__(self, cfg, lidar, image):
+    def __init__(self, cfg, lidar_width, image_width):
         super().__init__()
         self.cfg = cfg
         self.K = nn.Parameter(torch.randn(cfg.prototypes, cfg.dims))                       # raw: with unit prototypes and tau = 1 L_EM would be inert
-        self.head_lidar, self.head_image = mlp(lidar, lidar, cfg.dims), mlp(image, lidar, cfg.dims)
+        self.head_lidar, self.head_image = mlp(lidar_width, lidar_width, cfg.dims), mlp(image_width, lidar_width, cfg.dims)
 
     def forward(self, lidar, image):
         """lidar (N, C), image (N, C') features of the same N cells -> L_SwAV, L_EM, L_GMM, {monitor: ()}."""
@@ -355,9 +340,9 @@ class Prototypes(nn.Module):
         L_GMM = (G.sum() - G.diagonal().sum()) / (len(K) * (len(K) - 1))                   # [paper §4, Gram]     D8
         with torch.no_grad():
             best_P, best_I = S_P.argmax(1), S_I.argmax(1)
-            seen = dict(perplexity_P=perplexity(best_P, len(K)), perplexity_I=perplexity(best_I, len(K)), perplexity_Q=perplexity(Q_P.argmax(1), len(K)),
-                        agreement=(best_P == best_I).float().sum() / max(N, 1), prototype_norm=K.norm(dim=1).mean())
-        return L_SwAV, L_EM, L_GMM, seen
+            monitors = dict(perplexity_P=perplexity(best_P, len(K)), perplexity_I=perplexity(best_I, len(K)), perplexity_Q=perplexity(Q_P.argmax(1), len(K)),
+                            agreement=(best_P == best_I).float().sum() / max(N, 1), prototype_norm=K.norm(dim=1).mean())
+        return L_SwAV, L_EM, L_GMM, monitors
 
 
 def entropy(scores):
@@ -394,7 +379,9 @@ class Clap(nn.Module):
         lidar = self.lidar(batch.points[~hidden], batch.b_points[~hidden])[-1]             # P^, sparse
         image, seen = self.camera(batch, cells, hidden_px)                                 # I^
         fused = self.fuse(lidar.dense(batch.size), image)                                  # F^ (B, C, Z, Y, X)
-        return self.shallow(fused).permute(0, 2, 3, 4, 1).reshape(-1, 2 * self.cfg.width), lidar, image, seen
+        with half(fused.device):
+            shallow = self.shallow(fused).float()                                          # F~
+        return shallow.permute(0, 2, 3, 4, 1).reshape(-1, 2 * self.cfg.width), lidar, image, seen
 
     def targets(self, batch):
         """Key-sweep points inside the box and not too close: rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's own place."""
@@ -406,12 +393,14 @@ class Clap(nn.Module):
         return rows, away[rows] / r[rows, None], r[rows]
 
     def render(self, table, origin, direction, b, generators, colour):
-        """Rays in frame order through the box, random numbers from each ray's frame -> range (R,), colour (R, 3) or None, valid (R,): enters the box."""
+        """Rays in frame order, random numbers from each ray's frame; rays that leave the box before NEAR are dropped first.
+        -> range (R',) m, colour (R', 3) or None, valid (R,) with R' true."""
         cfg, far = self.cfg, box_exit(origin, direction, self.grid.low, self.grid.high)
         counts = torch.bincount(b, minlength=len(generators)).tolist()
         noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
-        jitter, u = noise.split([cfg.samples, cfg.finer], 1)
-        return *self.field.render(table, origin, direction, b, far.clamp_min(NEAR + 0.1), jitter, u, colour), far > NEAR
+        valid = far > NEAR
+        jitter, u = noise[valid].split([cfg.samples, cfg.finer], 1)
+        return *self.field.render(table, origin[valid], direction[valid], b[valid], far[valid], jitter, u, colour), valid
 
     def forward(self, batch, uniform=False):
         """-> L (), {name: ()}. uniform: sample uniformly for now, while the SDF is noise."""
@@ -428,28 +417,26 @@ class Clap(nn.Module):
         with torch.no_grad():
             omega = self.weights(table, xyz, b, batch.extra["points_curvature"][rows], uniform)                         # (M,)
             drawn = draw_points(omega, b, cfg.rays, generators)                            # (N_L,) into M
-            flat = uniform or cfg.sampler == "uniform"
-            maps = below_sky(batch, cfg.sky) if flat else pixel_weights(omega, xyz, b, batch, cfg.blur)                 # (B K, H, W)
-            at, v, u = draw_pixels(maps, cfg.pixels, batch.size, generators)               # (N_C,)
+            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, uniform), cfg.pixels, batch.size, generators)        # (N_C,)
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
 
         # 3 render range along LiDAR rays and colour along camera rays
-        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (N_L,)
+        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (N_L,), all valid
         s = self.field.sdf(table, xyz, b)[0]                                               # (N_L,), 0 on a surface
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (N_C, 3)
-        c = batch.images[at, :, v, u].float() / 255                                        # (N_C, 3)
+        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (N_C', 3)
+        c = (batch.images[at, :, v, u].float() / 255)[valid]                               # (N_C', 3)
         scale = self.field.scale
         L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper §3]
         L_surface = mean_over_ranks(s.abs().sum(), len(s))                                                              # [paper §3]
-        L_colour = mean_over_ranks((c - c_hat)[valid].abs().sum() / 3, valid.sum())                                     # [paper §3]
+        L_colour = mean_over_ranks((c - c_hat).abs().sum() / 3, len(c))                                                 # [paper §3]
         L_rend = L_range + cfg.w_surface * L_surface + cfg.w_colour * L_colour                                          # [paper §3]
         terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface, L_colour=L_colour, h=self.field.h)
 
         # 4 prototypes: the same cells seen by both modalities, each predicts the other's code
         L = cfg.w_rend * L_rend                                                                                         # [paper §5]
         if self.proto is not None:
-            cell = self.both_see(lidar, seen, generators)                                  # (N_3D,) into the sparse level
+            cell = self.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)               # (N_3D,) into the sparse level  D7
             b_, z, y, x = lidar.coords[cell].unbind(1)
             L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper §4]
             L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper §4]
@@ -459,15 +446,30 @@ class Clap(nn.Module):
 
     @torch.no_grad()
     def weights(self, table, xyz, b, pca, uniform):
-        """The chosen sampler's weight of each point. Its step for differences is half a cell [ours]. -> (M,)."""
+        """The chosen sampler's weight of each point, made safe frame by frame. Its step for differences is half a cell [ours]. -> (M,)."""
         sampler = SAMPLERS["uniform" if uniform else self.cfg.sampler]
-        return sane(sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2))
+        omega = sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
+        for frame in b.unique().tolist():
+            omega[b == frame] = sane(omega[b == frame])
+        return omega
 
     @torch.no_grad()
-    def both_see(self, lidar, seen, generators, most=8192):
-        """Sites that some camera sees, at most 8192 a frame. -> rows (N_3D,) of the level."""
-        b, z, y, x = lidar.coords.unbind(1)
-        visible, kept = seen[b, z, y, x], []
+    def maps(self, omega, xyz, b, batch, uniform):
+        """Weight of every pixel: the points' own, spread; under uniform sampling equal below the sky. -> (B K, H, W)."""
+        if uniform or self.cfg.sampler == "uniform":
+            return below_sky(batch, self.cfg.sky)
+        return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
+
+    @torch.no_grad()
+    def both_see(self, lidar, seen, points, b_points, generators, most=8192):
+        """Sites whose own cell holds one of these visible points and that some camera sees, at most 8192 a frame. -> rows (N_3D,) of the level."""
+        cells, inside = lidar.cells, self.lidar.inside(points)
+        zyx = cells.index(points[inside, :3]).round().long().clamp_min(0)
+        zyx = zyx.minimum(zyx.new_tensor(cells.shape) - 1)                                 # the outer half of a border cell
+        held = torch.zeros_like(seen).flatten()
+        held[ravel(torch.cat([b_points[inside, None], zyx], 1), cells.shape).long()] = True
+        b = lidar.coords[:, 0]
+        visible, kept = (seen.flatten() & held)[ravel(lidar.coords, cells.shape).long()], []
         for frame, generator in enumerate(generators):
             rows = (visible & (b == frame)).nonzero()[:, 0]
             kept.append(rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:most]])
@@ -485,10 +487,10 @@ class Clap(nn.Module):
 # ---- held-out errors -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, loader, device, batches=4):
-    """Mean of every term over some held-out batches, the same frames and masks every time. -> {name: float}."""
+def evaluate(model, loader, device, uniform):
+    """Mean of every term over the held-out batches, the same frames and masks every time, sampled as training is. -> {name: float}."""
     model.eval()
-    rows = [model(batch.to(device))[1] for batch in islice(loader.once(), batches)]
+    rows = [model(batch.to(device), uniform)[1] for batch in loader.once()]
     model.train()
     return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 
@@ -499,7 +501,7 @@ def examine(model, loader, device):
 
     range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range of the ray's own beam over these very
     frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of another frame went in.
-    colour / colour_blind: curvature-sampled pixels, with the images and with black ones.
+    range_all is over the same rays. colour / colour_blind: pixels drawn as in training, with the images and with black ones. None where no ray is left.
     """
     model.eval()
     cfg, ray, colour = model.cfg, [], []
@@ -512,24 +514,24 @@ def examine(model, loader, device):
         b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
         swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
         blind = replace(batch, images=torch.zeros_like(batch.images))
-        seen, other, dark = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped, blind))
-        r_hat = model.render(seen, batch.origin[b], direction, b, generators, colour=False)[0]
+        given, other, dark = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped, blind))
+        r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
         r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
-        omega = sane(batch.extra["points_curvature"][rows])
-        at, v, u = draw_pixels(pixel_weights(omega, xyz, b, batch, cfg.blur), cfg.pixels, batch.size, generators)
+        omega = model.weights(given, xyz, b, batch.extra["points_curvature"][rows], False)
+        at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, False), cfg.pixels, batch.size, generators)
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        c = batch.images[at, :, v, u].float() / 255
-        with_, without = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True) for t in (seen, dark))
-        colour.append(torch.stack([(c - with_[1]).abs().mean(1), (c - without[1]).abs().mean(1)], 1)[with_[2]])
+        lit, unlit = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)[1:] for t in (given, dark))
+        c = (batch.images[at, :, v, u].float() / 255)[lit[1]]
+        colour.append(torch.stack([(c - lit[0]).abs().mean(1), (c - unlit[0]).abs().mean(1)], 1))
     model.train()
     elevation, r, hid, error, error_other, error_near = torch.cat(ray).cpu().double().unbind(1)
     _, beam, count = torch.unique((elevation.rad2deg() * 2).round(), return_inverse=True, return_counts=True)           # half-degree bins
     mean = torch.zeros(len(count), dtype=r.dtype).index_add_(0, beam, r) / count
-    hid, colour = hid.bool(), torch.cat(colour).cpu().double().mean(0)
-    found = dict(range_hidden=error[hid].mean(), range_visible=error[~hid].mean(), beam_mean=(r - mean[beam])[hid].abs().mean(), nearest_ray=error_near[hid].mean(),
-                 range_all=error.mean(), range_swapped=error_other.mean(), colour=colour[0], colour_blind=colour[1])
-    return {k: round(float(v), 4) for k, v in found.items()}
+    hid, colour, both = hid.bool(), torch.cat(colour).cpu().double().mean(0), error_other.isfinite()
+    found = dict(range_hidden=error[hid].mean(), range_visible=error[~hid].mean(), beam_mean=(r - mean[beam])[hid].abs().mean(),
+                 nearest_ray=error_near[hid].nanmean(), range_all=error[both].mean(), range_swapped=error_other[both].mean(), colour=colour[0], colour_blind=colour[1])
+    return {k: round(float(v), 4) if v.isfinite() else None for k, v in found.items()}
 
 
 def nearest_visible(direction, r, b, hidden):
@@ -547,7 +549,7 @@ def nearest_visible(direction, r, b, hidden):
 
 @torch.no_grad()
 def draw(model, batch, out, stride=2):
-    """figures/rendered.png, samples.png, prototypes.png of a held-out batch's first frame, under the training mask."""
+    """figures/rendered.png, samples.png, sampled_pixels.png and prototypes.png of a held-out batch's first frame, under the training mask."""
     model.eval()
     cfg, K, generators = model.cfg, batch.cameras, frame_generators(batch.seeds, batch.points.device)
     hidden = hide_points(batch.points, batch.b_points, batch.size, model.lidar, cfg.hide_points, generators)
@@ -566,16 +568,19 @@ def draw(model, batch, out, stride=2):
         h, w = batch.hw[k].tolist()
         v, u = torch.meshgrid(torch.arange(0, h, stride, device=r.device), torch.arange(0, w, stride, device=r.device), indexing="ij")
         origin, away = rays(torch.stack([u, v], -1).view(-1, 2) + 0.5, torch.full((v.numel(),), k, device=r.device), batch.lidar2img)
-        zeros = torch.zeros(len(origin), dtype=torch.int64, device=r.device)
-        parts = [model.render(table, *part, generators, colour=True)[1] for part in zip(origin.split(8192), away.split(8192), zeros.split(8192))]
-        truth, rendered = batch.images[k, :, :h, :w].permute(1, 2, 0).cpu(), torch.cat(parts).view(*v.shape, 3).cpu()
-        panels += [(f"camera {k}: truth", truth), ("visible", truth * ~hidden_px[k, :h, :w, None].cpu()), ("rendered, black above the volume", rendered)]
+        rendered, zeros = torch.zeros_like(origin), torch.zeros(len(origin), dtype=torch.int64, device=r.device)
+        for i in torch.arange(len(origin), device=r.device).split(8192):
+            _, c, valid = model.render(table, origin[i], away[i], zeros[i], generators, colour=True)
+            rendered[i[valid]] = c
+        truth = batch.images[k, :, :h, :w].permute(1, 2, 0).cpu()
+        panels += [(f"camera {k}: truth", truth), ("visible", truth * ~hidden_px[k, :h, :w, None].cpu()),
+                   ("rendered, black above the volume", rendered.view(*v.shape, 3).cpu())]
     figure(Path(out) / "figures" / "rendered.png", pictures + panels, 3, (5.0, 2.0))
 
     omega = model.weights(table, xyz, b, batch.extra["points_curvature"][rows], False)
     drawn = draw_points(omega, b, cfg.rays, generators[:1])
     first = replace(batch, size=1, images=batch.images[:K], hw=batch.hw[:K], lidar2img=batch.lidar2img[:K])
-    maps = pixel_weights(omega, xyz, b, first, cfg.blur)
+    maps = model.maps(omega, xyz, b, first, False)
     at, v, u = draw_pixels(maps, cfg.pixels, 1, generators[:1])
     top, x, y = float(omega.quantile(0.99)), xyz[:, 0].cpu(), xyz[:, 1].cpu()
     panels = [(f"{cfg.sampler} weight of every point", lambda ax: ax.scatter(-y, x, 1, omega.cpu(), cmap="viridis", vmax=top)),
@@ -585,7 +590,7 @@ def draw(model, batch, out, stride=2):
     figure(Path(out) / "figures" / "sampled_pixels.png", over, 1, (9.0, 3.6))
 
     if model.proto is not None:
-        cell = model.both_see(lidar, seen, generators)
+        cell = model.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)
         cell = cell[lidar.coords[cell, 0] == 0]
         b_, z, y_, x_ = lidar.coords[cell].unbind(1)
         ids = [(F.normalize(head(f), dim=1) @ model.proto.K.t()).argmax(1).cpu()
@@ -629,6 +634,7 @@ def range_image(direction, r):
 # ---- training --------------------------------------------------------------------------------------------------------------------
 
 def train(rank, world, cfg):
+    check(cfg)
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
     prepare, augment = Curvature(cfg.neighbours), partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=True)
@@ -638,35 +644,43 @@ def train(rank, world, cfg):
     model = Clap(cfg, loader.grid).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
-    first = resume(cfg.out, model, opt, world)                      # 0 when there is nothing to resume
+    first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
     net = wrap(model, device, world)
-    log = Log(cfg.out, rank, first, steps, cfg.batch * world)
+    log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
 
-    for step, batch in log.batches(loader, first, device):
+    for step, batch in log.batches(loader, first):
+        uniform = cfg.sampler == "sdf" and step < cfg.warm_epochs * loader.steps_per_epoch
         if step % cfg.eval_every == 0:
-            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device))
+            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)
         for group in opt.param_groups:
             group["lr"] = lr
-        loss, terms = net(batch, uniform=cfg.sampler == "sdf" and step < cfg.uniform * steps)
+        loss, terms = net(batch, uniform)
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)    # raises before the update if a term is not finite
         opt.step()
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps):
-            save(cfg, step + 1, model, opt, world, UNITS)
+        stop = log.stopping()
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
+            save(cfg, step + 1, model, opt, UNITS, loader.grid)
+        if stop and step + 1 < steps:
+            print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
+            sys.exit(143)
 
     if rank == 0:
         found = examine(model, held_out, device)
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        draw(model, next(iter(held_out.once())).to(device), cfg.out)
+        shown = next((batch for batch in held_out.once() if (model.targets(batch.to(device))[0] < (batch.b_points == 0).sum()).any()), None)
+        if shown is not None:                                       # the first batch whose first frame has a target
+            draw(model, shown.to(device), cfg.out)
         loss_curves(cfg.out)
         print(json.dumps(found))
-        print(f"{cfg.out}: held-out range error {found['range_hidden']:.2f} m where points were hidden (beam mean {found['beam_mean']:.2f}, "
-              f"nearest visible ray {found['nearest_ray']:.2f}), {found['range_visible']:.2f} m where visible")
+        print(f"{cfg.out}: held-out range error {found['range_hidden']} m where points were hidden (beam mean {found['beam_mean']}, "
+              f"nearest visible ray {found['nearest_ray']}), {found['range_visible']} m where visible")
+    log.close()
 
 
 if __name__ == "__main__":

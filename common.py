@@ -5,7 +5,7 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     section       pieces                                                              used by
     §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap
                   box_exit, inside_boxes
-    §3 networks   VoxelNet, CameraNet, FusionNet, mlp, conv3d                         clap
+    §3 networks   VoxelNet, CameraNet, FusionNet, mlp, conv3d, ravel, half            clap
     §4 rendering  neus_weights, stratified, importance                                clap
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, launch, start, wrap, over_ranks, mean_over_ranks,            clap
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from torchvision.models import resnet18, resnet50
 
 try:                                   # the one optional import: compiled against one torch, so it may be absent or stale
     import torch_scatter
-except (ImportError, OSError):
+except (ImportError, OSError, RuntimeError):
     torch_scatter = None
 
 
@@ -258,13 +259,13 @@ def strided_map(coords, shape, pad):
 
 def convolve_chunks(x, weight, kmap, chunk=4096):
     """The convolution as a loop over offsets: gather, multiply, add, in chunks that stay in cache. Fastest on a CPU, bitwise repeatable."""
-    out, start = x @ weight[13] if kmap.same else x.new_zeros(kmap.n_out, weight.shape[2]), 0
+    out, begin = x @ weight[13] if kmap.same else x.new_zeros(kmap.n_out, weight.shape[2]), 0
     for k, count in enumerate(kmap.counts):
         if not (kmap.same and k == 13):
-            for a in range(start, start + count, chunk):
-                part = slice(a, min(a + chunk, start + count))
+            for a in range(begin, begin + count, chunk):
+                part = slice(a, min(a + chunk, begin + count))
                 out.index_add_(0, kmap.outs[part], x.index_select(0, kmap.ins[part]) @ weight[k])
-        start += count
+        begin += count
     return out
 
 
@@ -295,13 +296,13 @@ class SparseConvolution(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
             grad_x = (convolve_grouped if x.is_cuda else convolve_chunks)(grad, weight.transpose(1, 2), kmap.reversed())
-        grad_weight, start = torch.zeros_like(weight), 0
+        grad_weight, begin = torch.zeros_like(weight), 0
         chunk = max(len(kmap.ins), 1) if x.is_cuda else 4096
         for k, count in enumerate(kmap.counts):
-            for a in range(start, start + count, chunk):
-                part = slice(a, min(a + chunk, start + count))
+            for a in range(begin, begin + count, chunk):
+                part = slice(a, min(a + chunk, begin + count))
                 grad_weight[k].addmm_(x.index_select(0, kmap.ins[part]).t(), grad.index_select(0, kmap.outs[part]))
-            start += count
+            begin += count
         return grad_x, grad_weight, None
 
 
@@ -390,10 +391,14 @@ class VoxelNet(nn.Module):
         self.conv1 = nn.ModuleList([SparseBlock(widths[1]), SparseBlock(widths[1])])
         self.conv2, self.conv3, self.conv4 = (nn.ModuleList([Down(a, b), SparseBlock(b), SparseBlock(b)]) for a, b in zip(widths[1:], widths[2:]))
 
+    def inside(self, points):
+        """Which points lie in the range. points (N, 3 or more) -> (N,) bool."""
+        return torch.stack([(points[:, a] >= self.low[a]) & (points[:, a] < self.high[a]) for a in range(3)]).all(0)
+
     def voxelise(self, points, b):
         """points (N, 5), b (N,) -> Level 0: the mean point of each occupied voxel. Points outside the range are dropped."""
-        xyz, cells = points[:, :3], self.cells[0]
-        inside = torch.stack([(xyz[:, a] >= self.low[a]) & (xyz[:, a] < self.high[a]) for a in range(3)]).all(0)
+        cells = self.cells[0]
+        inside = self.inside(points)
         points, b = points[inside], b[inside]
         index = ((points[:, :3] - points.new_tensor(self.low)) / points.new_tensor(self.voxel)).long().flip(1)
         index = torch.minimum(index, index.new_tensor(cells.shape) - 1)                   # rounding at the upper face
@@ -405,9 +410,9 @@ class VoxelNet(nn.Module):
     def forward(self, points, b):
         """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels of stride 1, 2, 4, 8; dense(size) of the last is the volume."""
         level = self.voxelise(points, b)
+        kmap = submanifold_map(level.coords, level.cells.shape)
+        x = self.conv_input(level.features, kmap)                   # in float32: bfloat16 would round coordinates to a quarter of a metre
         with half(points.device):
-            kmap = submanifold_map(level.coords, level.cells.shape)
-            x = self.conv_input(level.features, kmap)
             for block in self.conv1:
                 x = block(x, kmap)
             levels = [level._replace(features=x)]
@@ -465,8 +470,8 @@ class CameraNet(nn.Module):
 
     def __init__(self, depth=50, channels=80, reach=60.0, bins=118):
         super().__init__()
-        self.resnet = {18: resnet18, 50: resnet50}[depth](weights=None).to(memory_format=torch.channels_last)   # faster convolutions
-        self.resnet.fc = nn.Identity()
+        self.resnet = {18: resnet18, 50: resnet50}[depth](weights=None, zero_init_residual=True)    # blocks begin as identities: learns sooner [ours]
+        self.resnet.to(memory_format=torch.channels_last).fc = nn.Identity()                # faster convolutions; no classifier
         inputs = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
         self.neck = Neck(inputs, 2 * channels, channels + bins)
         self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
@@ -498,6 +503,7 @@ class CameraNet(nn.Module):
         centres = cells.centres(features.device)                                           # (V, 3)
         b = torch.arange(batch.size, device=centres.device).repeat_interleave(V)           # (B V,)
         cell, image, uv, depth = project(centres.repeat(batch.size, 1), b, batch.lidar2img, batch.hw, batch.size, self.near)
+        cell, image, uv, depth = (part[depth < self.reach] for part in (cell, image, uv, depth))
         padded = batch.images.shape[-2:]
         pulled = sample_image(features, image, uv, padded)                                 # (M, C)
         bin_ = (depth - self.near) / (self.reach - self.near) * D - 0.5                    # (M,) whole numbers at bin centres
@@ -635,7 +641,7 @@ def launch(train, cfg):
     return None
 
 
-def start(cfg, rank, world, free=("gpus", "workers", "eval_every", "save_every")):
+def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every")):
     """Device, process group and run folder: config.json, source copies, provenance. -> device.
 
     A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
@@ -644,6 +650,7 @@ def start(cfg, rank, world, free=("gpus", "workers", "eval_every", "save_every")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False               # projection and field are float32 in earnest
     else:
         keep_large_buffers()
     if world > 1 and not torch.distributed.is_initialized():
@@ -659,12 +666,13 @@ def start(cfg, rank, world, free=("gpus", "workers", "eval_every", "save_every")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(asked, indent=1))
-        main = Path(sys.modules["__main__"].__file__ or "")
-        for source in {main, *Path(__file__).parent.glob("*.py")} & {main, Path(__file__), Path(__file__).with_name("data.py")}:
-            (out / "source").mkdir(exist_ok=True)
-            shutil.copy(source, out / "source")
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-        write_text(out / "provenance.json", json.dumps(dict(argv=sys.argv, commit=commit(), **versions), indent=1))
+        starts = json.loads((out / "provenance.json").read_text()) if (out / "last.pt").exists() else []
+        starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
+        write_text(out / "provenance.json", json.dumps(starts, indent=1))                  # a line for each start and resume
+        source = out / ("source" if len(starts) == 1 else f"source-{len(starts)}")
+        source.mkdir(exist_ok=True)
+        for file in {Path(sys.modules["__main__"].__file__), Path(__file__), Path(__file__).with_name("data.py")}:
+            shutil.copy(file, source)
     if world > 1:
         torch.distributed.barrier()
     return device
@@ -732,8 +740,8 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def resume(out, model, opt, world):
-    """Load last.pt if the run folder has one -> the next step, else 0. The checkpoint belongs to one number of processes."""
+def resume(out, model, opt):
+    """Load last.pt if the run folder has one -> the next step, else 0."""
     path = Path(out) / "last.pt"
     if not path.exists():
         return 0
@@ -741,60 +749,69 @@ def resume(out, model, opt, world):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}). Delete it to start over, or give another --out.") from error
-    if state["world"] != world:
-        raise SystemExit(f"{path}: written by {state['world']} processes, now there are {world}; the global batch would change. Resume with --gpus {state['world']}.")
     model.load_state_dict(state["model"])
     opt.load_state_dict(state["optimizer"])
     return state["step"]
 
 
-def save(cfg, step, model, opt, world, units):
-    """Rank 0 only: last.pt (to resume) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads; config and commit in its header)."""
+def save(cfg, step, model, opt, units, grid):
+    """Rank 0 only: last.pt (to resume) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads; config, grid and commit in its header)."""
     from safetensors.torch import save_file
     out, state = Path(cfg.out), model.state_dict()
-    torch.save(dict(step=step, world=world, model=state, optimizer=opt.state_dict()), out / "last.pt.part")
+    torch.save(dict(step=step, model=state, optimizer=opt.state_dict()), out / "last.pt.part")
     weights = {k: v.contiguous().cpu() for k, v in state.items() if k.startswith(tuple(u + "." for u in units))}
-    header = {"config": json.dumps(dataclasses.asdict(cfg)), "commit": commit(), "step": str(step), "units": ",".join(units)}
+    started = json.loads((out / "provenance.json").read_text())[-1]["commit"]               # not today's: files may have changed since
+    header = {"config": json.dumps(dataclasses.asdict(cfg)), "grid": json.dumps(dataclasses.asdict(grid)), "commit": started, "step": str(step), "units": ",".join(units)}
     save_file(weights, out / "backbones.safetensors.part", header)
     os.replace(out / "backbones.safetensors.part", out / "backbones.safetensors")
     os.replace(out / "last.pt.part", out / "last.pt")
 
 
 class Log:
-    """log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every few seconds. On ranks other than 0 it only checks."""
+    """log.jsonl (nothing in it depends on the clock), TensorBoard, a progress line every few seconds. On ranks other than 0 it only checks.
 
-    def __init__(self, out, rank, first, steps, frames):
-        self.rank, self.steps, self.frames, self.path = rank, steps, frames, Path(out) / "log.jsonl"
+    Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see stopping), the second stops at once.
+    """
+
+    def __init__(self, out, rank, first, steps, frames, device):
+        self.rank, self.steps, self.frames, self.device, self.path = rank, steps, frames, device, Path(out) / "log.jsonl"
         self.begin = self.said = time.monotonic()
-        self.first, self.waited = first, 0.0
+        self.first, self.waited, self.asked = first, 0.0, False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             write_text(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] < first))
             self.file, self.board = open(self.path, "a"), SummaryWriter(Path(out) / "tensorboard", purge_step=first)
 
-    def batches(self, loader, first, device):
+    def ask(self, number, _):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def stopping(self):
+        """Whether any process was asked to stop: the same answer on every rank, so that all leave after the same step."""
+        return bool(over_ranks(torch.tensor(float(self.asked), device=self.device), torch.distributed.ReduceOp.MAX))
+
+    def batches(self, loader, first):
         """(step, batch on the device) from step `first` on, timing the wait for data."""
         source = iter(loader.begin_at(first))
         for step in range(first, self.steps):
             asked = time.monotonic()
-            batch = next(source).to(device)
+            batch = next(source).to(self.device)
             self.waited += time.monotonic() - asked
             yield step, batch
 
     def __call__(self, step, names, prefix="", **terms):
         """Average the terms over processes and write them. Raises FloatingPointError, before any update, if one is not finite, naming it and the frames."""
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        local = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().cpu() for v in terms.values()])
+        local = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().to(self.device) for v in terms.values()])
         bad = [k for k, v in zip(terms, local.tolist()) if not math.isfinite(v)]
         if bad:
             raise FloatingPointError(f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on {', '.join(names)}; nothing was updated, the last checkpoint stands")
-        if world > 1:
-            device = next(v.device for v in terms.values() if isinstance(v, torch.Tensor))
-            local = over_ranks(local.to(device)).cpu() / world
-        values = {prefix + k: round(v, 7) for k, v in zip(terms, local.tolist())}
+        mean = over_ranks(local) / over_ranks(torch.ones_like(local))
+        values = {prefix + k: round(v, 7) for k, v in zip(terms, mean.tolist())}
         if self.rank:
-            return values
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for k, v in values.items():
@@ -802,11 +819,17 @@ class Log:
         now, done = time.monotonic(), step + 1 - self.first
         if not prefix and (done == 1 or now - self.said > 10 or step + 1 == self.steps):
             self.said, spent = now, now - self.begin
-            memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_memory()
+            memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_memory()
             told = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k == "loss" or k.startswith("L_"))
             print(f"step {step + 1}/{self.steps}  {told}  | {done * self.frames / spent:.1f} frames/s, waiting for data {self.waited / spent:.0%}, "
                   f"{memory:.1f} GiB, {spent / done * (self.steps - step - 1) / 60:.0f} min left", flush=True)
-        return values
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.rank == 0:
+            self.file.close()
+            self.board.close()
 
 
 def peak_memory():

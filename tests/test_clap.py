@@ -21,7 +21,7 @@ import data
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-TINY = clap.Config(preset="small", **{**clap.SMALL, "rays": 96, "pixels": 24, "samples": 12, "finer": 6, "prototypes": 8, "dims": 16, "width": 4, "bins": 12})
+TINY = clap.Config(preset="small", **{**clap.SMALL, "w_colour": 0.05, "rays": 96, "pixels": 24, "samples": 12, "finer": 6, "prototypes": 8, "dims": 16, "width": 4, "bins": 12})
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +100,14 @@ def test_prototype_losses_written_out_in_loops():
     K = torch.cat([S_P, S_I]).t().tolist()
     gram = sum(sum(a * b for a, b in zip(K[n], K[m])) for n in range(5) for m in range(5) if m != n) / (5 * 4)
     assert [float(L_SwAV), float(L_EM), float(L_GMM)] == pytest.approx([swav, em, gram], rel=1e-6)
+    assert swav * 5 >= -(Q_P * np.log(Q_P) + Q_I * np.log(Q_I)).sum() / 6               # a cross entropy is at least the entropy
     other = prototypes(S_I, S_P, tau=0.7)
     assert float(other[0]) == pytest.approx(float(L_SwAV)) and float(other[1]) == pytest.approx(float(L_EM))    # symmetric in the modalities
 
 
 def test_prototype_losses_at_known_points():
     zero = torch.zeros(6, 512)
-    L_SwAV, L_EM, _, seen = prototypes(zero, zero)
+    L_SwAV, L_EM, _, _ = prototypes(zero, zero)
     assert float(L_SwAV) == pytest.approx(2 * math.log(512) / 512, rel=1e-5) and float(L_EM) == pytest.approx(2 * math.log(512) / 512, rel=1e-5)
     sure = torch.eye(6, 8) * 1e3
     assert float(prototypes(sure, sure)[1]) == pytest.approx(0, abs=1e-6)
@@ -237,18 +238,22 @@ def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monke
 
 # ---- the field, its rendering, the rendering losses ----
 
+def slow_field(field, volume, p, direction):
+    """SDF and colour at one point by grid_sample and one layer after the other."""
+    where = field.cells.index(p[None].float()).to(p).flip(1) / (torch.tensor(field.cells.shape[::-1]) - 1) * 2 - 1
+    f = F.grid_sample(volume, where.view(1, 1, 1, 1, 3), align_corners=True, padding_mode="border").flatten()
+    x = field.place(p * field.scale)
+    for i, layer in enumerate(field.layers):
+        x = layer(x + field.inject.weight[16 * i:16 * i + 16] @ f + field.inject.bias[16 * i:16 * i + 16])
+        x = torch.where(x > 0.2, x, torch.log1p(torch.exp(100 * x.clamp(max=0.2))) / 100)      # softplus, beta 100
+    out = field.output(x)
+    return float(out[0].detach()), field.rgb(torch.cat([f, out[1:], direction]))
+
+
 def slow_ray(field, volume, origin, direction, far, jitter, u):
-    """One ray by the book: grid_sample, scalar loops, the paper's alpha, float64."""
+    """One ray by the book: scalar loops, the paper's alpha, float64."""
     def at(depth):
-        p = origin + direction * depth
-        where = field.cells.index(p[None].float()).double().flip(1) / (torch.tensor(field.cells.shape[::-1]) - 1) * 2 - 1
-        f = F.grid_sample(volume, where.view(1, 1, 1, 1, 3), align_corners=True, padding_mode="border").flatten()
-        x = field.place(p * field.scale)
-        for i, layer in enumerate(field.layers):
-            x = layer(x + field.inject.weight[16 * i:16 * i + 16] @ f + field.inject.bias[16 * i:16 * i + 16])
-            x = torch.where(x > 0.2, x, torch.log1p(torch.exp(100 * x.clamp(max=0.2))) / 100)      # softplus, beta 100
-        out = field.output(x)
-        return float(out[0]), field.rgb(torch.cat([f, out[1:], direction]))
+        return slow_field(field, volume, origin + direction * depth, direction)
 
     def weights(s, h):
         passed, w = 1.0, []
@@ -288,6 +293,13 @@ def test_rendering_is_the_book_s_ray_by_ray(model):
             assert float(r[i]) == pytest.approx(float(r_slow), abs=1e-3)
             torch.testing.assert_close(c[i], c_slow, atol=1e-4, rtol=1e-3)
     assert r.max() > 1 and r.std() > 0.1
+
+
+def test_rays_that_leave_the_box_at_once_are_dropped_and_empty_space_renders_nothing(model, monkeypatch):
+    origin, away = torch.tensor([[0.0, 0, 0], [25.3, 0, 0], [30.0, 0, 0]]), torch.tensor([[1.0, 0, 0]]).expand(3, 3)
+    monkeypatch.setattr(model.field, "sdf", lambda table, p, b: (torch.ones(len(p)), torch.zeros(len(p), 16), torch.zeros(len(p), 8)))
+    r, c, valid = model.render(None, origin, away, torch.zeros(3, dtype=torch.int64), [torch.Generator()], True)
+    assert valid.tolist() == [True, False, False] and r.tolist() == [0] and (c == 0).all()
 
 
 def test_an_oracle_field_renders_its_sphere(model, monkeypatch):
@@ -330,28 +342,36 @@ def test_rendering_losses_written_out_in_loops(batch, model, monkeypatch):
         at = int((F.normalize(away, dim=1) @ d).argmax())
         total += abs(float(away[at].norm()) - r_) / 25.6
     assert float(terms["L_range"]) == pytest.approx(total / len(r_hat), rel=2e-3)
-    image, v, u = seen["pixels"]
-    _, c_hat, valid = seen["colour"][2]
-    colour = sum(abs(int(batch.images[i, j, y, x]) / 255 - float(c[j])) for i, y, x, c, ok in zip(image, v, u, c_hat.detach(), valid) if ok for j in range(3))
-    assert float(terms["L_colour"]) == pytest.approx(colour / (3 * int(valid.sum())), rel=1e-4)
+    image, v, u = (part[seen["colour"][2][2]] for part in seen["pixels"])               # of the rays that enter the box
+    c_hat = seen["colour"][2][1].detach()
+    colour = sum(abs(int(batch.images[i, j, y, x]) / 255 - float(c[j])) for i, y, x, c in zip(image, v, u, c_hat) for j in range(3))
+    assert float(terms["L_colour"]) == pytest.approx(colour / (3 * len(c_hat)), rel=1e-4)
     proto = 1.0 * float(terms["L_SwAV"]) + 0.1 * float(terms["L_EM"]) + 0.1 * float(terms["L_GMM"])
     rend = float(terms["L_range"]) + 0.05 * float(terms["L_surface"]) + 0.05 * float(terms["L_colour"])
     assert float(L) == pytest.approx(2.0 * rend + 1.0 * proto, rel=1e-5)
     assert len(r_hat) == 2 * 96 and len(image) <= 12 * 24
 
 
+def slow_targets(batch):
+    """Rows of the points that a ray is cast at, by a loop: inside the small grid, of the key sweep, further than 3 m from the LiDAR."""
+    found = []
+    for i, (x, y, z, _, t) in enumerate(batch.points.tolist()):
+        if -25.6 < x < 25.6 and -25.6 < y < 25.6 and -3 < z < 1 and t == 0 and math.dist((x, y, z), batch.origin[batch.b_points[i]].tolist()) > 3:
+            found.append(i)
+    return torch.tensor(found)
+
+
 def test_surface_term_is_the_mean_absolute_sdf_at_the_drawn_points(batch, model, monkeypatch):
-    drawn, original = [], clap.draw_points
+    drawn, original, tables, encode = [], clap.draw_points, [], model.encode
     monkeypatch.setattr(clap, "draw_points", lambda *a: drawn.append(original(*a)) or drawn[-1])
-    model.eval()
-    _, terms = model(batch)
-    g = clap.frame_generators(batch.seeds, CPU)
-    hidden = clap.hide_points(batch.points, batch.b_points, 2, model.lidar, 0.9, g)
-    hidden_px = clap.hide_pixels(batch.images, batch.cameras, 0.3, g)
-    table = model.encode(batch, hidden, hidden_px)[0]
-    rows = model.targets(batch)[0][drawn[0]]
-    values = [abs(float(model.field.sdf(table, batch.points[i, :3][None], batch.b_points[i][None])[0].detach())) for i in rows]
-    assert float(terms["L_surface"]) == pytest.approx(sum(values) / len(values), rel=1e-4)
+    monkeypatch.setattr(model, "encode", lambda *a: tables.append(encode(*a)) or tables[-1])
+    _, terms = model.eval()(batch)
+    values, field = [], model.field
+    volume = tables[0][0].view(2, *field.cells.shape, 8).permute(0, 4, 1, 2, 3)
+    for i in slow_targets(batch)[drawn[0]]:
+        value, _ = slow_field(field, volume[batch.b_points[i]][None], batch.points[i, :3], torch.zeros(3))
+        values.append(abs(value))
+    assert float(terms["L_surface"]) == pytest.approx(sum(values) / len(values), rel=1e-3)
 
 
 # ---- what reaches what ----
@@ -406,14 +426,47 @@ def test_what_is_hidden_stays_hidden(batch, model):
     assert all(len(hidden[inside][which == i].unique()) == 1 for i in range(int(which.max()) + 1))
 
 
-def test_prototypes_meet_cells_that_both_see(batch, model):
-    g = clap.frame_generators(batch.seeds, CPU)
+def test_prototypes_meet_cells_that_hold_a_point_and_that_a_camera_sees(batch, model):
+    g, cells = clap.frame_generators(batch.seeds, CPU), model.lidar.cells[-1]
     none = torch.zeros(len(batch.points), dtype=torch.bool)
     _, lidar, _, seen = model.encode(batch, none, torch.zeros(len(batch.images), 48, 128, dtype=torch.bool))
-    cell = model.both_see(lidar, seen, g)
-    b, z, y, x = lidar.coords[cell].unbind(1)
-    assert seen[b, z, y, x].all() and len(cell.unique()) == len(cell) and set(b.tolist()) == {0, 1}
-    assert torch.bincount(lidar.coords[model.both_see(lidar, seen, g, most=7), 0]).tolist() == [7, 7]
+    cell = model.both_see(lidar, seen, batch.points, batch.b_points, g)
+    found = set(map(tuple, lidar.coords[cell].tolist()))
+    expected = set()
+    for b, (x, y, z) in zip(batch.b_points.tolist(), batch.points[:, :3].tolist()):
+        if -25.6 <= x < 25.6 and -25.6 <= y < 25.6 and -3 <= z < 1:
+            at = [min(max(round((v - f) / s), 0), n - 1) for v, f, s, n in zip((z, y, x), cells.first[::-1], cells.step[::-1], cells.shape)]
+            if seen[b, at[0], at[1], at[2]]:
+                expected.add((b, *at))
+    assert len(found ^ expected) <= 0.01 * len(expected) and len(cell) == len(found) and 100 < len(found) < 0.6 * len(lidar.coords)    # fp32 at faces
+    assert torch.bincount(lidar.coords[model.both_see(lidar, seen, batch.points, batch.b_points, g, most=7), 0]).tolist() == [7, 7]
+
+
+def test_targets_and_sampling(batch, model):
+    assert torch.equal(model.targets(batch)[0], slow_targets(batch))
+    table = torch.zeros(2 * math.prod(model.lidar.cells[-1].shape), 8, requires_grad=True)
+    rows = model.targets(batch)[0]
+    for sampler in clap.SAMPLERS:
+        model.cfg = replace(TINY, sampler=sampler)
+        omega = model.weights(table, batch.points[rows, :3], batch.b_points[rows], batch.extra["points_curvature"][rows], False)
+        assert not omega.requires_grad and omega.isfinite().all() and (omega > 0).all(), sampler
+    mine = batch.b_points[rows] == 1                                                    # a frame's weights do not depend on its neighbours
+    alone = model.weights(table, batch.points[rows[mine], :3], batch.b_points[rows[mine]], batch.extra["points_curvature"][rows[mine]], False)
+    assert torch.equal(alone, omega[mine])
+
+
+def test_sdf_curvature_through_the_trilinear_volume(model):
+    """An exact sphere SDF stored at the cells and read back through the field's own query: within a few per cent of sqrt(2) / R on even cells."""
+    cells = clap.VoxelNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
+    R = 3.0
+    table = (cells.centres(CPU).norm(dim=1) - R)[:, None]
+
+    def sdf(p, b):
+        flat, weight = clap.corners(cells.index(p), cells.shape)
+        return clap.gather_weighted(table, flat, weight)[:, 0]
+    p = F.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1) * R
+    omega = clap.sdf_curvature(p, torch.zeros(500, dtype=torch.int64), None, sdf, cells.step[0] / 2)
+    assert abs(float(omega.mean()) / (math.sqrt(2) / R) - 1) < 0.02 and omega.std() < 0.02
 
 
 def test_range_targets_start_at_the_lidar(batch, model):
@@ -489,7 +542,7 @@ def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_pa
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] < 4
+    assert killed.returncode == -signal.SIGKILL
     again = run(world, tmp_path / "killed")
     assert again.returncode == 0, again.stderr
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
@@ -503,6 +556,8 @@ def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_pa
         assert json.loads(stored.metadata()["config"])["width"] == 4
         assert torch.equal(stored.get_tensor("camera.resnet.conv1.weight"), a["model"]["camera.resnet.conv1.weight"])
 
+        assert json.loads(stored.metadata()["grid"])["voxel"] == [0.1, 0.1, 0.125]
+    assert all(v is not None for k, v in json.loads((tmp_path / "whole" / "metrics.json").read_text()).items() if k != "range_swapped")
     done = run(world, tmp_path / "whole")                                               # once more: finished, nothing changes
     assert done.returncode == 0 and torch.equal(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]["proto.K"], a["model"]["proto.K"])
     other = run(world, tmp_path / "whole", "--seed", "5")
@@ -510,6 +565,36 @@ def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_pa
     (tmp_path / "whole" / "last.pt").write_bytes(b"PK\x03\x04 cut short")
     broken = run(world, tmp_path / "whole")
     assert broken.returncode != 0 and "not a readable checkpoint" in broken.stderr
+
+
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(world, tmp_path):
+    command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(tmp_path / "run"), "--width", "4", "--rays", "64",
+               "--pixels", "16", "--sampler", "sdf"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 143 and "the same command goes on from there" in rest
+    done = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert logged == list(range(done)) and done >= 1
+
+
+def test_two_processes_on_a_cpu(world, tmp_path):
+    both = run(world, tmp_path / "two", "--gpus", "2", "--batch", "1", "--steps", "2")
+    assert both.returncode == 0, both.stderr[-3000:]
+    assert "2 CPU processes over gloo" in both.stdout and "of 2 frames (1 x 2)" in both.stdout and "held-out range error" in both.stdout.splitlines()[-1]
+    refused = run(world, tmp_path / "two", "--batch", "1", "--steps", "2")
+    assert refused.returncode != 0 and "world was 2, is 1" in refused.stderr
+
+
+@pytest.mark.parametrize("flags, told", [(("--epochs", "2"), "one of them must be 0"), (("--blur", "8"), "odd"), (("--prototypes", "1"), "at least 2"),
+                                         (("--eval-every", "0"), "start at 1")])
+def test_contradictory_flags_are_refused_before_anything_is_written(world, tmp_path, flags, told):
+    refused = run(world, tmp_path / "run", *flags)
+    assert refused.returncode != 0 and told in refused.stderr and not (tmp_path / "run").exists()
 
 
 def test_help_states_every_number_with_its_source():
