@@ -72,7 +72,7 @@ class Config:
     save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
     # optimisation
     epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48; small 0: steps decide
-    steps: int = 0                     # 0: epochs decide; small 320 [ours]
+    steps: int = 0                     # 0: epochs decide; small 400 [ours]
     batch: int = 3                     # frames a process; 3 [sister, on 8 processes], small 2 [ours]
     lr: float = 2e-4                   # AdamW, half a cosine to 0; 2e-4 [sister] at a global batch of 24, not rescaled for others; small 2e-3 [ours]
     warmup: int = 500                  # steps from lr / 3; 500 [code UniPAD], small 50 [ours]
@@ -102,7 +102,7 @@ class Config:
     w_surface: float = 0.05            # omega_sur [paper]
     w_colour: float = 0.05             # omega_C; 0.05 [paper], small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
     # prototypes
-    prototypes: int = 512              # N_K; 512 [paper], small 64 [ours]: a small batch has about 1400 cells, and Sinkhorn wants many a prototype
+    prototypes: int = 512              # N_K; 512 [paper], small 64 [ours]: a small batch has about 380 cells, and Sinkhorn wants several a prototype
     dims: int = 128                    # d_K [code SwAV]
     tau: float = 1.0                   # softmax temperature [paper] D6
     epsilon: float = 0.05              # Sinkhorn [code SwAV]
@@ -114,7 +114,7 @@ class Config:
     without: Literal["", "prototypes"] = ""  # the paper's ablation
 
 
-SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=320, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
+SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=400, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
              rays=1024, pixels=128, samples=32, finer=16, w_colour=0.5, prototypes=64)      # explained in Config
 
 
