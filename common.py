@@ -257,7 +257,7 @@ def strided_map(coords, shape, pad):
     return unravel(unique, out_shape), KernelMap(source[order], outs[order], counts, len(coords), len(unique), False)
 
 
-def convolve_chunks(x, weight, kmap, chunk=4096):
+def convolve_chunks(x, weight, kmap, chunk):
     """The convolution as a loop over offsets: gather, multiply, add, in chunks that stay in cache. Fastest on a CPU, bitwise repeatable."""
     out, begin = x @ weight[13] if kmap.same else x.new_zeros(kmap.n_out, weight.shape[2]), 0
     for k, count in enumerate(kmap.counts):
@@ -270,7 +270,7 @@ def convolve_chunks(x, weight, kmap, chunk=4096):
 
 
 def convolve_grouped(x, weight, kmap):
-    """The same convolution in three launches: gather, grouped matrix product, segment sum over pairs sorted by output. For CUDA."""
+    """The same convolution in three launches: gather, grouped matrix product, segment sum over pairs sorted by output. For bfloat16 on CUDA."""
     C, out = weight.shape[1:]
     x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()   # grouped_mm wants rows of a multiple of 16 bytes
     ends = torch.tensor(kmap.counts, device=x.device).cumsum(0, dtype=torch.int32)
@@ -280,14 +280,21 @@ def convolve_grouped(x, weight, kmap):
     return F.embedding_bag(order, products, first, mode="sum", include_last_offset=True)[:, :out]
 
 
+def convolve(x, weight, kmap):
+    """x (V, C), weight (27, C, C') -> (V', C'), the way that suits the device; float32 on CUDA loops over the offsets, unchunked."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return convolve_grouped(x, weight, kmap)
+    return convolve_chunks(x, weight, kmap, chunk=max(len(kmap.ins), 1) if x.is_cuda else 4096)
+
+
 class SparseConvolution(torch.autograd.Function):
-    """x (V, C) , weight (27, C, C'), KernelMap -> (V', C'). Keeps x and weight only and gathers again in backward."""
+    """x (V, C), weight (27, C, C'), KernelMap -> (V', C'). Keeps x and weight only and gathers again in backward."""
 
     @staticmethod
     def forward(ctx, x, weight, kmap):
         ctx.save_for_backward(x, weight)
         ctx.kmap = kmap
-        return (convolve_grouped if x.is_cuda else convolve_chunks)(x, weight, kmap)
+        return convolve(x, weight, kmap)
 
     @staticmethod
     def backward(ctx, grad):
@@ -295,7 +302,7 @@ class SparseConvolution(torch.autograd.Function):
         kmap, grad = ctx.kmap, grad.contiguous()
         grad_x = None
         if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
-            grad_x = (convolve_grouped if x.is_cuda else convolve_chunks)(grad, weight.transpose(1, 2), kmap.reversed())
+            grad_x = convolve(grad, weight.transpose(1, 2), kmap.reversed())
         grad_weight, begin = torch.zeros_like(weight), 0
         chunk = max(len(kmap.ins), 1) if x.is_cuda else 4096
         for k, count in enumerate(kmap.counts):

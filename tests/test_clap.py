@@ -348,6 +348,9 @@ def test_rendering_losses_written_out_in_loops(batch, model, monkeypatch):
         total += abs(float(away[at].norm()) - r_) / 25.6
     assert float(terms["L_range"]) == pytest.approx(total / len(r_hat), rel=2e-3)
     image, v, u = (part[seen["colour"][2][2]] for part in seen["pixels"])               # of the rays that enter the box
+    for i, y, x, o, d in list(zip(*seen["pixels"], *seen["colour"][:2]))[::7]:           # the ray goes through the middle of the pixel it is compared with
+        p, q, depth = (batch.lidar2img[i] @ torch.cat([o + 9 * d, torch.ones(1)]))[:3].tolist()
+        assert (p / depth, q / depth) == pytest.approx((int(x) + 0.5, int(y) + 0.5), abs=0.02)
     c_hat = seen["colour"][2][1].detach()
     colour = sum(abs(int(batch.images[i, j, y, x]) / 255 - float(c[j])) for i, y, x, c in zip(image, v, u, c_hat) for j in range(3))
     assert float(terms["L_colour"]) == pytest.approx(colour / (3 * len(c_hat)), rel=1e-4)

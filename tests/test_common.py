@@ -116,7 +116,7 @@ def test_a_linear_field_survives_trunk_lift_and_query():
     level = common.Level(every, net.cells[0].centres("cpu") @ slope[:, None] + 0.3, net.cells[0])
     for pad, below in zip(net.pads, net.cells[1:]):                                     # means over full 3 x 3 x 3 neighbourhoods, down the trunk
         coords, kmap = common.strided_map(level.coords, level.cells.shape, pad)
-        mean = common.convolve_chunks(level.features, torch.full((27, 1, 1), 1 / 27), kmap)
+        mean = common.convolve(level.features, torch.full((27, 1, 1), 1 / 27), kmap)
         full = torch.bincount(kmap.outs, minlength=len(coords)) == 27
         level = common.Level(coords, coords.new_zeros(len(coords), 1).float(), below)
         torch.testing.assert_close(mean[full, 0], (level.centre() @ slope + 0.3)[full], atol=1e-4, rtol=1e-4)
@@ -172,6 +172,8 @@ def test_sparse_convolution_is_conv3d_on_occupied_sites(kind, form):
     if form == "grouped":                                                               # what CUDA runs; needs rows of 16 bytes, hence float32
         ours = common.convolve_grouped(x.float(), weight.float(), kmap)
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+        rough = common.convolve_grouped(x.bfloat16(), weight.bfloat16(), kmap)
+        torch.testing.assert_close(rough.double(), expected, atol=0.15, rtol=0.05)
         return
     ours = common.SparseConvolution.apply(x, weight, kmap)
     torch.testing.assert_close(ours, expected)
@@ -193,7 +195,7 @@ def test_kernel_maps_match_a_dictionary_and_chunks_do_not_matter():
                 if (n := (b, z + k // 9 - 1, y + k // 3 % 3 - 1, x + k % 3 - 1)) in row}
     assert set(zip(offset.tolist(), kmap.outs.tolist(), kmap.ins.tolist())) == expected and len(offset) == len(expected)
     x, w = torch.randn(len(coords), 3), torch.randn(27, 3, 4)
-    torch.testing.assert_close(common.convolve_chunks(x, w, kmap, chunk=7), common.convolve_chunks(x, w, kmap))
+    torch.testing.assert_close(common.convolve_chunks(x, w, kmap, chunk=7), common.convolve_chunks(x, w, kmap, chunk=4096))
 
 
 def test_no_sites_at_all():
