@@ -622,11 +622,11 @@ def dots(weights, u, v):
 
 
 def range_image(direction, r):
-    """Rays sorted into half-degree elevations and one-degree azimuths, forward in the middle, left on the left. -> (rows, 360) with nan where none."""
-    row = (direction[:, 2].asin().rad2deg() * 2).round().long().cpu()
+    """Rays sorted into 1.33-degree elevations (a 32-beam LiDAR's) and 1-degree azimuths, forward in the middle, left on the left. -> (rows, 360), nan: none."""
+    row = (direction[:, 2].asin().rad2deg() / 1.33).round().long().cpu()
     column = ((180 - torch.atan2(direction[:, 1], direction[:, 0]).rad2deg()).long() % 360).cpu()
-    picture = torch.full((121, 360), math.nan)
-    picture[(60 - row).clamp(0, 120), column] = r.cpu()
+    picture = torch.full((136, 360), math.nan)
+    picture[68 - row, column] = r.cpu()
     kept = picture.isfinite().any(1)
     return picture[kept]
 
