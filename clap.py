@@ -72,7 +72,7 @@ class Config:
     save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
     # optimisation
     epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48; small 0: steps decide
-    steps: int = 0                     # 0: epochs decide; small 400 [ours]
+    steps: int = 0                     # 0: epochs decide; small 340 [ours]
     batch: int = 3                     # frames a process; 3 [sister, on 8 processes], small 2 [ours]
     lr: float = 2e-4                   # AdamW, half a cosine to 0; 2e-4 [sister] at a global batch of 24, not rescaled for others; small 2e-3 [ours]
     warmup: int = 500                  # steps from lr / 3; 500 [code UniPAD], small 50 [ours]
@@ -114,7 +114,7 @@ class Config:
     without: Literal["", "prototypes"] = ""  # the paper's ablation
 
 
-SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=400, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
+SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=340, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
              rays=1024, pixels=128, samples=32, finer=16, w_colour=0.5, prototypes=64)      # explained in Config
 
 
