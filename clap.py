@@ -168,7 +168,7 @@ class Curvature:
 # The three samplers, one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
 
 def pca_curvature(xyz, b, pca, sdf, step):
-    return pca.clone()
+    return pca
 
 
 def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
@@ -373,6 +373,11 @@ class Clap(nn.Module):
         self.field = Field(2 * w, self.lidar.cells[-1], 1 / extent)
         self.proto = None if cfg.without == "prototypes" else Prototypes(cfg, 8 * w, 5 * w)
 
+    def hide(self, batch, generators):
+        """The mask of each frame, from its own random stream -> hidden points (N,), hidden pixels (B K, H, W) bool, True = hidden."""
+        return (hide_points(batch.points, batch.b_points, batch.size, self.lidar, self.cfg.hide_points, generators),
+                hide_pixels(batch.images, batch.cameras, self.cfg.hide_pixels, generators))
+
     def encode(self, batch, hidden, hidden_px):
         """hidden (N,), hidden_px (B K, H, W) bool, True = hidden -> F~ as a table (B Z Y X, C), lidar Level, image volume (B, C, Z, Y, X), seen (B, Z, Y, X)."""
         cells = self.lidar.cells[-1]
@@ -385,11 +390,9 @@ class Clap(nn.Module):
 
     def targets(self, batch):
         """Key-sweep points inside the box and not too close: rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's own place."""
-        xyz, grid = batch.points[:, :3], self.grid
-        away = xyz - batch.origin[batch.b_points]
+        away = batch.points[:, :3] - batch.origin[batch.b_points]
         r = away.norm(dim=1)
-        inside = ((xyz > xyz.new_tensor(grid.low)) & (xyz < xyz.new_tensor(grid.high))).all(1)
-        rows = (inside & (batch.points[:, 4] == 0) & (r > CLOSE)).nonzero()[:, 0]
+        rows = (self.lidar.inside(batch.points) & (batch.points[:, 4] == 0) & (r > CLOSE)).nonzero()[:, 0]
         return rows, away[rows] / r[rows, None], r[rows]
 
     def render(self, table, origin, direction, b, generators, colour):
@@ -407,8 +410,7 @@ class Clap(nn.Module):
         cfg, generators = self.cfg, frame_generators(batch.seeds, batch.points.device)
 
         # 1 both branches see what is left of the same frame
-        hidden = hide_points(batch.points, batch.b_points, batch.size, self.lidar, cfg.hide_points, generators)         # (N,)
-        hidden_px = hide_pixels(batch.images, batch.cameras, cfg.hide_pixels, generators)                               # (B K, H, W)
+        hidden, hidden_px = self.hide(batch, generators)                                   # (N,) (B K, H, W)
         table, lidar, image, seen = self.encode(batch, hidden, hidden_px)
 
         # 2 curvature sampling: points by omega, pixels by omega spread over the images
@@ -449,9 +451,10 @@ class Clap(nn.Module):
         """The chosen sampler's weight of each point, made safe frame by frame. Its step for differences is half a cell [ours]. -> (M,)."""
         sampler = SAMPLERS["uniform" if uniform else self.cfg.sampler]
         omega = sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
+        safe = torch.empty_like(omega)
         for frame in b.unique().tolist():
-            omega[b == frame] = sane(omega[b == frame])
-        return omega
+            safe[b == frame] = sane(omega[b == frame])
+        return safe
 
     @torch.no_grad()
     def maps(self, omega, xyz, b, batch, uniform):
@@ -508,8 +511,7 @@ def examine(model, loader, device):
     for batch in loader.once():
         batch = batch.to(device)
         generators = frame_generators(batch.seeds, device)
-        hidden = hide_points(batch.points, batch.b_points, batch.size, model.lidar, cfg.hide_points, generators)
-        hidden_px = hide_pixels(batch.images, batch.cameras, cfg.hide_pixels, generators)
+        hidden, hidden_px = model.hide(batch, generators)
         rows, direction, r = model.targets(batch)
         b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
         swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
@@ -552,8 +554,7 @@ def draw(model, batch, out, stride=2):
     """figures/rendered.png, samples.png, sampled_pixels.png and prototypes.png of a held-out batch's first frame, under the training mask."""
     model.eval()
     cfg, K, generators = model.cfg, batch.cameras, frame_generators(batch.seeds, batch.points.device)
-    hidden = hide_points(batch.points, batch.b_points, batch.size, model.lidar, cfg.hide_points, generators)
-    hidden_px = hide_pixels(batch.images, K, cfg.hide_pixels, generators)
+    hidden, hidden_px = model.hide(batch, generators)
     table, lidar, image, seen = model.encode(batch, hidden, hidden_px)
     rows, direction, r = model.targets(batch)
     mine = batch.b_points[rows] == 0

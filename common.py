@@ -193,10 +193,15 @@ class KernelMap(NamedTuple):
         return KernelMap(self.outs, self.ins, self.counts, self.n_out, self.n_in, self.same)
 
 
-def ravel(coords, shape):
-    """coords (V, 4) b, z, y, x -> (V,) row-major key, int32 where it fits (sorts and divisions cost half); sorted coordinates have sorted keys."""
+def narrowest(values, coords, shape):
+    """values as int32 if every key of `coords` (V, 4) in volumes of this shape fits, else as they are: sorts and divisions cost half."""
     frames = int(coords[:, 0].max()) + 1 if len(coords) else 1
-    coords = coords.int() if frames * math.prod(shape) < 2**31 else coords
+    return values.int() if frames * math.prod(shape) < 2**31 else values
+
+
+def ravel(coords, shape):
+    """coords (V, 4) b, z, y, x -> (V,) row-major key, int32 where it fits; sorted coordinates have sorted keys."""
+    coords = narrowest(coords, coords, shape)
     return ((coords[:, 0] * shape[0] + coords[:, 1]) * shape[1] + coords[:, 2]) * shape[2] + coords[:, 3]
 
 
@@ -250,8 +255,7 @@ def strided_map(coords, shape, pad):
         key = torch.cat([(key * out_shape[axis] + o)[near], (key * out_shape[axis] + o - 1)[far]])
         offset = torch.cat([(offset * 3 + t.byte())[near], (offset * 3 + 2)[far]])
         source = torch.cat([source[near], source[far]])
-    frames = int(coords[-1, 0]) + 1 if len(coords) else 1
-    unique, outs = torch.unique(key.int() if frames * math.prod(out_shape) < 2**31 else key, return_inverse=True)
+    unique, outs = torch.unique(narrowest(key, coords, out_shape), return_inverse=True)
     order = torch.argsort(offset, stable=True)
     counts = torch.bincount(offset, minlength=27).tolist()
     return unravel(unique, out_shape), KernelMap(source[order], outs[order], counts, len(coords), len(unique), False)
@@ -726,13 +730,17 @@ def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
     return x
 
 
+def processes():
+    """How many processes run together: 1 without a process group."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def mean_over_ranks(total, count):
     """The mean over every process's rows: (sum of totals) / (sum of counts). total () with gradient, count rows behind it here.
 
     DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return total * world / over_ranks(total.new_tensor(float(count))).clamp_min(1)
+    return total * processes() / over_ranks(total.new_tensor(float(count))).clamp_min(1)
 
 
 def frame_generators(seeds, device):
@@ -815,8 +823,7 @@ class Log:
         bad = [k for k, v in zip(terms, local.tolist()) if not math.isfinite(v)]
         if bad:
             raise FloatingPointError(f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on {', '.join(names)}; nothing was updated, the last checkpoint stands")
-        mean = over_ranks(local) / over_ranks(torch.ones_like(local))
-        values = {prefix + k: round(v, 7) for k, v in zip(terms, mean.tolist())}
+        values = {prefix + k: round(v, 7) for k, v in zip(terms, (over_ranks(local) / processes()).tolist())}
         if self.rank:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")

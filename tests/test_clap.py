@@ -528,8 +528,9 @@ def test_one_frame_can_be_learned(batch, model):
     assert float(terms["L_SwAV"]) < first["L_SwAV"]
 
 
-def run(world, out, *more, wait=True, script="clap.py"):
-    command = [sys.executable, str(ROOT / script), "--data", str(world), "--preset", "small", "--out", str(out), "--steps", "4", "--save-every", "1", "--eval-every", "2",
+def run(world, out, *more, wait=True):
+    command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(out), "--steps", "4", "--save-every", "1",
+               "--eval-every", "2",
                "--rays", "64", "--pixels", "16", "--samples", "8", "--finer", "4", "--width", "4", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if wait:
