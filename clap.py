@@ -79,7 +79,7 @@ class Config:
     weight_decay: float = 0.01         # prototypes included [code UniPAD, PonderV2]
     clip: float = 35.0                 # gradient norm [code UniPAD, OpenPCDet]
     turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code UniPAD, 22.5 deg]
-    scale: float = 0.05                # scaling U(1 - scale, 1 + scale); both axes flip with probability 1/2 [code UniPAD]
+    scale: float = 0.05                # scaling U(1 - scale, 1 + scale); x and y flip with probability 1/2 [code UniPAD], on KITTI y only [code OpenPCDet]
     # networks
     resnet: Literal[18, 50] = 50       # image backbone, random initial weights; 50, small 18 [ours] D2
     width: int = 16                    # first sparse stage; volume, image, fusion, field have 8, 5, 4, 2 times that; 16 [code OpenPCDet]: 128, 80, 64, 32; small 8 [ours]
@@ -638,9 +638,10 @@ def train(rank, world, cfg):
     check(cfg)
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
-    prepare, augment = Curvature(cfg.neighbours), partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=True)
-    loader = data.loader(cfg.data, "train", cfg.batch, rank, world, cfg.seed, preset=cfg.preset, workers=cfg.workers, augment=augment, prepare=prepare)
-    held_out = data.loader(cfg.data, "val", 2, 0, 1, cfg.seed, preset=cfg.preset, prepare=prepare)    # the same frames on every process:
+    dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours)
+    augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
+    held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
     held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # spread over the split
     model = Clap(cfg, loader.grid).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

@@ -124,8 +124,9 @@ def project(xyz, b, lidar2img, hw, size, near=0.1):
         uvd = xyz[rows] @ matrix[:, :3, :3].transpose(1, 2) + matrix[:, None, :3, 3]       # (K, n, 3): u d, v d, d
         depth = uvd[..., 2]
         uv = uvd[..., :2] / depth.clamp_min(near)[..., None]
-        wh = hw[frame * K:(frame + 1) * K, None].flip(-1)                                  # (K, 1, 2)
-        k, n = ((depth > near) & ((uv >= 0) & (uv < wh)).all(-1)).nonzero(as_tuple=True)
+        height, width = hw[frame * K:(frame + 1) * K, :, None].unbind(1)                   # (K, 1)
+        u, v = uv.unbind(-1)                                                               # (K, n)
+        k, n = ((depth > near) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero(as_tuple=True)
         found.append((rows[n], k + frame * K, uv[k, n], depth[k, n]))
     return tuple(torch.cat(part) for part in zip(*found))
 

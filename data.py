@@ -1,14 +1,18 @@
 """Data sets as one record: a folder on disk -> Frame -> prepare (cached) -> augment -> Batch.
 
+    python data.py /nuscenes                                         # the doctor: what is wrong with these files, where, and the fix
     batches = loader("/nuscenes", "train", batch=4).begin_at(0)      # an endless iterator of Batch
     batches = loader("", "train", batch=2, preset="small").once()    # the embedded world, each frame once
 
-Read in this order: Frame and Batch (what everything downstream sees), the augmentations, the reader of nuScenes (each quirk of
-the format has its comment), the loader. Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit does
+Read in this order: Frame and Batch (what everything downstream sees), the augmentations, the readers of nuScenes and KITTI (each
+quirk of a format has its comment), the loader, the doctor. Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit does
 the same; [ours] our decision.
 """
+import argparse
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,14 +23,19 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from scipy.linalg import rq
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-VERSION = 1         # of everything cached: raise it when the index, or what load() returns for the same files, changes
+cv2.setNumThreads(0)        # its threads do not survive the fork of a worker: resize would wait for them for ever
+
+VERSION = 2         # of everything cached: raise it when the index, or what load() returns for the same files, changes
 
 
 class DataError(ValueError):
@@ -48,12 +57,20 @@ class Grid:
     sweeps: int                     # LiDAR sweeps in a frame, the key sweep included
     ground: float                   # z of a flat road under the LiDAR; for pictures and monitors only
 
+    @property
+    def mirrors(self):
+        """Whether x, y may be mirrored: whether the range is symmetric along them."""
+        return self.low[0] == -self.high[0], self.low[1] == -self.high[1]
+
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone")
+KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 GRIDS = {
     ("nuscenes", "paper"): Grid("nuscenes", (-54., -54., -5.), (54., 54., 3.), (.075, .075, .2), (256, 704), CAMERAS, CLASSES, 10, -1.84),
     ("nuscenes", "small"): Grid("nuscenes", (-25.6, -25.6, -3.), (25.6, 25.6, 1.), (.1, .1, .125), (96, 256), CAMERAS, CLASSES, 1, -1.84),
+    ("kitti", "paper"): Grid("kitti", (0., -40., -3.), (70.4, 40., 1.), (.05, .05, .1), (384, 1248), ("image_2",), KITTI_CLASSES, 1, -1.73),
+    ("kitti", "small"): Grid("kitti", (0., -25.6, -3.), (51.2, 25.6, 1.), (.1, .1, .125), (80, 256), ("image_2",), KITTI_CLASSES, 1, -1.73),
 }
 
 
@@ -63,11 +80,11 @@ class Frame:
 
     points       (N, 5) float32        x forward, y left, z up, metres; intensity in [0, 1]; seconds before the key sweep.
                                        Key-sweep points come first, N may be 0
-    origin       (3,) float32          where the LiDAR stands in that frame (zero for nuScenes)
+    origin       (3,) float32          where the LiDAR stands in that frame (zero for nuScenes and KITTI)
     images       K x (3, H, W) uint8   RGB, after resize and crop; sizes may differ between cameras
     lidar2img    (K, 4, 4) float32     (u d, v d, d, 1) = lidar2img (x, y, z, 1); u right, v down, pixel centres at +0.5; d = depth, m
-    lidar2world  (4, 4) float64        pose at the key sweep's time
-    time         float                 seconds
+    lidar2world  (4, 4) float64        pose at the key sweep's time; the identity for KITTI
+    time         float                 seconds; 0 for KITTI's object frames, which have none
     boxes        (M, 9) float32, None  centre xyz, l, w, h (m), yaw (rad, x towards y), velocity xy (m/s, NaN where unknown)
     labels       (M,) int64, None      index into Grid.classes
     extra        {name: array}         what `prepare` computed; "points_*" has a row for each point and follows the points
@@ -202,16 +219,16 @@ def warp_frame(frame, a2b):
 
 
 def augment_cloud(frame, rng, turn, scale, flip):
-    """Random turn about z ~ U(-turn, turn) rad, scale ~ U(1 - scale, 1 + scale), and, if flip, x and y mirrored with p = 0.5 each.
+    """Random turn about z ~ U(-turn, turn) rad, scale ~ U(1 - scale, 1 + scale), and x and y mirrored with p = 0.5 each where flip (x, y) says so.
 
-    rng is a np.random.Generator; it is asked for the same numbers whatever the options, so switching one keeps the others' draws.
+    flip is the data set's Grid.mirrors: mirroring x on KITTI would put what the camera sees behind the range. rng is a np.random.Generator;
+    it is asked for the same numbers whatever the options, so switching one keeps the others' draws.
     """
     angle, size, mirror = rng.uniform(-turn, turn), rng.uniform(1 - scale, 1 + scale), rng.random(2) < 0.5
     a2b = np.eye(4)
     a2b[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     a2b[:3, :3] *= size
-    if flip:
-        a2b[:2] *= np.where(mirror, -1., 1.)[:, None]
+    a2b[:2] *= np.where(mirror & flip, -1., 1.)[:, None]
     return warp_frame(frame, a2b)
 
 
@@ -219,6 +236,33 @@ def select(frame, keep):
     """Keep the points in `keep`, a mask (N,) bool or row numbers (n,) int; extras named "points_*" follow."""
     extra = {name: value[keep] if name.startswith("points_") else value for name, value in frame.extra.items()}
     return replace(frame, points=frame.points[keep], extra=extra)
+
+
+def in_view(points, lidar2img, hw):
+    """Which points each picture shows, in float64. points (N, 3 or more) m, lidar2img (K, 4, 4), hw (K, 2) px -> (K, N) bool."""
+    uvd = points[:, :3].astype(np.float64) @ np.swapaxes(lidar2img[:, :3, :3], 1, 2) + lidar2img[:, None, :3, 3]     # (K, N, 3): u d, v d, d
+    height, width = np.asarray(hw).T[..., None]                                                      # (K, 1)
+    u, v, d = np.moveaxis(uvd, -1, 0)                                                                # (K, N)
+    return (u >= 0) & (u < width * d) & (v >= 0) & (v < height * d)                                  # d <= 0 satisfies none of it
+
+
+def crop_to_view(frame):
+    """The frame without the points that none of its pictures shows: what KITTI's "reduced" clouds are to its full scans."""
+    return select(frame, in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0))
+
+
+def box_corners(box):
+    """box (9,) as a row of Frame.boxes -> (8, 3) m."""
+    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) / 2
+    cos, sin = np.cos(box[6]), np.sin(box[6])
+    return signs * box[3:6] @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + box[:3]
+
+
+def inside_box(xyz, box):
+    """Which points lie strictly inside one box. xyz (N, 3), box (9,) as a row of Frame.boxes -> (N,) bool."""
+    offset, (cos, sin) = xyz - box[:3], (np.cos(box[6]), np.sin(box[6]))
+    along, across = offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin
+    return (abs(along) < box[3] / 2) & (abs(across) < box[4] / 2) & (abs(offset[:, 2]) < box[5] / 2)
 
 
 # ---- files: where caches live, and what may be read ----
@@ -245,8 +289,9 @@ def locked(folder):
         yield
 
 
+@functools.cache
 def say(text):
-    """Print once: from rank 0 of a run, not from a loader's worker."""
+    """Print each text once: from rank 0 of a run, not from a loader's worker."""
     if os.environ.get("RANK", "0") == "0" and torch.utils.data.get_worker_info() is None:
         print(text, flush=True)
 
@@ -258,6 +303,59 @@ def inside(root, file, who):
         raise DataError(f"{who}: {file} leads to {path}, expected a place inside {root}; "
                         "correct the table, or put the files themselves (no links to elsewhere) under the root")
     return path
+
+
+def split_frames(who, split_of, name):
+    """Rows where split_of (n,) bytes is `name`, "train", "val" or "test" -> (m,) int64: the data set's own split.
+
+    If train or val has no frame on disk, both come from all frames there, cut 80/20 in their order:
+    taking only the empty one from there would put the same frames into both.
+    """
+    if name not in ("train", "val", "test"):
+        raise DataError(f"{who}: no split {name!r}; there are train, val and test")
+    everything, cut = np.arange(len(split_of)), max(1, len(split_of) * 4 // 5)
+    indices = everything[split_of == name.encode()]
+    if name != "test" and not ((split_of == b"train").any() and (split_of == b"val").any()):
+        say(f"{who}: {(split_of == b'train').sum()} train and {(split_of == b'val').sum()} val frames on disk; "
+            f"all {len(split_of)} frames are cut in time order: the first {cut} are train, the other {len(split_of) - cut} val")
+        indices = everything[:cut] if name == "train" else everything[cut:]
+    if not len(indices):
+        raise DataError(f"{who}: its {len(split_of)} frames on disk leave none for {name}; extract more of them")
+    return indices
+
+
+# ---- pictures ----
+
+def read_image(file, size, name, expected=None):
+    """Picture on disk -> pixels (3, H, W) uint8 of this size (H, W), and the (3, 3) that takes pixels on disk to pixels in it.
+
+    Cut to whole pixels of the decoded picture, the sides alike, the rest from the top, where the sky is, then resized [ours]: the two scales may differ by
+    half a pixel in its width, and the matrix has both. expected (width, height) is what the calibration was made for.
+    """
+    try:
+        raw = Path(file).read_bytes()
+        with Image.open(io.BytesIO(raw), formats=["JPEG", "PNG"]) as header:                         # nothing is decoded yet
+            kind, (across, down) = header.format, header.size
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: {file} is missing; extract the camera files again") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: {file} is not a whole JPEG or PNG ({error}), {os.path.getsize(file)} bytes; extract it again") from error
+    if (across, down) != (expected or (across, down)):
+        raise DataError(f"{name}: {file} is {across} x {down}, expected {expected[0]} x {expected[1]}, "
+                        "the size that the calibration is for: extract the original file again")
+    (height, width), scale = size, max(size[0] / down, size[1] / across)
+    shrink = next(f for f in (8, 4, 2, 1) if f == 1 or kind == "JPEG" and f * scale <= 1)            # a JPEG decodes at 1/2, 1/4, 1/8 for less
+    how = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[shrink]
+    decoded = cv2.imdecode(np.frombuffer(raw, np.uint8), how | cv2.IMREAD_IGNORE_ORIENTATION)
+    # the decoder fills up what a cut file lacks; neither marker occurs within compressed data
+    if decoded is None or (b"\xff\xd9" if kind == "JPEG" else b"IEND") not in raw[-1024:]:
+        raise DataError(f"{name}: {file} is not a whole {kind}: its end is missing, {len(raw)} bytes; extract it again")
+    columns, rows = (min(max(round(n / scale / shrink), 1), whole // shrink) for n, whole in ((width, across), (height, down)))
+    left, top = (across // shrink - columns) // 2, down // shrink - rows
+    part = decoded[top:top + rows, left:left + columns]
+    pixels = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale * shrink < 0.5 else cv2.INTER_LINEAR)
+    x, y = width / columns, height / rows
+    return np.stack(cv2.split(pixels)[::-1]), np.array([[x / shrink, 0, -left * x], [0, y / shrink, -top * y], [0, 0, 1]])
 
 
 # ---- nuScenes: the tables, once, into three arrays ----
@@ -481,21 +579,14 @@ def find_version(root, version):
     found = sorted(path.parent.name for path in root.glob("v1.0-*/sample.json"))
     if version in found:
         return version
-    if found and version is None:
+    if version is None:
         for choice in ("v1.0-trainval", "v1.0-mini", *found[:1] * (len(found) == 1)):
             if choice in found:
                 if len(found) > 1:
                     say(f"{root}: {' and '.join(found)} are here; reading {choice}")
                 return choice
-    if found:
-        raise DataError(f"{root}: found {', '.join(found)}, not {version or 'v1.0-trainval or v1.0-mini'}; "
-                        "say which with version=, or leave one there")
-    for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
-        if any(place.glob("v1.0-*/sample.json")):
-            raise DataError(f"{root}: this is not the root of nuScenes, which holds samples/ and v1.0-*/; give {place}")
-    there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) if root.is_dir() else "no such folder"
-    raise DataError(f"{root}: no data set here; looked for nuScenes (v1.0-*/sample.json beside samples/), found {there or 'nothing'}; "
-                    "give the folder that the nuScenes archives were extracted into")
+    raise DataError(f"{root}: found {', '.join(found) or 'no tables'}, not {version or 'v1.0-trainval or v1.0-mini'}; "
+                    "say which with version=, or leave one there")
 
 
 class NuScenes:
@@ -504,10 +595,13 @@ class NuScenes:
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names  .split(name)  .load(i)
     """
 
+    LAYOUTS, TELLS = {"nuScenes": ("v1.0-*/sample.json",)}, "samples/ and v1.0-*/"
+
     def __init__(self, root, preset="paper", version=None):
         self.grid, self.preset = GRIDS["nuscenes", preset], preset
         self.root = os.path.realpath(root)
         self.version = find_version(Path(self.root), version)
+        self.what = f"{self.root}: nuScenes {self.version}"
         tables, samples = Path(self.root, self.version).glob("*.json"), Path(self.root, "samples").glob("*")
         state = sorted([(str(path), stat.st_size, stat.st_mtime_ns) for path in tables for stat in [path.stat()]]
                        + [(str(path), path.stat().st_mtime_ns) for path in samples])     # folders: more blobs may be extracted later
@@ -560,22 +654,8 @@ class NuScenes:
         return [self.name(i) for i in range(len(self))]
 
     def split(self, name):
-        """Frame numbers of "train", "val" or "test", scenes by their start and frames by time; (n,) int64.
-
-        The data set's own split. If train or val has no frame on disk, both come from all frames there, cut 80/20 in time order:
-        taking only the empty one from there would put the same frames into both.
-        """
-        if name not in ("train", "val", "test"):
-            raise DataError(f"{self.root}: no split {name!r}; there are train, val and test")
-        of, everything, cut = self.frames["split"], np.arange(len(self)), max(1, len(self) * 4 // 5)
-        indices = everything[of == name.encode()]
-        if name != "test" and not ((of == b"train").any() and (of == b"val").any()):
-            say(f"{self.root}: {self.version} has {(of == b'train').sum()} train and {(of == b'val').sum()} val frames on disk; "
-                f"all {len(self)} frames are cut in time order: the first {cut} are train, the other {len(self) - cut} val")
-            indices = everything[:cut] if name == "train" else everything[cut:]
-        if not len(indices):
-            raise DataError(f"{self.root}: the {len(self)} frames of {self.version} on disk leave none for {name}; extract more of them")
-        return indices
+        """Frame numbers of "train", "val" or "test", scenes by their start and frames by time; (n,) int64. See split_frames."""
+        return split_frames(self.what, self.frames["split"], name)
 
     def sweep(self, i):
         """Key sweep of frame i as it is on disk, ego vehicle included -> (N, 5) float32: x forward, y left, z up; intensity; ring."""
@@ -606,6 +686,18 @@ class NuScenes:
         label (-1: a category outside the detection task), lidar_points (in the key sweep)."""
         return self.boxes[slice(*self.frames["boxes"][i])]
 
+    def calibrated_by(self, i):
+        """Which files say where the cameras of frame i are: for messages."""
+        return f"{self.version}/calibrated_sensor.json and ego_pose.json"
+
+    def label_evidence(self, i):
+        """-> how many boxes of frame i hold as many points of the key sweep as their annotation says, how many boxes, and what that tests."""
+        points, rows = self.sweep(i), self.annotations(i)
+        to_world = self.sensors[self.frames["sensors"][i, 0]]["to_world"]
+        world = points[:, :3].astype(np.float64) @ to_world[:3, :3].T + to_world[:3, 3]
+        right = sum(inside_box(world, row["box"]).sum() == row["lidar_points"] for row in rows)
+        return right, len(rows), f"boxes hold the number of LiDAR points that {self.version}/sample_annotation.json states"
+
     def load(self, i, image=None):
         """Read frame i -> Frame. image (H, W) is the size of its pictures, default the grid's."""
         name, row = self.name(i), self.frames[i]
@@ -629,7 +721,8 @@ class NuScenes:
             sensor = self.sensors[sensor["prev"]]
 
         # LiDAR -> world -> camera with each sensor's own ego pose: the car moves up to a metre between sweep and shutter
-        images, crops = zip(*[self.read_image(camera, image or self.grid.image, name) for camera in cameras])
+        images, crops = zip(*[read_image(inside(self.root, camera["file"].decode(), name), image or self.grid.image, name,
+                                         (camera["width"], camera["height"])) for camera in cameras])
         world2img = np.tile(np.eye(4), (len(cameras), 1, 1))
         world2img[:, :3, :3] = np.stack(crops) @ cameras["intrinsic"]
         lidar2img = world2img @ np.linalg.inv(cameras["to_world"]) @ lidar2world
@@ -642,25 +735,225 @@ class NuScenes:
         return Frame(np.concatenate(clouds), np.zeros(3, np.float32), list(images), lidar2img.astype(np.float32), lidar2world,
                      row["time"] * 1e-6, boxes, labels, {}, name)
 
-    def read_image(self, camera, size, name):
-        """-> (3, H, W) uint8 and the (3, 3) that takes pixels on disk to pixels in it: scaled to cover, sides and top cut.       [ours]"""
-        file, (height, width), expected = inside(self.root, camera["file"].decode(), name), size, (camera["width"], camera["height"])
+
+# ---- KITTI: object frames or raw drives ----
+
+KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
+KITTI_LABEL = [("type", "U14"), ("truncated", "f8"), ("occluded", "i8"), ("alpha", "f8"), ("bbox", "f8", 4), ("hwl", "f8", 3), ("location", "f8", 3),
+               ("rotation_y", "f8"), ("box", "f8", 9), ("label", "i8")]
+
+
+class KittiFile(NamedTuple):
+    """Where the files of one frame are, relative to the root."""
+    name: str
+    split: str                      # train, val, test or "" (object frames that no ImageSet lists)
+    cloud: str
+    image: str
+    calibration: tuple[str, ...]    # one file (object) or two (raw)
+    labels: str                     # "" where there are none
+
+
+def read_calibration(path, keys, name):
+    """Lines "key: numbers" of a calibration file. keys {key: shape} -> list of float64 arrays in their order; other lines are not looked at."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: {path} is missing; extract the calibration files again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {path} is not text ({error}); extract the calibration files again") from error
+    arrays = []
+    for key, shape in keys.items():
+        if key not in lines:
+            raise DataError(f"{name}: {path} has no line {key}, only {', '.join(lines) or 'none'}; extract the calibration files again")
         try:
-            with Image.open(file, formats=["JPEG"]) as image:
-                if image.size != expected:
-                    raise DataError(f"{name}: {file} is {image.width} x {image.height}, expected {expected[0]} x {expected[1]} "
-                                    "by sample_data.json; the calibration is for that size: extract the original file again")
-                scale = max(height / image.height, width / image.width)
-                left, top = (image.width - width / scale) / 2, image.height - height / scale         # px on disk
-                image.draft("RGB", (int(image.width * scale), int(image.height * scale)))            # decodes at 1/2, 1/4 or 1/8
-                shrunk = round(expected[0] / image.width)       # not the ratio of sizes: 900 / 8 = 112.5 rows are stored as 113
-                box = (left / shrunk, top / shrunk, (left + width / scale) / shrunk, (top + height / scale) / shrunk)
-                pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR, box).convert("RGB"))
-        except FileNotFoundError as error:
-            raise DataError(f"{name}: {file} is missing; extract the camera blobs again") from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{name}: {file} is not a whole JPEG ({error}), {os.path.getsize(file)} bytes; extract it again") from error
-        return pixels.transpose(2, 0, 1), np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
+            array = np.array(lines[key].split(), np.float64)
+        except ValueError:
+            array = np.full(0, np.nan)
+        if array.size != np.prod(shape) or not np.isfinite(array).all():
+            raise DataError(f"{name}: {path} has {key}:{lines[key][:80]}, expected {np.prod(shape)} finite numbers; extract the calibration files again")
+        arrays.append(array.reshape(shape))
+    return arrays
+
+
+def homogeneous(matrix):
+    """(3, 3) or (3, 4) -> (4, 4)."""
+    out = np.eye(4)
+    out[:3, :matrix.shape[1]] = matrix
+    return out
+
+
+class Kitti:
+    """Reader of KITTI, left colour camera and full scans: object frames (training/, testing/) or, without those, raw drives (<date>/<date>_drive_<n>_sync/).
+
+    .grid  .root  .layout ("object frames" or "raw drives")  .frames (list of KittiFile)  .names  .split(name)  .load(i)
+    """
+
+    LAYOUTS = {"object frames": ("training/velodyne", "testing/velodyne"),
+               "raw drives": ("*_drive_*_sync/velodyne_points", "*/*_drive_*_sync/velodyne_points")}
+    TELLS = "training/velodyne, or <date>/<date>_drive_<n>_sync"
+
+    def __init__(self, root, preset="paper"):
+        self.grid, self.preset, self.root = GRIDS["kitti", preset], preset, os.path.realpath(root)
+        there = {layout: places for layout, patterns in self.LAYOUTS.items() if (places := [p for pattern in patterns for p in sorted(Path(self.root).glob(pattern))])}
+        self.layout = next(iter(there))
+        self.what = f"{self.root}: KITTI {self.layout}"
+        if len(there) > 1:
+            say(f"{self.root}: object frames and raw drives are here; reading the object frames. "
+                f"For the drives of one day give {there['raw drives'][0].parent.parent}, for all of them a folder that holds only the dates")
+        self.frames = self.find_object_frames() if self.layout == "object frames" else self.find_raw_frames(there[self.layout])
+        if not self.frames:
+            raise DataError(f"{self.root}: no frame among its {self.layout}; extract the scans (.bin) and left colour pictures (.png)")
+        folders = sorted({os.path.dirname(file) for frame in self.frames for file in (frame.cloud, frame.image, *frame.calibration)})
+        state = self.root, [(folder, os.stat(os.path.join(self.root, folder)).st_mtime_ns) for folder in folders], len(self.frames)
+        self.key = hashlib.sha256(repr((VERSION, state)).encode()).hexdigest()[:16]
+
+    def listing(self, folder, ending):
+        """Names without `ending` of the files in a folder under the root; empty where there is none."""
+        path = os.path.join(self.root, folder)
+        return {file[:-len(ending)] for file in os.listdir(path) if file.endswith(ending)} if os.path.isdir(path) else set()
+
+    def find_object_frames(self):
+        """Frames of training/ and testing/ by number; splits from ImageSets/ where it is."""
+        split_of, listed, frames = {}, 0, []
+        for split in ("train", "val", "test"):
+            path = Path(self.root, "ImageSets", f"{split}.txt")
+            for number, line in enumerate(path.read_text().split() if path.is_file() else (), 1):
+                folder = "testing" if split == "test" else "training"
+                if not re.fullmatch(r"\d{6}", line):
+                    raise DataError(f"{path}: entry {number} is {line!r}, expected six digits, the number of a frame; get the file again")
+                if split_of.setdefault((folder, line), split) != split:
+                    raise DataError(f"{path}: frame {line} is in {split_of[folder, line]}.txt too, expected one split a frame; get the files again")
+        for folder in ("training", "testing"):
+            kinds = [("velodyne", ".bin"), ("image_2", ".png"), ("calib", ".txt"), ("label_2", ".txt")]
+            labelled = folder == "training" and os.path.isdir(os.path.join(self.root, folder, "label_2"))
+            there = [self.listing(f"{folder}/{kind}", ending) for kind, ending in kinds[:3 + labelled]]
+            for number in sorted(there[0] | there[1]):      # all calibrations and labels beside a few scans are nothing unusual
+                name, files = f"kitti/{folder}/{number}", [f"{folder}/{kind}/{number}{ending}" for kind, ending in kinds]
+                for file, present in zip(files, there):
+                    if number not in present:
+                        raise DataError(f"{name}: {os.path.join(self.root, file)} is missing, while other files of this frame are there; extract it again")
+                split = split_of.get((folder, number), "" if split_of else "test" if folder == "testing" else "train")
+                frames.append(KittiFile(name, split, files[0], files[1], (files[2],), files[3] if labelled else ""))
+        listed = len(split_of) - sum(frame.split != "" for frame in frames if split_of)
+        if listed and split_of:
+            say(f"{self.root}: {listed} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
+        return frames
+
+    def find_raw_frames(self, places):
+        """Frames of every drive in order of time; those without a scan or a picture (some drives lack a few scans) are left out aloud."""
+        frames, left_out = [], 0
+        for place in places:
+            drive = place.parent.relative_to(self.root)
+            clouds, images = self.listing(drive / "velodyne_points/data", ".bin"), self.listing(drive / "image_02/data", ".png")
+            left_out += len(clouds ^ images)
+            frames += [KittiFile(f"kitti/{place.parent.name}/{number}", "", str(drive / f"velodyne_points/data/{number}.bin"), str(drive / f"image_02/data/{number}.png"),
+                                 (str(drive.parent / "calib_cam_to_cam.txt"), str(drive.parent / "calib_velo_to_cam.txt")), "") for number in sorted(clouds & images)]
+        if left_out:
+            say(f"{self.root}: {left_out} raw frames have only a scan or only a picture and are left out")
+        return frames
+
+    def __len__(self):
+        return len(self.frames)
+
+    @property
+    def names(self):
+        return [frame.name for frame in self.frames]
+
+    def split(self, name):
+        """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
+        return split_frames(self.what, np.array([frame.split.encode() for frame in self.frames]), name)
+
+    def sweep(self, i):
+        """Full scan of frame i as it is on disk -> (N, 4) float32: x forward, y left, z up; reflectance 0..1."""
+        file, name = os.path.join(self.root, self.frames[i].cloud), self.frames[i].name
+        size = os.path.getsize(file) if os.path.isfile(file) else 0
+        if size == 0 or size % 16:
+            raise DataError(f"{name}: {file} has {size} bytes, expected N x 16 (four float32 a point, N > 0); the file is missing or truncated: extract it again")
+        points = np.fromfile(file, np.float32).reshape(-1, 4)
+        low, high = points.min(0), points.max(0)                                                     # NaN where any is
+        if not (low[:3] > -300).all() or not (high[:3] < 300).all() or not low[3] >= 0 or not high[3] <= 1:
+            raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite x, y, z within 300 m and "
+                            "reflectance in 0..1; the file is damaged or not four float32 a point: extract it again")
+        return points
+
+    def calibration(self, i):
+        """-> lidar2rect (4, 4), LiDAR to rectified camera 0, where the labels are; rect2img (4, 4), from there to the pixels on disk; both float64."""
+        frame, paths = self.frames[i], [os.path.join(self.root, file) for file in self.frames[i].calibration]
+        if self.layout == "object frames":
+            P, R, T = read_calibration(paths[0], {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}, frame.name)
+        else:
+            P, R = read_calibration(paths[0], {"P_rect_02": (3, 4), "R_rect_00": (3, 3)}, frame.name)
+            T = np.concatenate(read_calibration(paths[1], {"R": (3, 3), "T": (3, 1)}, frame.name), 1)
+        return homogeneous(R) @ homogeneous(T), homogeneous(P)
+
+    def annotations(self, i):
+        """Label rows of frame i as they are on disk, "DontCare" included, as structured rows (KITTI_LABEL): bbox left, top, right, bottom in px; location the
+        middle of the bottom face in rectified camera 0; and box (9,) as Frame.boxes, NaN for DontCare; label, -1 outside Grid.classes. No row without labels."""
+        frame = self.frames[i]
+        if not frame.labels:
+            return np.zeros(0, KITTI_LABEL)
+        path = Path(self.root, frame.labels)
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{frame.name}: {path} cannot be read ({error}); extract the labels again") from error
+        rows = np.zeros(len(lines), KITTI_LABEL)
+        for n, line in enumerate(lines):
+            kind, *words = line.split() or [""]
+            try:
+                v = np.array(words, np.float64)
+            except ValueError:
+                v = np.zeros(0)
+            if kind not in KITTI_TYPES or v.shape != (14,) or not np.isfinite(v).all():
+                raise DataError(f"{frame.name}: {path}, line {n + 1} is {line!r}, expected one of {', '.join(KITTI_TYPES)} and 14 finite numbers; "
+                                "extract the labels again")
+            label = self.grid.classes.index(kind) if kind in self.grid.classes else -1
+            rows[n] = kind, *v[:3], v[3:7], v[7:10], v[10:13], v[13], np.nan, label
+        rect2lidar = np.linalg.inv(self.calibration(i)[0])
+        centre, y = rows["location"] - rows["hwl"][:, :1] / 2 * [0, 1, 0], rows["rotation_y"]         # camera y points down
+        heading = np.stack([np.cos(y), np.zeros(len(y)), -np.sin(y)], 1) @ rect2lidar[:3, :3].T      # -(rotation_y + pi / 2), but for the sensors' tilt
+        rows["box"] = np.concatenate([centre @ rect2lidar[:3, :3].T + rect2lidar[:3, 3], rows["hwl"][:, ::-1],
+                                      np.arctan2(heading[:, 1], heading[:, 0])[:, None], np.full((len(y), 2), np.nan)], 1)
+        rows["box"][rows["type"] == "DontCare"] = np.nan
+        return rows
+
+    def calibrated_by(self, i):
+        """Which files say where the camera of frame i is: for messages."""
+        return " and ".join(self.frames[i].calibration)
+
+    def label_evidence(self, i):
+        """-> how many cars of frame i, plainly in the picture, whose 3-D box projects onto their 2-D box (IoU > 0.7), how many such cars, and what that tests."""
+        rows, (lidar2rect, rect2img), right = self.annotations(i), self.calibration(i), 0
+        rows = rows[(rows["type"] == "Car") & (rows["truncated"] == 0) & (rows["occluded"] == 0)]
+        for row in rows:
+            uvd = box_corners(row["box"]) @ (rect2img @ lidar2rect)[:3, :3].T + (rect2img @ lidar2rect)[:3, 3]
+            uv = uvd[:, :2] / uvd[:, 2:]
+            a, b = np.concatenate([uv.min(0), uv.max(0)]), row["bbox"]
+            both = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+            right += both / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both) > 0.7
+        return right, len(rows), "unoccluded cars of label_2 whose projected box meets their 2-D box with an IoU above 0.7"
+
+    def load(self, i, image=None):
+        """Read frame i -> Frame. image (H, W) is the size of its picture, default the grid's."""
+        frame, scan = self.frames[i], self.sweep(i)
+        lidar2rect, rect2img = self.calibration(i)
+        pixels, crop = read_image(os.path.join(self.root, frame.image), image or self.grid.image, frame.name)    # sizes vary between recording days
+        lidar2img = homogeneous(crop) @ rect2img @ lidar2rect
+        boxes = labels = None
+        if frame.labels:
+            rows = self.annotations(i)
+            rows = rows[rows["label"] >= 0]
+            boxes, labels = rows["box"].astype(np.float32), rows["label"].astype(np.int64)
+        time = 0.1 * int(frame.name.rsplit("/", 1)[1]) if self.layout == "raw drives" else 0.        # 10 Hz
+        points = np.pad(scan, ((0, 0), (0, 1)))                                                      # one sweep: 0 s before itself
+        return Frame(points, np.zeros(3, np.float32), [pixels], lidar2img[None].astype(np.float32), np.eye(4), time, boxes, labels, {}, frame.name)
+
+
+# ---- which data set ----
+
+def lies_in(root, reader):
+    """Whether root holds one of the reader's layouts."""
+    return any(True for places in reader.LAYOUTS.values() for place in places for _ in root.glob(place))
 
 
 def open_dataset(root, preset="paper"):
@@ -672,14 +965,24 @@ def open_dataset(root, preset="paper"):
             if not root.exists():
                 say(f"writing the embedded world to {root}, once; this takes a few minutes")
                 synthetic.write(root)
-    return NuScenes(root, preset)
+    root = Path(os.path.realpath(root))
+    for reader in (NuScenes, Kitti):
+        if lies_in(root, reader):
+            return reader(root, preset)
+    for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
+        for reader in (NuScenes, Kitti):
+            if lies_in(place, reader):
+                raise DataError(f"{root}: this is not the root of a data set, which holds {reader.TELLS}; give {place}")
+    there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) if root.is_dir() else "no such folder"
+    raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.TELLS}) and KITTI ({Kitti.TELLS}), found {there or 'nothing'}; "
+                    "give the folder that the archives were extracted into")
 
 
 # ---- loader ----
 
 def prepared(frame, prepare, folder):
     """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file is written anew."""
-    path = folder / f"{frame.name.rsplit('/', 1)[1]}.npz"
+    path = folder / f"{frame.name.replace('/', '_')}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
@@ -769,7 +1072,7 @@ class Loader:
 
 
 def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None):
-    """Loader of `split` of the data set in folder `root` ("": the embedded world), `batch` frames a rank.
+    """Loader of `split` of the data set in folder `root` ("": the embedded world; or what open_dataset returned), `batch` frames a rank.
 
     image    (H, W) of the pictures, default the grid's
     augment  augment(frame, rng) -> Frame, in begin_at only; rng is a np.random.Generator of (seed, epoch, index of the frame)
@@ -777,4 +1080,106 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
              frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
     """
-    return Loader(open_dataset(root, preset), split, batch, rank, world, seed, workers, image, augment, prepare)
+    dataset = open_dataset(root, preset) if isinstance(root, (str, Path)) else root
+    return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare)
+
+
+# ---- the doctor: python data.py ROOT ----
+
+LOOKS = dict(zip(CAMERAS, (0, -55, -110, 180, 110, 55)), image_2=0)         # degrees from straight ahead, left positive; 30 more or less pass
+SAMPLE = 24                                                                 # frames looked at without --all
+
+
+def camera_faults(lidar2img, hw, yaw):
+    """What contradicts a camera on a car in its matrix. lidar2img (4, 4), hw of its picture, yaw degrees that it should look at -> list of str."""
+    height, width = hw
+    matrix = np.asarray(lidar2img, np.float64)[:3]
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:, :3])) < 1e-6:
+        return ["its projection matrix is singular or not finite"]
+    K, R = rq(matrix[:, :3])
+    signs = np.sign(np.diag(K))
+    K, R = K * signs, R * signs[:, None]                                    # K's diagonal is positive, rows of R are right, down, forward
+    centre, looks = -np.linalg.solve(matrix[:, :3], matrix[:, 3]), np.degrees(np.arctan2(R[2, 1], R[2, 0]))
+    checks = [
+        (np.linalg.det(R) > 0, "it is mirrored", "its rotation turns right hands into right hands"),
+        (abs(K[2, 2] - 1) < 0.01, f"its depth counts {K[2, 2]:.3g} m as one", "metres"),
+        (abs(K[0, 0] / K[1, 1] - 1) < 0.03 and abs(K[0, 1] / K[0, 0]) < 0.03, f"its pixels are {K[1, 1] / K[0, 0]:.3g} times as wide as high, skewed by "
+         f"{K[0, 1] / K[0, 0]:.3g}", "square pixels"),
+        (0.25 < K[0, 0] / K[2, 2] / width < 4, f"its focal length is {K[0, 0] / K[2, 2] / width:.3g} picture widths", "0.25 to 4"),
+        (abs(K[0, 2] / K[2, 2] / width - 0.5) < 0.25, f"its axis meets the picture at {K[0, 2] / K[2, 2] / width:.0%} of its width", "the middle half"),
+        (np.linalg.norm(centre) < 5, f"it stands {np.linalg.norm(centre):.1f} m from the LiDAR", "less than 5 m"),
+        (-R[1, 2] > 0.7, f"its picture's down is {np.degrees(np.arccos(np.clip(-R[1, 2], -1, 1))):.0f} degrees from down", "upright"),
+        (abs((looks - yaw + 180) % 360 - 180) < 30, f"it looks {looks:.0f} degrees to the left of straight ahead", f"{yaw} +- 30")]
+    return [f"{found}, expected {expected}" for fine, found, expected in checks if not fine]
+
+
+class Checkup:
+    """checkup[i]: what is wrong with frame i (list of str), points (), share of them in each picture (K,), label evidence; a frame's work for one worker."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        dataset = self.dataset
+        try:
+            frame, evidence = dataset.load(i), dataset.label_evidence(i)
+        except DataError as error:
+            return [str(error)], None, None, None
+        faults, hw = [], [image.shape[1:] for image in frame.images]
+        for camera, matrix, size, image in zip(dataset.grid.cameras, frame.lidar2img, hw, frame.images):
+            faults += [f"{frame.name}: {camera}: {fault}; check {dataset.calibrated_by(i)}" for fault in camera_faults(matrix, size, LOOKS[camera])]
+            if image.min() == image.max():
+                faults.append(f"{frame.name}: {camera}: the picture has one colour, expected a scene; extract it again")
+        key = frame.points[frame.points[:, 4] == 0]
+        if len(key) < 500:
+            faults.append(f"{frame.name}: {len(key)} points in the key sweep, expected thousands; extract it again")
+        elif key[:, 3].min() == key[:, 3].max():
+            faults.append(f"{frame.name}: every point has intensity {key[0, 3]:g}, expected different ones; extract it again")
+        return faults, len(key), in_view(key, frame.lidar2img, hw).mean(1), evidence
+
+
+def doctor(root, everything=False):
+    """Look at the data set in `root`, at SAMPLE frames spread over it or at every one, print what was seen -> list of what is wrong, where and the fix."""
+    try:
+        dataset = open_dataset(root)
+        sizes = {name: len(dataset.split(name)) for name in ("train", "val")}
+    except DataError as error:
+        return [str(error)]
+    chosen = np.arange(len(dataset)) if everything else np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int))
+    print(f"{dataset.what}, {len(dataset)} frames, of them {sizes['train']} train, {sizes['val']} val; "
+          f"looking at {len(chosen)}{'' if len(chosen) == len(dataset) else ', --all looks at every one'}", flush=True)
+    found = torch.utils.data.DataLoader(Checkup(dataset), sampler=chosen.tolist(), batch_size=None, collate_fn=list, num_workers=os.cpu_count() if everything else 0)
+    faults, points, shares, evidence = zip(*tqdm(found, total=len(chosen), unit=" frames", disable=None))
+    faults = [fault for frame in faults for fault in frame]
+    whole = [e for e in evidence if e is not None]
+    if whole:
+        print(f"points in a key sweep: median {np.median([n for n in points if n is not None]):.0f}")
+        share = np.mean([s for s in shares if s is not None], 0)
+        print("points in each picture: " + ", ".join(f"{camera} {s:.1%}" for camera, s in zip(dataset.grid.cameras, share)))
+        faults += [f"{dataset.root}: {camera}: {s:.2%} of the points land in its pictures, expected at least 1 %; check {dataset.calibrated_by(chosen[0])}"
+                   for camera, s in zip(dataset.grid.cameras, share) if s < 0.01]
+        right, boxes = np.sum([e[:2] for e in whole], 0)
+        told = f"{right} of {boxes} {whole[0][2]}"
+        if boxes:
+            print(told)
+        if right < 0.9 * boxes:
+            faults.append(f"{dataset.root}: {told}, expected at least 90 %; calibration, poses, boxes or scans do not belong together: extract all of them again")
+    return faults
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a data set: layout, tables, files, calibration, labels. Exit status 1 if anything is wrong.")
+    parser.add_argument("root", nargs="?", default="", help="its root folder; default the embedded world")
+    parser.add_argument("--all", action="store_true", help=f"look at every frame, not at {SAMPLE}")
+    args = parser.parse_args()
+    faults = doctor(args.root, args.all)
+    for fault in faults[:50]:
+        print(f"WRONG  {fault}")
+    if len(faults) > 50:
+        print(f"WRONG  and {len(faults) - 50} more")
+    print(f"{len(faults)} fault(s)" if faults else "nothing wrong found")
+    raise SystemExit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

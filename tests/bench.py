@@ -285,7 +285,7 @@ def bench_images(rounds, frame, key, C=64):
     H, W = frame.images[0].shape[1:]
     matrix, b = torch.from_numpy(frame.lidar2img), torch.zeros(len(key), dtype=torch.int64)
     hw = torch.tensor([image.shape[1:] for image in frame.images])
-    features = torch.randn(len(matrix), C, H // 4, W // 4, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(len(matrix), C, H // 4, W // 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)  # as the networks make them
 
     def ours():
         point, image, uv, _ = common.project(key, b, matrix, hw, 1)
@@ -310,7 +310,7 @@ def bench_loading(rounds, dataset, i):
     cameras = dataset.sensors[dataset.frames[i]["sensors"][1:]]
 
     def ours():
-        return np.stack([dataset.read_image(camera, (height, width), name)[0] for camera in cameras])
+        return np.stack([data.read_image(os.path.join(dataset.root, camera["file"].decode()), (height, width), name)[0] for camera in cameras])
 
     def full():
         pictures = []

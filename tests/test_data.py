@@ -207,7 +207,23 @@ def test_resize_and_crop_move_pixels_as_the_matrix_says(ramps, size):
         expected = np.stack([crop[0, 0] * u + crop[0, 2], crop[1, 1] * v + crop[1, 2]])
         found = image[:2] / 255. * np.array([1600, 900])[:, None, None]
         error = (found - expected)[:, 4:-4, 4:-4] / crop[0, 0]                                            # in pixels of this picture
-        assert abs(error.mean((1, 2))).max() < 0.12 and abs(error).mean() < 0.5 + 3 / crop[0, 0]      # a grey level is 6 px on disk
+        assert abs(error.mean((1, 2))).max() < 0.3 and abs(error).mean() < 0.5 + 3 / crop[0, 0]       # a grey level is 6 px on disk
+
+
+@pytest.mark.parametrize("size", [(256, 704), (96, 256), (224, 416), (100, 800), (900, 1600), (384, 1248), (80, 256)])
+@pytest.mark.parametrize("ending, width, height", [("jpg", 1600, 900), ("png", 1242, 375), ("jpg", 641, 389)])
+def test_pictures_lie_where_their_matrix_says_to_a_hundredth_of_a_pixel(tmp_path, ending, width, height, size):
+    """Waves across and down the picture, a fit of their phase in the result."""
+    u, v = np.meshgrid(np.arange(width) + .5, np.arange(height) + .5)
+    wave = np.stack([np.cos(2 * np.pi * u / 100), np.cos(2 * np.pi * v / 100), 0 * u], 2)
+    Image.fromarray((127 + 100 * wave).round().astype(np.uint8)).save(tmp_path / f"wave.{ending}", **({"quality": 98, "subsampling": 0} if ending == "jpg" else {}))
+    pixels, crop = data.read_image(tmp_path / f"wave.{ending}", size, "wave")
+    assert pixels.shape == (3, *size) and pixels.dtype == np.uint8 and pixels[2].min() > 120 and pixels[2].max() < 134       # blue is blue
+    assert abs(crop[0, 0] / crop[1, 1] - 1) < 0.01
+    for axis, mean in ((0, pixels[0].mean(0)), (1, pixels[1].mean(1))):
+        at = 2 * np.pi / 100 * (np.arange(len(mean)) + .5 - crop[axis, 2]) / crop[axis, axis]
+        cos, sin, _ = np.linalg.lstsq(np.stack([np.cos(at), np.sin(at), np.ones_like(at)], 1), mean, rcond=None)[0]
+        assert abs(np.arctan2(sin, cos) * 100 / (2 * np.pi) * crop[axis, axis]) < 0.01
 
 
 def toy_frame(rng, n=400):
@@ -274,6 +290,13 @@ def test_augment_cloud_keeps_colours_and_draws_what_it_says():
         if seed == 0:
             still = data.augment_cloud(frame, np.random.default_rng(seed), 0, 0, flip=False)
             np.testing.assert_allclose(still.points, frame.points, atol=1e-6)
+    for seed in range(40):                                                                    # KITTI looks forward only: x stays
+        both, one = (data.augment_cloud(frame, np.random.default_rng(seed), 0.5, 0.1, flip) for flip in ((True, True), data.GRIDS["kitti", "paper"].mirrors))
+        linear = np.linalg.inv(one.lidar2world)[:3, :3]
+        assert linear[0, 0] > 0
+        np.testing.assert_allclose(abs(both.points[:, 0]), abs(one.points[:, 0]), atol=1e-6)
+        np.testing.assert_array_equal(both.points[:, 1], one.points[:, 1])
+    assert data.GRIDS["kitti", "small"].mirrors == (False, True) and data.GRIDS["nuscenes", "paper"].mirrors == (True, True)
     size, turn, flip_x, flip_y = np.array(seen).T
     assert 0.9 <= size.min() < 0.92 and 1.08 < size.max() <= 1.1 and -0.5 <= turn.min() < -0.45 and 0.45 < turn.max() <= 0.5
     counts = [((flip_x == a) & (flip_y == b)).sum() for a in (-1, 1) for b in (-1, 1)]
@@ -490,8 +513,9 @@ def test_frames_without_any_file_are_left_out_aloud(world, tmp_path, capsys):
     after = data.NuScenes(root, "small")
     assert after.names == [name for name in before.names if name != gone] and len(after.load(1, (9, 16)).images) == 6
     assert f"1 of the {len(before)} frames" in capsys.readouterr().out
+    data.say.cache_clear()
     data.NuScenes(root, "small")
-    assert "left out" in capsys.readouterr().out                                                        # said again from the cached index
+    assert "left out" in capsys.readouterr().out                                                        # known from the cached index too
 
 
 def test_the_version_taken_is_said_and_can_be_chosen(world, tmp_path, capsys):
@@ -647,8 +671,8 @@ BROKEN = {
     "missing jpg": (lambda r: key_file(r, "CAM_FRONT").unlink(), ["nuscenes/", "CAM_FRONT", ".jpg", "missing", "extract"]),
     "truncated jpg": (cut("samples/CAM_FRONT/*", 900), ["nuscenes/", ".jpg", "not a whole JPEG", "900 bytes", "extract"]),
     "no jpg": (lambda r: put(key_file(r, "CAM_FRONT"), b"<html>"), ["nuscenes/", ".jpg", "not a whole JPEG", "6 bytes", "extract"]),
-    "wrong size jpg": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "expected", "sample_data.json", "extract"]),
-    "enormous height": (first("CAM_BACK/", height=10 ** 10), ["nuscenes/", "CAM_BACK", "x 10000000000", "sample_data.json"]),
+    "wrong size jpg": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "expected", "calibration", "extract"]),
+    "enormous height": (first("CAM_BACK/", height=10 ** 10), ["nuscenes/", "CAM_BACK", "x 10000000000", "calibration"]),
     "four floats a point": (four_floats, ["nuscenes/", ".bin", "expected", "float", "5"]),
     "NaN point": (with_value(1, np.nan), ["nuscenes/", ".bin", "nan", "finite"]),
     "infinite point": (with_value(2, np.inf), ["nuscenes/", ".bin", "inf", "finite"]),
@@ -731,3 +755,300 @@ def test_no_root_is_the_embedded_world_written_once(world, new_cache, monkeypatc
     for _ in range(2):
         assert data.open_dataset("", "small").version == "v1.0-embedded"
     assert written == [new_cache / f"world-{synthetic.VERSION}"] and "writing the embedded world" in capsys.readouterr().out
+
+
+# ---- KITTI: the fabricated folder, then the real frames ----
+
+def raw_root(kitti):
+    return next(kitti.glob("2011_*"))
+
+
+@pytest.mark.parametrize("size", [(384, 1248), (80, 256), (200, 1000), (375, 1242)])
+@pytest.mark.parametrize("layout", ["object frames", "raw drives"])
+def test_kitti_points_land_on_the_pixels_that_they_were_made_from(kitti, layout, size):
+    dataset = data.open_dataset(kitti if layout == "object frames" else raw_root(kitti))
+    assert dataset.layout == layout
+    for i in range(len(dataset)):
+        frame, uvd = dataset.load(i, size), np.load(os.path.join(dataset.root, dataset.frames[i].cloud.replace(".bin", ".uvd.npy")))
+        found = project(frame.points[:400, :3], frame.lidar2img[0])
+        np.testing.assert_allclose(found[:, 2], uvd[:, 2], rtol=1e-4)
+        width, height = Image.open(os.path.join(dataset.root, dataset.frames[i].image)).size
+        u, v = np.floor(found[:, :2]).astype(int).T
+        shown = (u >= 1) & (v >= 1) & (u < size[1] - 1) & (v < size[0] - 1)
+        assert shown.mean() > 0.5
+        red, green = frame.images[0][:2, v[shown], u[shown]] / 255.
+        scale = max(size[0] / height, size[1] / width)
+        assert abs(red * width - uvd[shown, 0]).max() < 0.6 / scale + 3 and abs(green * height - uvd[shown, 1]).max() < 0.6 / scale + 1.5
+        lidar2rect, rect2img = dataset.calibration(i)
+        exact = project(frame.points[:400, :3], rect2img @ lidar2rect)
+        np.testing.assert_allclose(exact[:, :2], uvd[:, :2], atol=0.02)                                # scans are float32
+        assert frame.points.shape == (800, 5) and (frame.points[:, 4] == 0).all() and not frame.origin.any()
+
+
+def test_kitti_labels_are_the_devkits_boxes(kitti):
+    from conftest import CAR, R0, TR, car_corners
+    dataset = data.open_dataset(kitti, "small")
+    frame, rows = dataset.load(0), dataset.annotations(0)
+    assert rows["type"].tolist() == ["Car", "Van", "DontCare"] and rows["label"].tolist() == [0, -1, -1] and np.isnan(rows["box"][2]).all()
+    assert frame.labels.tolist() == [0] and frame.boxes.shape == (1, 9) and np.isnan(frame.boxes[0, 7:]).all()
+    expected = (car_corners(**CAR) @ R0 - TR[:, 3]) @ TR[:, :3]                                         # the turns' transposes undo them
+    found = data.box_corners(rows["box"][0])
+    gap = np.linalg.norm(expected[:, None] - found[None], axis=2)
+    assert gap.min(1).max() < 1e-6 and sorted(gap.argmin(1)) == list(range(8))
+    # the heading points along the car's x axis, which is +x of the camera turned by rotation_y about y (down)
+    ahead = expected[[0, 1, 4, 5]].mean(0) - expected.mean(0)
+    assert abs(math.atan2(ahead[1], ahead[0]) - rows["box"][0, 6]) < 1e-6
+    assert dataset.load(3).boxes is None and not dataset.frames[3].labels                               # testing/ has no labels
+
+
+def test_kitti_splits_and_what_is_left_out(kitti, tmp_path, capsys):
+    data.say.cache_clear()
+    dataset = data.open_dataset(kitti)
+    said = capsys.readouterr().out
+    assert "object frames and raw drives" in said and f"give {raw_root(kitti)}" in said and "2 of the 6 frames in ImageSets" in said
+    assert [[dataset.names[i] for i in dataset.split(name)] for name in ("train", "val", "test")] == [
+        ["kitti/training/000000", "kitti/training/000003"], ["kitti/training/000007"], ["kitti/testing/000000"]]
+    raw = data.open_dataset(raw_root(kitti))
+    assert "1 raw frames have only a scan or only a picture" in capsys.readouterr().out
+    assert raw.names == [f"kitti/2011_09_26_drive_0009_sync/{n:010d}" for n in (0, 1, 3)] and raw.split("train").tolist() == [0, 1] and raw.split("val").tolist() == [2]
+    assert "cut in time order" in capsys.readouterr().out and [raw.load(i).time for i in range(3)] == pytest.approx([0, 0.1, 0.3])
+    bare = clone(kitti, tmp_path)
+    shutil.rmtree(bare / "ImageSets")
+    dataset = data.open_dataset(bare)
+    assert dataset.split("train").tolist() == [0, 1, 2] and dataset.split("val").tolist() == [3] or dataset.split("test").tolist() == [3]
+
+
+def test_cropping_to_the_view_keeps_what_a_picture_shows(kitti):
+    frame = data.open_dataset(kitti).load(0, (375, 1242))
+    frame = replace(frame, extra={"points_row": np.arange(800)})
+    cropped = data.crop_to_view(frame)
+    u, v, d = project(frame.points[:, :3], frame.lidar2img[0]).T
+    expected = np.flatnonzero((d > 0) & (u >= 0) & (u < 1242) & (v >= 0) & (v < 375))
+    assert cropped.extra["points_row"].tolist() == expected.tolist() and (expected[:400] == np.arange(400)).all() and 400 < len(expected) < 600
+    twice = replace(frame, images=frame.images * 2, lidar2img=np.stack([frame.lidar2img[0], frame.lidar2img[0] @ np.diag([-1, -1, 1, 1]).astype(np.float32)]))
+    assert len(data.crop_to_view(twice).points) > len(cropped.points)                                   # what any picture shows stays
+
+
+def test_real_kitti_counts_are_those_of_an_independent_script(kitti_root):
+    path = kitti_root.parent / "golden_counts.json"
+    if not path.exists():
+        pytest.skip(f"no {path}: KITTI is not the small set of frames that was counted")
+    golden, cars = json.loads(path.read_text()), 0
+    for root, counted in ((kitti_root, golden["kitti_object"]), (raw_root(kitti_root), golden["kitti_raw_2011_09_26_drive_0052"])):
+        dataset = data.open_dataset(root)
+        assert [name.rsplit("/", 1)[1] for name in dataset.names] == sorted(counted)
+        for i, (_, expected) in enumerate(sorted(counted.items())):
+            width, height = expected["image"]
+            frame, lidar2rect = dataset.load(i, (height, width)), dataset.calibration(i)[0]
+            assert len(frame.points) == expected["points"] and frame.images[0].shape == (3, height, width)
+            assert len(data.crop_to_view(frame).points) == expected["in_image"]
+            scan = frame.points[:, :3].astype(np.float64) @ lidar2rect[:3, :3].T + lidar2rect[:3, 3]    # the counts are of upright boxes in camera 0
+            rows = dataset.annotations(i)
+            rows = rows[rows["type"] != "DontCare"]
+            for row, (kind, count) in zip(rows, expected.get("points_in_box", [])):
+                x, y, z = (scan - row["location"]).T
+                cos, sin = math.cos(row["rotation_y"]), math.sin(row["rotation_y"])
+                h, w, l = row["hwl"]
+                held = (abs(cos * x - sin * z) < l / 2) & (y < 0) & (y > -h) & (abs(sin * x + cos * z) < w / 2)
+                assert (row["type"], held.sum()) == (kind, count)
+                assert data.inside_box(frame.points[:, :3], row["box"]).sum() == pytest.approx(count, rel=0.1, abs=3)    # upright in the LiDAR's frame instead
+                cars += 1
+    assert cars == 11
+
+
+def test_real_kitti_reduced_cloud_is_reproduced(kitti_root):
+    files = sorted(kitti_root.glob("training/velodyne_reduced/*.bin"))
+    if not files:
+        pytest.skip(f"no velodyne_reduced under {kitti_root}/training")
+    dataset = data.open_dataset(kitti_root)
+    for file in files:
+        i = dataset.names.index(f"kitti/training/{file.stem}")
+        width, height = Image.open(os.path.join(dataset.root, dataset.frames[i].image)).size
+        np.testing.assert_array_equal(data.crop_to_view(dataset.load(i, (height, width))).points[:, :4], np.fromfile(file, np.float32).reshape(-1, 4))
+
+
+def test_real_kitti_boxes_project_onto_their_labels(kitti_root):
+    dataset, cars = data.open_dataset(kitti_root), 0
+    labelled = [(dataset, i, dataset.annotations(i)) for i in range(len(dataset))]
+    for dataset, i, rows in labelled:
+        width, height = Image.open(os.path.join(dataset.root, dataset.frames[i].image)).size
+        frame = dataset.load(i, (height, width))
+        for row in rows[(rows["type"] == "Car") & (rows["truncated"] == 0)]:
+            uvd = project(data.box_corners(frame.boxes[(abs(frame.boxes[:, :3] - row["box"][:3]) < 1e-3).all(1)][0]), frame.lidar2img[0])
+            low, high = np.clip(uvd[:, :2].min(0), 0, (width - 1, height - 1)), np.clip(uvd[:, :2].max(0), 0, (width - 1, height - 1))
+            both = np.prod(np.minimum(high, row["bbox"][2:]) - np.maximum(low, row["bbox"][:2]))
+            assert both / (np.prod(high - low) + np.prod(row["bbox"][2:] - row["bbox"][:2]) - both) > 0.9, (frame.name, row)
+            cars += 1
+    assert cars == 8 or kitti_root.name != "kitti"
+
+
+def text(pattern, change):
+    def edit_text(root):
+        file = sorted(root.glob(pattern))[0]
+        put(file, change(file.read_text()).encode())
+    return edit_text
+
+
+def rescaled(root):
+    file = sorted(root.glob("training/velodyne/*.bin"))[0]
+    points = np.fromfile(file, np.float32).reshape(-1, 4)
+    put(file, (points * [1, 1, 1, 255]).astype(np.float32).tobytes())
+
+
+def remove(pattern):
+    return lambda root: sorted(root.glob(pattern))[0].unlink()
+
+
+BROKEN_KITTI = {
+    "truncated scan": (cut("training/velodyne/*", -7), ["kitti/training/000000", "velodyne/000000.bin", "12793 bytes", "N x 16", "extract"]),
+    "empty scan": (cut("training/velodyne/*", 0), ["velodyne/000000.bin", "0 bytes", "N > 0"]),
+    "reflectance to 255": (rescaled, ["velodyne/000000.bin", "0..1", "four float32"]),
+    "missing picture": (remove("training/image_2/*"), ["kitti/training/000000", "image_2/000000.png", "missing", "extract"]),
+    "missing scan": (remove("training/velodyne/*.bin"), ["kitti/training/000000", "velodyne/000000.bin", "missing", "extract"]),
+    "missing calibration": (remove("training/calib/*"), ["kitti/training/000000", "calib/000000.txt", "missing", "extract"]),
+    "missing label": (remove("training/label_2/*"), ["kitti/training/000000", "label_2/000000.txt", "missing", "extract"]),
+    "truncated picture": (cut("training/image_2/*", 999), ["kitti/training/000000", "image_2/000000.png", "not a whole", "999 bytes"]),
+    "no P2": (text("training/calib/*", lambda t: t.replace("P2:", "P9:")), ["calib/000000.txt", "no line P2", "P0, P9, R0_rect"]),
+    "a word in R0_rect": (text("training/calib/*", lambda t: t.replace("R0_rect: ", "R0_rect: one ")), ["calib/000000.txt", "R0_rect: one", "9 finite numbers"]),
+    "eleven numbers": (text("training/calib/*", lambda t: t[:t.index("Tr_velo")] + "Tr_velo_to_cam: 0 1 2 3 4 5 6 7 8 9 10\n"), ["Tr_velo_to_cam", "expected 12"]),
+    "not a number": (text("training/calib/*", lambda t: t[:t.index("Tr_velo")] + "Tr_velo_to_cam: " + "nan " * 12), ["Tr_velo_to_cam", "finite"]),
+    "fourteen columns": (text("training/label_2/*", lambda t: t.replace(" 0.6\n", "\n")), ["kitti/training/000000", "label_2/000000.txt", "line 1", "14 finite numbers"]),
+    "an unknown type": (text("training/label_2/*", lambda t: t.replace("Van", "Boat")), ["label_2/000000.txt", "line 2", "'Boat"]),
+    "a word for a number": (text("training/label_2/*", lambda t: t.replace("Van 0.00", "Van x")), ["label_2/000000.txt", "line 2"]),
+    "labels that are no text": (lambda r: put(r / "training/label_2/000000.txt", b"\xff\xfe\x00"), ["label_2/000000.txt", "cannot be read"]),
+    "a strange ImageSet": (text("ImageSets/train.txt", lambda t: "0\n" + t), ["ImageSets/train.txt", "entry 1", "'0'", "six digits"]),
+    "a frame in two splits": (text("ImageSets/val.txt", lambda t: t + "000000\n"), ["ImageSets/val.txt", "000000", "train.txt too"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_KITTI)
+def test_broken_kitti_folder(kitti, tmp_path, case):
+    root = clone(kitti, tmp_path / "root")
+    breaks, message = BROKEN_KITTI[case]
+    breaks(root)
+    with pytest.raises(data.DataError) as error:
+        dataset = data.Kitti(root, "small")
+        for i in range(len(dataset)):
+            dataset.load(i)
+    for fragment in message:
+        assert fragment in str(error.value), (fragment, str(error.value))
+
+
+def test_broken_raw_calibration(kitti, tmp_path):
+    root = raw_root(clone(kitti, tmp_path / "root"))
+    text("calib_velo_to_cam.txt", lambda t: t.replace("R:", "S:"))(root)
+    with pytest.raises(data.DataError, match="kitti/2011_09_26_drive_0009_sync/0000000000: .*calib_velo_to_cam.txt has no line R"):
+        data.Kitti(root).load(0)
+
+
+def test_kitti_batches_do_not_depend_on_workers_and_prepared_files_do_not_clash(kitti, new_cache):
+    one, two = (take(data.loader(kitti, "train", 2, preset="small", workers=workers, augment=jiggle, prepare=Heights()).begin_at(1), 2) for workers in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert_same(a, b)
+    assert {path.name for path in new_cache.rglob("*.npz")} == {"kitti_training_000000.npz", "kitti_training_000003.npz"}
+
+
+# ---- the doctor ----
+
+def test_the_doctor_finds_nothing_wrong(world, kitti, capsys):
+    assert data.doctor(str(world)) == [] and data.doctor(str(kitti)) == [] and data.doctor(str(raw_root(kitti)), True) == []
+    said = capsys.readouterr().out
+    assert "CAM_BACK_LEFT" in said and "image_2" in said and "boxes hold the number of LiDAR points" in said and "3 of 3 unoccluded cars" in said
+
+
+def test_the_doctor_finds_nothing_wrong_with_real_nuscenes(nuscenes_root, capsys):
+    assert data.doctor(str(nuscenes_root)) == []
+    assert "724 of 724 boxes" in capsys.readouterr().out or not (nuscenes_root.parent / "golden_counts.json").exists()
+
+
+def test_the_doctor_finds_nothing_wrong_with_real_kitti(kitti_root):
+    assert data.doctor(str(kitti_root)) == [] and data.doctor(str(raw_root(kitti_root))) == []
+
+
+def calibrated(root, channel):
+    """Token of the sensor of that channel."""
+    return next(row["token"] for row in json.loads(next(root.glob("v1.0-*/sensor.json")).read_text()) if row["channel"] == channel)
+
+
+def recalibrate(channel, **change):
+    """Change every calibrated_sensor row of a channel; a value may be a function of the old one."""
+    def breaks(root):
+        token = calibrated(root, channel)
+        edit(root, "calibrated_sensor", lambda rows: [row.update({k: v(row[k]) if callable(v) else v for k, v in change.items()})
+                                                      for row in rows if row["sensor_token"] == token] and None)
+    return breaks
+
+
+def exchange(root):
+    front, back, names = calibrated(root, "CAM_FRONT"), calibrated(root, "CAM_BACK"), {}
+    names.update({front: back, back: front})
+    edit(root, "calibrated_sensor", lambda rows: [row.update(sensor_token=names.get(row["sensor_token"], row["sensor_token"])) for row in rows] and None)
+
+
+def black(root):
+    for file in (root / "samples/CAM_BACK_LEFT").iterdir():
+        Image.fromarray(np.zeros((96, 256, 3), np.uint8)).save(root / "black.jpg")
+        assert Image.open(file).size == (256, 96)
+        put(file, (root / "black.jpg").read_bytes())
+
+
+def flat_intensity(root):
+    file = key_file(root, "LIDAR_TOP")
+    points = np.fromfile(file, np.float32).reshape(-1, 5)
+    points[:, 3] = 7
+    put(file, points.tobytes())
+
+
+def few_points(root):
+    file = key_file(root, "LIDAR_TOP")
+    put(file, np.fromfile(file, np.float32)[:1000].tobytes())
+
+
+def swap_sides(rows):
+    for row in rows:
+        row["size"] = [row["size"][1], row["size"][0], row["size"][2]]
+
+
+def times(factor):
+    return lambda K: [[K[0][0] * factor, K[0][1], K[0][2]], [K[1][0], K[1][1] * factor, K[1][2]], K[2]]
+
+
+SICK = {        # what is done to a copy, and what one of the doctor's lines must say
+    "truncated sweep": (cut("samples/LIDAR_TOP/*", -7), ["nuscenes/", "LIDAR_TOP", "N x 20", "extract"]),
+    "truncated picture": (cut("samples/CAM_FRONT/*", 900), ["nuscenes/", "CAM_FRONT", "not a whole", "extract"]),
+    "missing picture": (lambda r: key_file(r, "CAM_FRONT").unlink(), ["nuscenes/", "CAM_FRONT", "missing", "extract"]),
+    "wrong size": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "extract"]),
+    "missing table": (lambda r: next(r.glob("v1.0-*/ego_pose.json")).unlink(), ["ego_pose.json", "missing", "extract"]),
+    "dangling token": (no_row("instance"), ["sample_annotation.json", "instance_token", "instance.json"]),
+    "two cameras exchanged": (exchange, ["CAM_FRONT: it looks", "expected 0 +- 30", "calibrated_sensor.json"]),
+    "a camera turned up": (recalibrate("CAM_BACK", rotation=[1, 0, 0, 0]), ["CAM_BACK: ", "degrees from down", "calibrated_sensor.json"]),
+    "a camera far away": (recalibrate("CAM_FRONT_LEFT", translation=[1, 40, 1]), ["CAM_FRONT_LEFT: it stands", "less than 5 m", "calibrated_sensor.json"]),
+    "a long lens": (recalibrate("CAM_FRONT", camera_intrinsic=times(20)), ["CAM_FRONT: its focal length", "0.25 to 4"]),
+    "a mirrored camera": (recalibrate("CAM_FRONT", camera_intrinsic=lambda K: [[-K[0][0], *K[0][1:]], K[1], K[2]]), ["CAM_FRONT: it is mirrored"]),
+    "a LiDAR not turned": (recalibrate("LIDAR_TOP", rotation=[1, 0, 0, 0]), ["it looks", "calibrated_sensor.json"]),
+    "no picture of anything": (recalibrate("CAM_BACK", camera_intrinsic=lambda K: [[0, 0, 0]] * 3), ["CAM_BACK: its projection matrix is singular"]),
+    "black pictures": (black, ["CAM_BACK_LEFT: the picture has one colour", "extract"]),
+    "one intensity": (flat_intensity, ["nuscenes/", "intensity", "extract"]),
+    "few points": (few_points, ["nuscenes/", "points in the key sweep", "thousands"]),
+    "width and length": (table("sample_annotation", swap_sides), ["boxes hold the number", "sample_annotation.json", "at least 90 %"]),
+    "boxes elsewhere": (table("sample_annotation", lambda rows: [row["translation"].reverse() for row in rows] and None), ["boxes hold the number"]),
+}
+SICK_KITTI = {
+    **{case: BROKEN_KITTI[case] for case in ("truncated scan", "missing picture", "truncated picture", "no P2", "fourteen columns", "a frame in two splits")},
+    "l, w, h": (lambda r: [text(f"training/label_2/{f.name}", lambda t: t.replace("1.5 1.6 4.2", "4.2 1.6 1.5"))(r) for f in (r / "training/label_2").iterdir()],
+                ["unoccluded cars", "at least 90 %"]),
+    "axes of the LiDAR": (text("training/calib/*", lambda t: t[:t.index("Tr_velo")] + "Tr_velo_to_cam: 1 0 0 0 0 1 0 0 0 0 1 0\n"), ["image_2: ", "calib/000000.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", [*SICK, *(f"kitti: {case}" for case in SICK_KITTI)])
+def test_the_doctor_names_the_culprit(world, kitti, tmp_path, case, monkeypatch, capsys):
+    on_kitti = case.startswith("kitti: ")
+    breaks, message = SICK_KITTI[case[7:]] if on_kitti else SICK[case]
+    root = clone(kitti if on_kitti else Path(world), tmp_path / "root")
+    breaks(root)
+    monkeypatch.setattr("sys.argv", ["data.py", str(root)])
+    with pytest.raises(SystemExit) as left:
+        data.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert left.value.code == 1 and any(all(fragment in line for fragment in message) for line in lines), lines
