@@ -51,8 +51,8 @@ from torch import nn
 
 import data
 from common import (CameraNet, FusionNet, Log, VoxelNet, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance,
-                    inside_boxes, launch, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save, start, stratified,
-                    surface_variation, wrap, write_text)
+                    inside_boxes, launch, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save,
+                    share_buffers, start, stratified, surface_variation, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
@@ -492,6 +492,7 @@ class Clap(nn.Module):
 @torch.no_grad()
 def evaluate(model, loader, device, uniform):
     """Mean of every term over the held-out batches, the same frames and masks every time, sampled as training is. -> {name: float}."""
+    share_buffers(model)
     model.eval()
     rows = [model(batch.to(device), uniform)[1] for batch in loader.once()]
     model.train()

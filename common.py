@@ -3,13 +3,14 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
+    §0 processes  over_ranks, mean_over_ranks, share_buffers                          clap
     §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap
                   box_exit, inside_boxes
     §3 networks   VoxelNet, CameraNet, FusionNet, mlp, conv3d, ravel, half            clap
     §4 rendering  neus_weights, stratified, importance                                clap
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, launch, start, wrap, over_ranks, mean_over_ranks,            clap
-                  frame_generators, cosine, resume, save, Log, write_text, figure, loss_curves
+    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap
+                  save, Log, write_text, figure, loss_curves
 
 Sections keep the numbers of the design; §2 matching and §5 contrast belong to SimIPU and CMCR and come with them. Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -38,6 +39,50 @@ try:                                   # the one optional import: compiled again
     import torch_scatter
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
+
+
+# ---- §0 processes ----------------------------------------------------------------------------------------------------------------
+# What is summed over the processes of a run. Each works without a process group too. A collective is called by every process or by none.
+# Used by clap, and by batch norm below.
+
+def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
+    """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
+    x = x.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x, op)
+    return x
+
+
+def processes():
+    """How many processes run together: 1 without a process group."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def mean_over_ranks(total, count):
+    """The mean over every process's rows: (sum of totals) / (sum of counts). total () with gradient, count rows behind it here.
+
+    DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
+    """
+    return total * processes() / over_ranks(total.new_tensor(float(count))).clamp_min(1)
+
+
+def share_buffers(model):
+    """Every process takes rank 0's running statistics, which are the ones that are saved. Before looking at held-out frames; DDP does so before each training step."""
+    if processes() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of the gradients that the processes have for it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return over_ranks(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return over_ranks(grad)
 
 
 # ---- §1 geometry -----------------------------------------------------------------------------------------------------------------
@@ -332,12 +377,26 @@ class SparseConv(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm over rows that uses its running statistics when a batch has fewer than two rows, which have no variance."""
+    """Batch norm over the rows of every process, on any device; fewer than two rows have no variance and take the running statistics.
+
+    torch's SyncBatchNorm runs on CUDA only and wants rows on every process (and one dtype of them, which an empty bfloat16 part has not).
+    """
 
     def forward(self, x):
-        if self.training and len(x) < 2:
+        if not self.training or processes() == 1 and len(x) > 1:
+            return super().forward(x)
+        if processes() == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
+        rows, n = x.float(), over_ranks(x.new_tensor(len(x), dtype=torch.float32))
+        mean = SumOverRanks.apply(rows.sum(0)) / n.clamp_min(1)                            # (C,)
+        var = SumOverRanks.apply((rows - mean).square().sum(0)) / n.clamp_min(1)           # (C,), of centred rows: nothing cancels
+        with torch.no_grad():
+            share = self.momentum * (n > 1)                                                # 0 leaves the running statistics as they are
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * n / (n - 1).clamp_min(1), share)
+            self.num_batches_tracked += (n > 1).long()
+        mean, var = torch.where(n > 1, mean, self.running_mean), torch.where(n > 1, var, self.running_var)
+        return ((rows - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
 class SparseBlock(nn.Module):
@@ -639,18 +698,31 @@ def launch(train, cfg):
             raise SystemExit(f"--gpus {cfg.gpus}: this machine shows {torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES={visible})")
         if not torch.cuda.is_available():
             print(f"--gpus {cfg.gpus} without CUDA: {cfg.gpus} CPU processes over gloo", flush=True)
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main
-        return main(["--standalone", "--nproc-per-node", str(cfg.gpus), *sys.argv])
+        try:
+            return main(["--standalone", "--nproc-per-node", str(cfg.gpus), "--shutdown-timeout", "20", *sys.argv])
+        except ChildFailedError as error:               # a killed process names itself; the others then lose the connection to it
+            rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+            if failure.exitcode == 128 + signal.SIGTERM:
+                raise SystemExit(failure.exitcode) from None                # asked to stop, saved
+            how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"left with exit code {failure.exitcode}"
+            why = f" ({failure.message['message'].splitlines()[0]})" if isinstance(failure.message, dict) else ""     # what `record` wrote down, if it could
+            raise SystemExit(f"rank {rank} of {cfg.gpus} {how}{why}; the others were stopped. The same command goes on from the last checkpoint.") from None
+        except SignalException as asked:                # passed on to the processes, which have saved and left
+            raise SystemExit(128 + asked.sigval) from None
     if "RANK" not in os.environ and cfg.gpus == 1 and not torch.cuda.is_available():
         raise SystemExit("--gpus 1: no CUDA device is visible; --gpus 0 (the default here) runs on the CPU")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    train(rank, world, cfg)
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)                     # gloo's threads may abort a finished interpreter on its way out
-    return None
+    if world == 1:
+        return train(rank, world, cfg)
+    from torch.distributed.elastic.multiprocessing.errors import record
+    record(train)(rank, world, cfg)                     # tells the launcher what went wrong here
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)                         # gloo's threads may abort a finished interpreter on its way out
 
 
 def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every")):
@@ -667,7 +739,7 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
         keep_large_buffers()
     if world > 1 and not torch.distributed.is_initialized():
         from datetime import timedelta
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5), device_id=device if cuda else None)
     out, asked = Path(cfg.out), json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
     if (out / "config.json").exists() and (out / "last.pt").exists():
         before = json.loads((out / "config.json").read_text())
@@ -715,33 +787,15 @@ def write_text(path, text):
 
 
 def wrap(model, device, world):
-    """The module that the loop calls: with several processes DDP, its batch norm synchronised on CUDA."""
+    """The module that the loop calls: with several processes DDP. Batch norm over rows counts every process's by itself; over images and volumes it does so on CUDA."""
     if world == 1:
         return model
     if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) in (nn.BatchNorm2d, nn.BatchNorm3d):                        # never empty, so torch's will do
+                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
     return nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-
-def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
-    """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
-    x = x.detach().clone()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x, op)
-    return x
-
-
-def processes():
-    """How many processes run together: 1 without a process group."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def mean_over_ranks(total, count):
-    """The mean over every process's rows: (sum of totals) / (sum of counts). total () with gradient, count rows behind it here.
-
-    DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
-    """
-    return total * processes() / over_ranks(total.new_tensor(float(count))).clamp_min(1)
 
 
 def frame_generators(seeds, device):
@@ -786,13 +840,14 @@ def save(cfg, step, model, opt, units, grid):
 class Log:
     """log.jsonl (nothing in it depends on the clock), TensorBoard, a progress line every few seconds. On ranks other than 0 it only checks.
 
-    Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see stopping), the second stops at once.
+    Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see stopping), one more than two seconds later stops at once
+    (with several processes Ctrl-C arrives twice: from the terminal and from the launcher).
     """
 
     def __init__(self, out, rank, first, steps, frames, device):
         self.rank, self.steps, self.frames, self.device, self.path = rank, steps, frames, device, Path(out) / "log.jsonl"
         self.begin = self.said = time.monotonic()
-        self.first, self.waited, self.asked = first, 0.0, False
+        self.first, self.waited, self.asked = first, 0.0, 0.0
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -801,20 +856,25 @@ class Log:
             self.file, self.board = open(self.path, "a"), SummaryWriter(Path(out) / "tensorboard", purge_step=first)
 
     def ask(self, number, _):
-        if self.asked:
+        if self.asked and time.monotonic() - self.asked > 2:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
 
     def stopping(self):
         """Whether any process was asked to stop: the same answer on every rank, so that all leave after the same step."""
-        return bool(over_ranks(torch.tensor(float(self.asked), device=self.device), torch.distributed.ReduceOp.MAX))
+        return bool(over_ranks(torch.tensor(float(self.asked > 0), device=self.device), torch.distributed.ReduceOp.MAX))
 
     def batches(self, loader, first):
         """(step, batch on the device) from step `first` on, timing the wait for data."""
         source = iter(loader.begin_at(first))
         for step in range(first, self.steps):
             asked = time.monotonic()
-            batch = next(source).to(self.device)
+            try:
+                batch = next(source).to(self.device)
+            except RuntimeError as error:
+                if self.asked:                          # a signal to everybody has ended the workers too
+                    raise SystemExit(f"stopped while waiting for the data of step {step + 1}; the same command goes on from the last checkpoint") from error
+                raise
             self.waited += time.monotonic() - asked
             yield step, batch
 
@@ -859,7 +919,9 @@ def figure(path, panels, columns, size=(4.0, 3.0)):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, layout="constrained")
+    width, height = size[0] * columns, size[1] * rows
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    fig.subplots_adjust(0.5 / width, 0.3 / height, 1 - 0.1 / width, 1 - 0.3 / height, 0.7 / size[0], 0.7 / size[1])    # inches; measured layouts cost seconds
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
     for ax, (title, picture, *options) in zip(axes.flat, panels):

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
 import zipfile
 from collections import Counter
@@ -1004,10 +1005,11 @@ def prepared(frame, prepare, folder):
 def start_worker(_):
     """One thread a worker, in a process group of its own: Ctrl-C reaches the main process, which finishes its step with workers alive.
 
-    SIGTERM stays torch's: at exit Python ends the workers by it, and one that ignored it would hang the run.
+    SIGTERM, at the end of the run or to all processes of a job, ends it quietly: torch's own handler would raise an error in the main process.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def collate_jobs(pairs):

@@ -32,6 +32,15 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def three_frames(tmp_path_factory):
+    """Root of an embedded world of 2 + 1 frames: for whole runs."""
+    import synthetic
+    root = tmp_path_factory.mktemp("three") / "world"
+    synthetic.write(root, train=2, val=1, frames=1)
+    return root
+
+
+@pytest.fixture(scope="session")
 def nuscenes_root():
     """Real nuScenes frames: $NUSCENES, or shared/real/nuscenes beside the checkout."""
     named = os.environ.get("NUSCENES")

@@ -1,7 +1,11 @@
 """clap.py: every loss against a slow transcription from the paper, analytic curvature and rendering, what reaches what, and whole runs."""
+import contextlib
+import copy
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import torch.nn.functional as F
 
 import clap
 import data
+from common import wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -530,7 +535,7 @@ def test_one_frame_can_be_learned(batch, model):
 
 def run(world, out, *more, wait=True):
     command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(out), "--steps", "4", "--save-every", "1",
-               "--eval-every", "2",
+               "--eval-every", "2", "--batch", "1",
                "--rays", "64", "--pixels", "16", "--samples", "8", "--finer", "4", "--width", "4", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if wait:
@@ -538,26 +543,28 @@ def run(world, out, *more, wait=True):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=out.parent)
 
 
-def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_path):
-    whole = run(world, tmp_path / "whole")
+def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(three_frames, tmp_path):
+    begun = time.monotonic()
+    whole = run(three_frames, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     assert "held-out range error" in whole.stdout.splitlines()[-1]
     for name in ("config.json", "provenance.json", "log.jsonl", "last.pt", "backbones.safetensors", "metrics.json", "source/clap.py", "figures/rendered.png",
                  "figures/samples.png", "figures/sampled_pixels.png", "figures/prototypes.png", "figures/losses.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
-    killed = run(world, tmp_path / "killed", wait=False)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert killed.returncode == -signal.SIGKILL
-    again = run(world, tmp_path / "killed")
-    assert again.returncode == 0, again.stderr
+    moments = np.random.default_rng(seed := np.random.SeedSequence().entropy).uniform(0.3, 0.9, 3) * (time.monotonic() - begun)
+    for moment in moments:                                                              # three kills at any moment, the saving included
+        killed = run(three_frames, tmp_path / "killed", wait=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            killed.wait(moment)
+        killed.kill()
+        killed.wait()
+    again = run(three_frames, tmp_path / "killed")
+    assert again.returncode == 0, (seed, moments, again.stderr)
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
     assert a["step"] == b["step"] == 4
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["model"].keys() == b["model"].keys()
-    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
+    for name in ("log.jsonl", "metrics.json"):                                          # two runs of one seed: byte for byte
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text(), (seed, moments)
 
     from safetensors import safe_open
     with safe_open(tmp_path / "whole" / "backbones.safetensors", "pt") as stored:
@@ -566,14 +573,16 @@ def test_a_killed_run_ends_bit_identical_and_leaves_what_it_should(world, tmp_pa
         assert torch.equal(stored.get_tensor("camera.resnet.conv1.weight"), a["model"]["camera.resnet.conv1.weight"])
 
         assert json.loads(stored.metadata()["grid"])["voxel"] == [0.1, 0.1, 0.125]
-    assert all(v is not None for k, v in json.loads((tmp_path / "whole" / "metrics.json").read_text()).items() if k != "range_swapped")
-    done = run(world, tmp_path / "whole")                                               # once more: finished, nothing changes
+    assert all(v is not None for k, v in json.loads((tmp_path / "whole" / "metrics.json").read_text()).items() if k not in ("range_swapped", "range_all"))
+    done = run(three_frames, tmp_path / "whole")                                               # once more: finished, nothing changes
     assert done.returncode == 0 and torch.equal(torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]["proto.K"], a["model"]["proto.K"])
-    other = run(world, tmp_path / "whole", "--seed", "5")
-    assert other.returncode != 0 and "seed was 0, is 5" in other.stderr
+    stored = json.loads((tmp_path / "whole" / "config.json").read_text())
+    same = clap.Config(**{k: v for k, v in stored.items() if k != "world"})
+    with pytest.raises(SystemExit, match="seed was 0, is 5"):
+        clap.train(0, 1, replace(same, seed=5))
     (tmp_path / "whole" / "last.pt").write_bytes(b"PK\x03\x04 cut short")
-    broken = run(world, tmp_path / "whole")
-    assert broken.returncode != 0 and "not a readable checkpoint" in broken.stderr
+    with pytest.raises(SystemExit, match="not a readable checkpoint"):
+        clap.train(0, 1, same)
 
 
 def test_sigterm_finishes_the_step_and_says_how_to_go_on(world, tmp_path):
@@ -589,14 +598,6 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(world, tmp_path):
     done = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "loss" in line]
     assert logged == list(range(done)) and done >= 1
-
-
-def test_two_processes_on_a_cpu(world, tmp_path):
-    both = run(world, tmp_path / "two", "--gpus", "2", "--batch", "1", "--steps", "2")
-    assert both.returncode == 0, both.stderr[-3000:]
-    assert "2 CPU processes over gloo" in both.stdout and "of 2 frames (1 x 2)" in both.stdout and "held-out range error" in both.stdout.splitlines()[-1]
-    refused = run(world, tmp_path / "two", "--batch", "1", "--steps", "2")
-    assert refused.returncode != 0 and "world was 2, is 1" in refused.stderr
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(blur=8), "odd"), (dict(prototypes=1), "at least 2"),
@@ -640,3 +641,129 @@ def test_two_processes_give_sinkhorn_and_means_of_one(tmp_path):
     torch.testing.assert_close(parts[0][1] + parts[1][1], x.grad)
     torch.testing.assert_close(parts[0][2] + parts[1][2], x.detach().square().mean())
     torch.testing.assert_close(parts[0][3] + parts[1][3], x.detach().mean())
+
+
+def frames_on_two(rank, folder, cases):
+    """The whole method on two processes, a frame each, through DDP: loss, terms, gradients."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = []
+    for model, batches in cases:
+        net = wrap(model, CPU, 2)
+        loss, terms = net(batches[rank])
+        loss.backward()
+        results.append((loss.detach(), {k: torch.as_tensor(v).detach() for k, v in terms.items()}, {k: p.grad for k, p in model.named_parameters()}))
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_two_processes_give_the_loss_and_gradient_of_one(batch, model, tmp_path):
+    """Batch norm in eval mode; in the second case one frame has no point, in the third batch norm trains and must not hang on such a frame."""
+    model.eval()
+    empty = replace(batch, points=batch.points[batch.b_points == 0], b_points=batch.b_points[batch.b_points == 0],
+                    extra={k: v[batch.b_points == 0] for k, v in batch.extra.items()})
+
+    def halves(whole):
+        parts = []
+        for b in range(2):
+            points, pictures, boxes = whole.b_points == b, slice(b * whole.cameras, (b + 1) * whole.cameras), whole.b_boxes == b
+            parts.append(replace(whole, points=whole.points[points], b_points=whole.b_points[points] * 0, origin=whole.origin[b:b + 1], images=whole.images[pictures],
+                                 hw=whole.hw[pictures], lidar2img=whole.lidar2img[pictures], boxes=whole.boxes[boxes], b_boxes=whole.b_boxes[boxes] * 0,
+                                 labels=whole.labels[boxes], extra={k: v[points] for k, v in whole.extra.items()}, names=whole.names[b:b + 1],
+                                 seeds=whole.seeds[b:b + 1], size=1))
+        return parts
+    training = copy.deepcopy(model).train()
+    cases = [(copy.deepcopy(model), halves(batch)), (copy.deepcopy(model), halves(empty)), (training, halves(empty))]
+    torch.multiprocessing.spawn(frames_on_two, (str(tmp_path), cases), nprocs=2)
+    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    monitors = {"h", "cells", "perplexity_P", "perplexity_I", "perplexity_Q", "agreement", "prototype_norm", "on_ground", "on_boxes"}
+    for whole, *two in zip((batch, empty), *(part[:2] for part in parts), strict=True):
+        one = copy.deepcopy(model)
+        loss, terms = one(whole)
+        loss.backward()
+        torch.testing.assert_close((two[0][0] + two[1][0]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+        for name in terms.keys() - monitors:                                        # no term of CLAP has local negatives
+            assert name.startswith("L_")
+            torch.testing.assert_close((two[0][1][name] + two[1][1][name]) / 2, terms[name].detach(), rtol=1e-5, atol=1e-6, msg=name)
+        for name, p in one.named_parameters():
+            torch.testing.assert_close(two[0][2][name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-9, msg=lambda text, name=name: f"{name}: {text}")
+            assert torch.equal(two[0][2][name], two[1][2][name]), name
+    assert all(part[2][0].isfinite() and all(g.isfinite().all() for g in part[2][2].values()) for part in parts)
+
+
+# ---- runs that are stopped ----
+
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def begun(world, out, *more):
+    """A run that has finished at least one step, and its output so far."""
+    command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(out), "--width", "4", "--rays", "64", "--pixels", "16",
+               "--eval-every", "1000", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step "):
+            return process, said
+    pytest.fail(said)
+
+
+def test_a_dead_process_ends_the_job_and_is_named(world, tmp_path):
+    process, _ = begun(world, tmp_path / "run", "--gpus", "2", "--batch", "1", "--steps", "500")
+    ranks = {}
+    for pid in children(process.pid):
+        environment = dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)
+        ranks[environment.get("RANK")] = pid
+    os.kill(ranks["1"], signal.SIGKILL)
+    died = time.monotonic()
+    rest, _ = process.communicate(timeout=60)
+    assert time.monotonic() - died < 30 and process.returncode == 1
+    assert rest.splitlines()[-1] == "rank 1 of 2 was killed by signal 9; the others were stopped. The same command goes on from the last checkpoint."
+
+
+def test_a_process_that_fails_is_named_with_its_error(world, tmp_path):
+    folder = Path(tmp_path / "cut")
+    shutil.copytree(world, folder)
+    for file in (folder / "samples/LIDAR_TOP").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    failed = run(folder, tmp_path / "run", "--gpus", "2", "--batch", "1")
+    last = failed.stderr.splitlines()[-1]
+    assert failed.returncode == 1 and re.match(r"rank [01] of 2 left with exit code 1 \(DataError: nuscenes/.*truncated.*\); the others were stopped", last), last
+
+
+def test_two_processes_stopped_by_sigterm_end_as_if_nothing_had_happened(three_frames, tmp_path):
+    two = "--gpus", "2", "--batch", "1", "--steps", "3"
+    both = run(three_frames, tmp_path / "whole", *two)
+    assert both.returncode == 0, both.stderr[-3000:]
+    assert "2 CPU processes over gloo" in both.stdout and "of 2 frames (1 x 2)" in both.stdout and "held-out range error" in both.stdout.splitlines()[-1]
+    stored = json.loads((tmp_path / "whole" / "config.json").read_text())
+    with pytest.raises(SystemExit, match="world was 2, is 1"):
+        clap.train(0, 1, clap.Config(**{k: v for k, v in stored.items() if k != "world"}))
+    stopped = run(three_frames, tmp_path / "stopped", *two, wait=False)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "stopped" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(timeout=60) == 143                                              # the launcher's status
+    assert 1 <= torch.load(tmp_path / "stopped" / "last.pt", weights_only=True)["step"] < 3
+    again = run(three_frames, tmp_path / "stopped", *two)
+    assert again.returncode == 0, again.stderr[-3000:]
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "stopped" / "log.jsonl").read_text()
+
+
+def test_sigterm_to_everybody_still_saves(world, tmp_path):
+    process, _ = begun(world, tmp_path / "run", "--workers", "2", "--steps", "500")
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    for pid in (*workers, process.pid):                                             # as a scheduler does, in no order that we could count on
+        os.kill(pid, signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command goes on from there" in rest, rest
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 1

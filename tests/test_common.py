@@ -1,6 +1,7 @@
 """common.py against dense convolutions, torch's own interpolation, closed forms and brute force."""
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,3 +424,71 @@ def test_a_figure_shows_what_it_is_given(tmp_path):
     common.figure(tmp_path / "a" / "b.png", [("picture", red), ("plot", lambda ax: ax.plot([0, 1], [0, 1], "b"))], 2)
     picture = np.asarray(Image.open(tmp_path / "a" / "b.png").convert("RGB")).reshape(-1, 3)
     assert (picture == [255, 0, 0]).all(1).mean() > 0.1 and (picture == [0, 0, 255]).all(1).any()
+
+
+# ---- several processes ----
+
+COUNTS = [(5, 2), (4, 0), (1, 1), (1, 0), (0, 0), (3, 3)]                           # rows on the two processes
+
+
+def normalise_on_two(rank, folder):
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = []
+    for counts in COUNTS:
+        norm, x, weight = batch_norm_case(counts)
+        mine = slice(0, counts[0]) if rank == 0 else slice(counts[0], sum(counts))
+        part = x[mine].detach().requires_grad_()
+        y = norm(part)
+        (y * weight[mine]).sum().backward()
+        statistics = [norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()]
+        results.append((y.detach(), part.grad, norm.weight.grad, norm.bias.grad, *statistics, norm(part.detach().bfloat16()).dtype))
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def batch_norm_case(counts):
+    g = torch.Generator().manual_seed(sum(counts))
+    norm = common.BatchNorm(4, eps=1e-3)
+    norm.weight.data, norm.bias.data = torch.rand(4, generator=g) + 0.5, torch.randn(4, generator=g)
+    norm.running_mean, norm.running_var = torch.randn(4, generator=g), torch.rand(4, generator=g) + 0.5
+    return norm, 100 + torch.randn(sum(counts), 4, generator=g), torch.randn(sum(counts), 4, generator=g)
+
+
+def test_batch_norm_over_two_processes_is_that_of_the_joined_rows(tmp_path):
+    torch.multiprocessing.spawn(normalise_on_two, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    for counts, one, two in zip(COUNTS, *parts, strict=True):
+        norm, x, weight = batch_norm_case(counts)
+        x.requires_grad_()
+        few = sum(counts) < 2                                                       # then the running statistics stand in, unchanged
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, not few, 0.1, 1e-3)
+        (y * weight).sum().backward()
+        close = dict(rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(torch.cat([one[0], two[0]]), y.detach(), **close)
+        torch.testing.assert_close(torch.cat([one[1], two[1]]), x.grad if len(x) else torch.zeros(0, 4), **close)
+        for i, grad in ((2, norm.weight.grad), (3, norm.bias.grad)):                # DDP adds them up
+            torch.testing.assert_close(one[i] + two[i], grad, **close)
+        for part in (one, two):
+            torch.testing.assert_close(part[4], norm.running_mean, **close)
+            torch.testing.assert_close(part[5], norm.running_var, rtol=1e-3, atol=1e-3)
+            assert part[6] == (not few) and part[7] == torch.bfloat16
+
+
+# ---- bfloat16, as on CUDA ----
+
+def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
+    torch.manual_seed(0)
+    net = common.VoxelNet((-8., -8., -2.), (8., 8., 2.), (0.25, 0.25, 0.25), 8)
+    points = torch.rand(4000, 5) * torch.tensor([16., 16., 1., 1., 0.]) - torch.tensor([8., 8., 1., 0., 0.])
+    exact = net(points, torch.zeros(4000, dtype=torch.int64))
+    monkeypatch.setattr(common, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(common, "convolve", lambda x, weight, kmap: common.convolve_grouped(x, weight, kmap))           # what CUDA takes
+    rough = net(points, torch.zeros(4000, dtype=torch.int64))
+    for a, b in zip(exact, rough, strict=True):
+        assert b.features.dtype == torch.float32 and torch.equal(a.coords, b.coords)
+        assert (a.features - b.features).norm() < 0.05 * a.features.norm() and not torch.equal(a.features, b.features)
+    rough[-1].features.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
