@@ -50,9 +50,9 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (CameraNet, FusionNet, Log, VoxelNet, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance,
-                    inside_boxes, launch, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save,
-                    share_buffers, start, stratified, surface_variation, wrap, write_text)
+from common import (Log, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
+                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save, share_buffers, start, stratified,
+                    surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
@@ -366,9 +366,7 @@ class Clap(nn.Module):
         super().__init__()
         self.cfg, self.grid, w = cfg, grid, cfg.width
         extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))                      # m
-        self.lidar = VoxelNet(grid.low, grid.high, grid.voxel, w)
-        self.camera = CameraNet(cfg.resnet, 5 * w, reach=extent * 60 / 54, bins=cfg.bins)  # BEVFusion's 60 m for 54 m
-        self.fuse = FusionNet(8 * w, 5 * w, 4 * w)
+        self.lidar, self.camera, self.fuse = trunk(grid, cfg.resnet, w, cfg.bins)
         self.shallow = conv3d(4 * w, 2 * w, 3)                                             # f^3D
         self.field = Field(2 * w, self.lidar.cells[-1], 1 / extent)
         self.proto = None if cfg.without == "prototypes" else Prototypes(cfg, 8 * w, 5 * w)
@@ -642,6 +640,8 @@ def train(rank, world, cfg):
     dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours)
     augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
+    if rank == 0:
+        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
     held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # spread over the split
     model = Clap(cfg, loader.grid).to(device)

@@ -3,14 +3,14 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
-    §0 processes  over_ranks, mean_over_ranks, share_buffers                          clap
+    §0 processes  processes, over_ranks, mean_over_ranks, share_buffers               clap, finetune
     §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap
                   box_exit, inside_boxes
-    §3 networks   VoxelNet, CameraNet, FusionNet, mlp, conv3d, ravel, half            clap
+    §3 networks   trunk, mlp, conv3d, ravel, half                                     clap, finetune
     §4 rendering  neus_weights, stratified, importance                                clap
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap
-                  save, Log, write_text, figure, loss_curves
+    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap, finetune
+                  save, load_units, Log, write_text, figure, loss_curves
 
 Sections keep the numbers of the design; §2 matching and §5 contrast belong to SimIPU and CMCR and come with them. Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -464,18 +464,18 @@ class VoxelNet(nn.Module):
 
     def inside(self, points):
         """Which points lie in the range. points (N, 3 or more) -> (N,) bool."""
-        return torch.stack([(points[:, a] >= self.low[a]) & (points[:, a] < self.high[a]) for a in range(3)]).all(0)
+        (x, y, z), low, high = points[:, :3].unbind(1), self.low, self.high
+        return (x >= low[0]) & (x < high[0]) & (y >= low[1]) & (y < high[1]) & (z >= low[2]) & (z < high[2])
 
     def voxelise(self, points, b):
         """points (N, 5), b (N,) -> Level 0: the mean point of each occupied voxel. Points outside the range are dropped."""
-        cells = self.cells[0]
-        inside = self.inside(points)
-        points, b = points[inside], b[inside]
-        index = ((points[:, :3] - points.new_tensor(self.low)) / points.new_tensor(self.voxel)).long().flip(1)
-        index = torch.minimum(index, index.new_tensor(cells.shape) - 1)                   # rounding at the upper face
-        keys, order = torch.sort(ravel(torch.cat([b[:, None], index], 1), cells.shape), stable=True)
-        keys, segment, count = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-        mean = segment_sum(points[order], segment, len(keys)) / count[:, None]
+        cells, rows = self.cells[0], self.inside(points).nonzero()[:, 0]
+        points, b = points.index_select(0, rows), b.index_select(0, rows)
+        keys, low, voxel = narrowest(b, b[:, None], cells.shape), points.new_tensor(self.low), points.new_tensor(self.voxel)
+        for a, n in zip((2, 1, 0), cells.shape):                                           # as ravel does, a column at a time
+            keys = keys * n + ((points[:, a] - low[a]) / voxel[a]).int().clamp(max=n - 1)  # rounding at the upper face
+        keys, segment, count = torch.unique(keys, return_inverse=True, return_counts=True)
+        mean = segment_sum(points, segment, len(keys)) / count[:, None]
         return Level(unravel(keys, cells.shape), mean, cells)
 
     def forward(self, points, b):
@@ -603,6 +603,13 @@ class FusionNet(nn.Module):
             return self.mix(self.reduce(torch.cat(parts, 1))).float()
 
 
+def trunk(grid, resnet, width, bins):
+    """VoxelNet, CameraNet and FusionNet that fit together on a grid: what pre-training trains and fine-tuning loads. resnet 18 or 50, width of the first sparse stage."""
+    extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))                          # m
+    camera = CameraNet(resnet, 5 * width, reach=extent * 60 / 54, bins=bins)               # BEVFusion's 60 m for 54 m
+    return VoxelNet(grid.low, grid.high, grid.voxel, width), camera, FusionNet(8 * width, 5 * width, 4 * width)
+
+
 # ---- §4 rendering ----------------------------------------------------------------------------------------------------------------
 # NeuS opacity along rays and where to place samples. Source: NeuS (Wang et al. 2021) for opacity and up-sampling.
 # Used by clap.
@@ -678,15 +685,17 @@ def surface_variation(queries, cloud, k=32):
 # Used by clap.
 
 def parse(config, small):
-    """Command line -> config. Defaults are the class's (the paper's), or `small`'s values where --preset small, which is the default without --data."""
+    """Command line -> config. Defaults are the class's (the paper's), or `small`'s values where --preset small: the default of --init's run, else without --data."""
     import argparse
 
     import tyro
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--data", default="")
     peek.add_argument("--preset")
+    peek.add_argument("--init", default="none")
     known, _ = peek.parse_known_args()
-    preset = known.preset or ("paper" if known.data else "small")
+    begun = Path(known.init) / "config.json"
+    preset = known.preset or (json.loads(begun.read_text())["preset"] if begun.is_file() else "paper" if known.data else "small")
     return tyro.cli(config, default=dataclasses.replace(config(), preset=preset, **(small if preset == "small" else {})), description=sys.modules["__main__"].__doc__)
 
 
@@ -810,8 +819,8 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def resume(out, model, opt):
-    """Load last.pt if the run folder has one -> the next step, else 0."""
+def resume(out, model, opt=None):
+    """Load last.pt if the run folder has one, into the optimiser too where one is given -> the next step, else 0."""
     path = Path(out) / "last.pt"
     if not path.exists():
         return 0
@@ -820,7 +829,8 @@ def resume(out, model, opt):
     except Exception as error:
         raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}). Delete it to start over, or give another --out.") from error
     model.load_state_dict(state["model"])
-    opt.load_state_dict(state["optimizer"])
+    if opt is not None:
+        opt.load_state_dict(state["optimizer"])
     return state["step"]
 
 
@@ -835,6 +845,40 @@ def save(cfg, step, model, opt, units, grid):
     save_file(weights, out / "backbones.safetensors.part", header)
     os.replace(out / "backbones.safetensors.part", out / "backbones.safetensors")
     os.replace(out / "last.pt.part", out / "last.pt")
+
+
+def load_units(run, model, wanted, possible, grid, rank):
+    """Copy units of run/backbones.safetensors into the model, strictly. wanted: names, or () for all of `possible` that the run holds -> names of the tensors."""
+    from safetensors import SafetensorError, safe_open
+    path = Path(run) / "backbones.safetensors"
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; --init names the folder that a pre-training run wrote, or none")
+    try:
+        with safe_open(path, "pt") as file:
+            header, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise SystemExit(f"{path}: not a whole safetensors file ({error}), {path.stat().st_size} bytes; copy it again or repeat the pre-training") from error
+    there, then = header["units"].split(","), json.loads(header["config"])
+    units = wanted or [unit for unit in possible if unit in there]
+    if not units or set(units) - set(there):
+        raise SystemExit(f"{path} holds {', '.join(there)}; asked for {', '.join(wanted or possible)}")
+    own, loaded, told = model.state_dict(), set(), []
+    for unit in units:
+        mine, theirs = ({name: tuple(t.shape) for name, t in state.items() if name.startswith(unit + ".")} for state in (own, stored))
+        wrong = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        if wrong:
+            name = wrong[0]
+            raise SystemExit(f"{path}: {len(wrong)} of the {len(mine)} tensors of {unit} do not fit, first {name}: {theirs.get(name, 'absent')} in the file, "
+                             f"{mine.get(name, 'absent')} in the model. "
+                             f"The run has --resnet {then['resnet']} --width {then['width']} --bins {then['bins']}: give the same.")
+        loaded |= mine.keys()
+        told.append(f"{unit} {len(mine)}/{len(mine)}")
+    model.load_state_dict({**own, **{name: stored[name] for name in loaded}})
+    if rank == 0:
+        print(f"{path}: loaded {', '.join(told)} tensors of step {header['step']}", flush=True)
+        if json.loads(header["grid"]) != json.loads(json.dumps(dataclasses.asdict(grid))):
+            print("it was trained on another grid, which convolutions do not mind", flush=True)
+    return loaded
 
 
 class Log:

@@ -355,8 +355,9 @@ def read_image(file, size, name, expected=None):
     left, top = (across // shrink - columns) // 2, down // shrink - rows
     part = decoded[top:top + rows, left:left + columns]
     pixels = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale * shrink < 0.5 else cv2.INTER_LINEAR)
-    x, y = width / columns, height / rows
-    return np.stack(cv2.split(pixels)[::-1]), np.array([[x / shrink, 0, -left * x], [0, y / shrink, -top * y], [0, 0, 1]])
+    x, y, planes = width / columns, height / rows, np.empty((3, height, width), np.uint8)
+    cv2.split(pixels, list(planes[::-1]))                                                            # BGR, written into its place as RGB
+    return planes, np.array([[x / shrink, 0, -left * x], [0, y / shrink, -top * y], [0, 0, 1]])
 
 
 # ---- nuScenes: the tables, once, into three arrays ----
@@ -711,10 +712,10 @@ class NuScenes:
             points = self.read_sweep(sensor, name)
             x, y = points[:, 0], points[:, 1]
             # the car itself, 3 % of it beyond the devkit's |x|, |y| < 1: bonnet and tail, and nothing else fits there        [ours]
-            points = points[~((x > -1.5) & (x < 2.5) & (abs(y) < 1))]
+            points = np.compress(~((x > -1.5) & (x < 2.5) & (abs(y) < 1)), points, 0)                # a third of the time of brackets
             if sensor is not lidar:
                 move = (world2lidar @ sensor["to_world"]).astype(np.float32)                         # product in float64
-                points[:, :3] = points[:, :3] @ move[:3, :3].T + move[:3, 3]
+                points[:, :3] = (move[:3, :3] @ points[:, :3].T + move[:3, 3:]).T                    # columns: a third of the time of rows
             points[:, 4] = (lidar["time"] - sensor["time"]) * 1e-6
             clouds.append(points)
             if sensor["prev"] < 0:
@@ -1018,7 +1019,10 @@ def collate_jobs(pairs):
 
 
 class Loader:
-    """Batches of one split for one rank; see loader(). The contents are a function of (seed, step), never of rank count or workers."""
+    """Batches of one split for one rank; see loader(). The contents are a function of (seed, step), never of rank count or workers.
+
+    `indices`, the frames of the split, may be cut down before the first batch.
+    """
 
     def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare):
         if not 0 <= rank < world or batch < 1 or workers < 0:
@@ -1027,12 +1031,15 @@ class Loader:
         self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split)
         self.batch, self.rank, self.world, self.seed, self.workers = batch, rank, world, seed, workers
         self.image, self.augment, self.prepare = image or dataset.grid.image, augment, prepare
-        self.steps_per_epoch = max(1, len(self.indices) // (batch * world))
         if prepare:
             if not re.fullmatch(r"[\w.=,+-]+", prepare.key):
                 raise ValueError(f"prepare.key is {prepare.key!r}, expected letters, digits and _ . = , + - only: it names a folder")
             what = hashlib.sha256(repr((dataset.key, self.grid, self.image)).encode()).hexdigest()[:16]
             self.folder = cache_dir() / "prepared" / what / prepare.key
+
+    @property
+    def steps_per_epoch(self):
+        return max(1, len(self.indices) // (self.batch * self.world))
 
     def __getitem__(self, job):
         """(epoch, index, training) -> (Frame, seed). What a worker computes."""

@@ -38,17 +38,17 @@ def test_the_used_by_table_of_common_is_true():
     listed, users = set(), set()
     for line in table.splitlines()[1:]:
         words = re.split(r"\s{2,}", line.strip())
-        if words[-1] in OURS:
-            users.add(words.pop())
+        if set(words[-1].split(", ")) <= OURS:
+            users |= set(words.pop().split(", "))
         listed |= {w.strip() for part in words for w in re.sub(r"§\d \w+", "", part).split(",") if w.strip()}
     defined = {n.name for n in ast.parse(SOURCE["common"]).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert listed <= defined, listed - defined
-    taken = {a.name for m in METHODS for n in ast.walk(ast.parse(SOURCE[m])) if isinstance(n, ast.ImportFrom) and n.module == "common" for a in n.names}
+    taken = {a.name for m in (*METHODS, "finetune") for n in ast.walk(ast.parse(SOURCE[m])) if isinstance(n, ast.ImportFrom) and n.module == "common" for a in n.names}
     assert taken <= listed, taken - listed
-    assert users == set(METHODS)
+    assert users == {*METHODS, "finetune"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "finetune"])
 def test_each_config_number_is_tagged(method):
     lines = SOURCE[method][SOURCE[method].index("class Config"):].split("\n\n")[0].splitlines()[1:]
     fields = [line for line in lines if re.match(r"    \w+:", line)]
@@ -70,7 +70,7 @@ def test_each_loss_line_names_its_source(method):
     assert found >= 5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "finetune"])
 def test_departures_are_numbered_and_in_the_readme(method):
     doc = ast.get_docstring(ast.parse(SOURCE[method]))
     numbered = re.findall(r"^ +D(\d+)  ", doc, re.M)

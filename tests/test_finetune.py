@@ -1,0 +1,323 @@
+"""finetune.py: codes, targets and losses against slow transcriptions, the official metric on boxes that are known to be right, few labels, weights in and out."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clap
+import data
+import finetune
+from finetune import SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = data.GRIDS["nuscenes", "small"]
+TINY = Config(preset="small", **{**SMALL, "width": 4, "bins": 12})
+
+
+@pytest.fixture(scope="module")
+def batch(world):
+    return next(data.loader(str(world), "train", 2, preset="small", image=(48, 128)).begin_at(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Detector(TINY, GRID)
+
+
+# ---- codes, targets, losses ----
+
+def test_decode_undoes_encode_also_after_a_turn_a_flip_a_scale(world):
+    dataset, cells = data.open_dataset(world, "small"), Detector(TINY, GRID).cells
+    for i in range(3):
+        frame = dataset.load(i, (12, 32))
+        for seed in range(4):
+            moved = data.augment_cloud(frame, np.random.default_rng(seed), 0.39, 0.05, (True, True)) if seed else frame
+            boxes = torch.tensor(moved.boxes)
+            cell, code, within = encode(boxes, cells)
+            on_map = ((boxes[:, :2] >= -25.95) & (boxes[:, :2] < 25.25)).all(1)         # the strided sites begin at the first voxel's centre, 0.8 m apart
+            assert torch.equal(within, on_map) and within.any() and not within.all()
+            assert code[within, :2].abs().max() <= 0.5
+            torch.testing.assert_close(decode(cell, code, cells), boxes, rtol=0, atol=2e-5, equal_nan=True)
+
+
+def test_what_the_targets_say_is_what_prediction_reads(batch, model, monkeypatch):
+    """Targets as network output come back as the labelled boxes, before and after a warp of the frame."""
+    def perfect(batch):
+        cell, code, within = encode(batch.boxes, model.cells)
+        out = []
+        for group in model.groups:
+            heat, codes = torch.full((batch.size, len(group), *model.cells.shape[1:]), -20.), torch.zeros(batch.size, 10, *model.cells.shape[1:])
+            for c, label in enumerate(group):
+                for m in (within & (batch.labels == label)).nonzero()[:, 0]:
+                    heat[batch.b_boxes[m], c, cell[m, 0], cell[m, 1]] = 10.
+                    codes[batch.b_boxes[m], :, cell[m, 0], cell[m, 1]] = code[m]
+            out.append((heat, codes))
+        return out
+    monkeypatch.setattr(model, "maps", perfect)
+    warp = np.array([[0., 1.05, 0, 0], [1.05, 0, 0, 0], [0, 0, 1.05, 0], [0, 0, 0, 1]])                # a turn, a flip and a scale
+    warped = replace(batch, boxes=torch.tensor(data.warp_boxes(batch.boxes.numpy(), warp), dtype=torch.float32))
+    for given in (batch, warped):
+        for b, (boxes, labels, scores) in enumerate(model.predict(given)):
+            boxes, labels = boxes[scores > 0.5], labels[scores > 0.5]
+            mine = given.b_boxes == b
+            gap = (boxes[:, None, :3] - given.boxes[mine][None, :, :3]).norm(dim=2)
+            near = (given.boxes[mine][:, :2].abs() < 25.2).all(1)
+            assert len(boxes) >= 0.9 * near.sum() > 3                                   # two of a class may share a cell or be neighbours
+            nearest = gap.argmin(1)
+            assert gap.amin(1).max() < 1e-3 and torch.equal(labels, given.labels[mine][nearest])
+            found, truth = boxes, given.boxes[mine][nearest]
+            torch.testing.assert_close(found[:, 3:6], truth[:, 3:6], rtol=1e-4, atol=1e-4)
+            assert (torch.remainder(found[:, 6] - truth[:, 6] + math.pi, 2 * math.pi) - math.pi).abs().max() < 1e-4
+            torch.testing.assert_close(found[:, 7:], truth[:, 7:], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def slow_radius(h, w, overlap):
+    """CornerNet's function line by line."""
+    b1, c1 = h + w, w * h * (1 - overlap) / (1 + overlap)
+    r1 = (b1 + math.sqrt(b1 ** 2 - 4 * c1)) / 2
+    b2, c2 = 2 * (h + w), (1 - overlap) * w * h
+    r2 = (b2 + math.sqrt(b2 ** 2 - 16 * c2)) / 2
+    a3, b3, c3 = 4 * overlap, -2 * overlap * (h + w), (overlap - 1) * w * h
+    r3 = (b3 + math.sqrt(b3 ** 2 - 4 * a3 * c3)) / 2
+    return min(r1, r2, r3)
+
+
+def test_gaussians_are_cornernets():
+    rng = np.random.default_rng(0)
+    h, w = rng.uniform(0.3, 20, (2, 50))
+    np.testing.assert_allclose(gaussian_radius(torch.tensor(h), torch.tensor(w), 0.1), [slow_radius(a, b, 0.1) for a, b in zip(h, w)])
+    cells = Detector(TINY, GRID).cells
+    boxes = torch.tensor([[0., 0, 0, 4.6, 1.9, 1.6, 0, 0, 0], [2., 1, 0, 12, 3, 3, 0, 0, 0], [0., .8, 0, .6, .6, 1.8, 0, 0, 0]])
+    cell, _, _ = encode(boxes, cells)
+    label, b = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0])
+    found = heat_targets(cell, label, b, boxes, (2, 2, *cells.shape[1:]), cells, TINY)
+    expected = torch.zeros_like(found)
+    for m in range(3):
+        r = max(2, int(slow_radius(float(boxes[m, 3]) / 0.8, float(boxes[m, 4]) / 0.8, 0.1)))
+        for y in range(64):
+            for x in range(64):
+                dy, dx = y - int(cell[m, 0]), x - int(cell[m, 1])
+                if max(abs(dy), abs(dx)) <= r:
+                    value = math.exp(-(dx * dx + dy * dy) / (2 * ((2 * r + 1) / 6) ** 2))
+                    expected[b[m], label[m], y, x] = max(expected[b[m], label[m], y, x], value)
+    torch.testing.assert_close(found, expected)
+    assert (found == 1).sum() == 3
+
+
+def test_losses_written_out_in_loops(batch, model, monkeypatch):
+    torch.manual_seed(1)
+    maps = [(torch.randn(2, len(g), 64, 64), torch.randn(2, 10, 64, 64)) for g in model.groups]
+    monkeypatch.setattr(model, "maps", lambda batch: maps)
+    boxes = batch.boxes.clone()
+    boxes[0, 7:] = torch.nan                                                            # an unknown velocity is not asked for
+    given = replace(batch, boxes=boxes)
+    loss, terms = model(given)
+    cell, code, within = encode(boxes, model.cells)
+    L_heat = L_box = 0.0
+    for group, (heat, codes) in zip(model.groups, maps):
+        rows = [m for m in range(len(boxes)) if within[m] and int(batch.labels[m]) in group]
+        local = torch.tensor([group.index(int(batch.labels[m])) for m in rows], dtype=torch.int64)
+        target = heat_targets(cell[rows], local, batch.b_boxes[rows], boxes[rows], heat.shape, model.cells, TINY)
+        p = heat.double().sigmoid()
+        total = 0.0
+        for prob, t in zip(p.flatten().tolist(), target.double().flatten().tolist()):
+            total += -(1 - prob) ** 2 * math.log(prob) if t == 1 else -prob ** 2 * (1 - t) ** 4 * math.log(1 - prob)
+        L_heat += total / max(len(rows), 1)
+        for m in rows:
+            for k in range(10):
+                if math.isfinite(code[m, k]):
+                    gap = abs(float(codes[batch.b_boxes[m], k, cell[m, 0], cell[m, 1]]) - float(code[m, k]))
+                    L_box += gap * (0.2 if k >= 8 else 1) / len(rows)
+    assert float(terms["L_heat"]) == pytest.approx(L_heat, rel=1e-4) and float(terms["L_box"]) == pytest.approx(L_box, rel=1e-4)
+    assert float(loss) == pytest.approx(L_heat + 0.25 * L_box, rel=1e-4)
+    assert focal(torch.tensor([60., -60.]), torch.tensor([1., 0.])).sum() == 0
+
+
+@pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
+def test_every_parameter_learns_and_a_frame_without_boxes_or_points_is_fine(batch, modality):
+    torch.manual_seed(0)
+    model = Detector(replace(TINY, modality=modality), GRID)
+    kept = batch.b_boxes == 0
+    given = replace(batch, boxes=batch.boxes[kept], b_boxes=batch.b_boxes[kept], labels=batch.labels[kept],
+                    points=batch.points[batch.b_points == 0], b_points=batch.b_points[batch.b_points == 0])
+    none = replace(batch, boxes=batch.boxes[:0], b_boxes=batch.b_boxes[:0], labels=batch.labels[:0])
+    for x in (given, none):
+        model.zero_grad()
+        loss, terms = model(x)
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert terms["boxes"] == 0 and {n.split(".")[0] for n, _ in model.named_children()} == {"fuse", "neck", "shared", "heads"} | (
+        {"lidar", "camera"} if modality == "fusion" else {modality})
+
+
+# ---- few labels ----
+
+def test_labels_are_drawn_as_asked(world):
+    dataset = data.open_dataset(world, "small")
+    train = dataset.split("train")
+    half, most = draw_labels(dataset, train, 0.5, "frames", 3), draw_labels(dataset, train, 0.8, "frames", 3)
+    assert len(half) == 3 and len(most) == 5 and set(half) < set(most) <= set(train) and (np.diff(half) > 0).all()
+    assert len(draw_labels(dataset, train, 1e-6, "frames", 0)) == 1 and len(draw_labels(dataset, train, 1, "frames", 0)) == len(train)
+    scene = draw_labels(dataset, train, 0.5, "scenes", 0)
+    assert len(scene) == 3 and len({dataset.names[i].split("/")[1] for i in scene}) == 1
+    assert any(set(draw_labels(dataset, train, 0.5, "frames", s)) != set(half) for s in range(4))
+    with pytest.raises(SystemExit, match="more than 0 and at most 1"):
+        draw_labels(dataset, train, 0, "frames", 0)
+
+
+# ---- the official metric ----
+
+def truth_as_predictions(dataset, indices, shift=0.0):
+    """Labelled boxes that the metric's filters keep (a LiDAR or radar point lies in them), as predictions."""
+    table = json.loads(Path(dataset.root, dataset.version, "sample_annotation.json").read_text())
+    points, frames = {row["token"]: row["num_lidar_pts"] + row["num_radar_pts"] for row in table}, {}
+    for i in indices:
+        frame, rows = dataset.load(int(i), (12, 32)), dataset.annotations(int(i))
+        held = np.array([points[row["token"].decode()] > 0 for row in rows[rows["label"] >= 0]], bool)
+        boxes = np.nan_to_num(frame.boxes[held])
+        boxes[:, 0] += shift
+        frames[frame.name] = boxes, frame.labels[held], np.linspace(0.9, 0.8, held.sum()), frame.lidar2world
+    return frames
+
+
+@pytest.mark.parametrize("which", ["embedded", "real"])
+def test_the_truth_scores_one_and_shifted_truth_what_the_thresholds_say(which, world, tmp_path, request):
+    dataset = data.open_dataset(world if which == "embedded" else request.getfixturevalue("nuscenes_root"), "small")
+    indices, apart = np.arange(len(dataset)), set(GRID.classes)
+    for i in indices:
+        rows = dataset.annotations(i)
+        for n, name in enumerate(GRID.classes):
+            xy = rows["box"][rows["label"] == n, :2]
+            gap = np.linalg.norm(xy[:, None] - xy[None], axis=2) + 9 * np.eye(len(xy))
+            apart -= {name} if len(xy) and gap.min() < 1.2 else set()
+    for shift in (0.0, 0.6):
+        path = tmp_path / f"{shift}.json"
+        path.write_text(json.dumps(finetune.nuscenes_results(truth_as_predictions(dataset, indices, shift), GRID.classes)))
+        found, _, present = finetune.nuscenes_score(dataset, path)
+        assert len(present) > 3
+        for name in present:
+            for distance in (0.5, 1.0, 2.0, 4.0):
+                ap = found["label_aps"][name][distance]
+                if shift == 0:
+                    assert ap == pytest.approx(1.0, abs=1e-6), (name, distance, ap)
+                elif name in apart:                                                     # no other box of the class that the shifted one could be taken for
+                    assert ap == 0 if distance == 0.5 else ap > 0.95, (name, distance, ap)      # a shift may cross the metric's range
+        assert shift == 0 or len(apart & set(present)) >= 2
+        absent = set(GRID.classes) - set(present)
+        assert all(found["mean_dist_aps"][name] == 0 for name in absent)
+        if shift == 0:
+            assert max(found["tp_errors"][k] for k in ("trans_err", "scale_err", "orient_err")) < (1e-3 if not absent else 1.0)
+            inner, _, near = finetune.nuscenes_score(dataset, path, 10.0)
+            assert set(near) <= set(present)
+
+
+def test_results_are_in_the_official_format(world):
+    dataset = data.open_dataset(world, "small")
+    results = finetune.nuscenes_results(truth_as_predictions(dataset, [0, 1]), GRID.classes)
+    assert set(results["results"]) == {name.rsplit("/", 1)[1] for name in dataset.names[:2]} and results["meta"]["use_lidar"] is True
+    rows = dataset.annotations(0)
+    truth = rows[(rows["label"] >= 0) & (rows["lidar_points"] > 0)]
+    for box, row in zip(results["results"][dataset.names[0].rsplit("/", 1)[1]], truth, strict=True):
+        np.testing.assert_allclose(box["translation"], row["box"][:3], atol=1e-3)
+        np.testing.assert_allclose(box["size"], row["box"][[4, 3, 5]], atol=1e-5)       # w, l, h
+        w, x, y, z = box["rotation"]
+        assert abs(math.remainder(2 * math.atan2(z, w) - row["box"][6], 2 * math.pi)) < 1e-3 and x == y == 0
+        np.testing.assert_allclose(box["velocity"], np.nan_to_num(row["box"][7:9]), atol=1e-3)
+        assert box["detection_name"] == GRID.classes[row["label"]]
+    assert [finetune.attribute(*case) for case in (("car", 3.), ("bus", 0.), ("truck", 0.1), ("pedestrian", 1.), ("bicycle", 0.), ("barrier", 0.))] == [
+        "vehicle.moving", "vehicle.stopped", "vehicle.parked", "pedestrian.moving", "cycle.without_rider", ""]
+
+
+# ---- whole runs ----
+
+def run(out, *flags):
+    command = [sys.executable, str(ROOT / "finetune.py"), "--out", str(out), "--preset", "small", "--width", "4", "--bins", "12", "--batch", "1", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=out.parent)
+
+
+def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path):
+    torch.manual_seed(0)
+    before = clap.Clap(clap.Config(preset="small", **{**clap.SMALL, "width": 4, "bins": 12}), GRID)
+    (tmp_path / "before").mkdir()
+    for name, content in (("provenance.json", '[{"commit": "none"}]'), ("config.json", '{"preset": "small"}')):
+        (tmp_path / "before" / name).write_text(content)
+    cfg = clap.Config(preset="small", out=str(tmp_path / "before"), **{**clap.SMALL, "width": 4, "bins": 12})
+    clap.save(cfg, 7, before, torch.optim.AdamW(before.parameters()), clap.UNITS, GRID)
+    (tmp_path / "before" / "frames.txt").write_text("\n".join(data.open_dataset(three_frames).names[:1]))
+    tuned = run(tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "before"), "--fraction", "1", "--steps", "2")
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    assert "labels of 2 frames" in tuned.stdout and "1 of them were in the pre-training" in tuned.stdout and "of step 7" in tuned.stdout
+    last = tuned.stdout.splitlines()[-1]
+    metrics = json.loads((tmp_path / "tuned" / "metrics.json").read_text())
+    assert f"mAP {metrics['mAP']:.4f} | NDS {metrics['NDS']:.4f}" in last and len(metrics["AP"]) == 10
+    for name in ("results_nusc.json", "labels.txt", "figures/bev.png", "figures/images.png", "figures/precision_recall.png", "figures/losses.png",
+                 "backbones.safetensors"):
+        assert (tmp_path / "tuned" / name).stat().st_size > 0, name
+    again = subprocess.run([sys.executable, str(ROOT / "finetune.py"), "--eval-only", str(tmp_path / "tuned")], capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == last, again.stderr[-2000:]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A pre-training run's weights, its model and a detector to load them into."""
+    cfg = clap.Config(preset="small", out=str(tmp_path), **{**clap.SMALL, "width": 4, "bins": 12})
+    before = clap.Clap(cfg, GRID)
+    (tmp_path / "provenance.json").write_text('[{"commit": "none"}]')
+    clap.save(cfg, 7, before, torch.optim.AdamW(before.parameters()), clap.UNITS, GRID)
+    return before
+
+
+def test_units_are_loaded_strictly(stored, tmp_path, capsys):
+    model, before = Detector(TINY, GRID), stored.state_dict()
+    new = {k: v.clone() for k, v in model.state_dict().items()}
+    loaded = finetune.load_units(tmp_path, model, (), finetune.UNITS, GRID, 0)
+    told = capsys.readouterr().out
+    for unit in finetune.UNITS:
+        count = sum(k.startswith(unit + ".") for k in before)
+        assert f"{unit} {count}/{count}" in told
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in loaded else new[name]), name
+    assert loaded == {k for k in before if k.startswith(tuple(u + "." for u in finetune.UNITS))}
+    some = Detector(TINY, GRID)
+    assert {k.split(".")[0] for k in finetune.load_units(tmp_path, some, ("lidar",), finetune.UNITS, GRID, 0)} == {"lidar"}
+    finetune.load_units(tmp_path, some, (), finetune.UNITS, data.GRIDS["nuscenes", "paper"], 0)
+    assert "another grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case, told", [("width", "tensors of lidar do not fit.*--resnet 18 --width 4 --bins 12"), ("bins", "tensors of camera.neck do not fit"),
+                                        ("unit", "holds lidar, camera.resnet, camera.neck, fuse; asked for camera"), ("cut", "not a whole safetensors file"),
+                                        ("absent", "no such file")])
+def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, told):
+    cfg, wanted = {"width": replace(TINY, width=8), "bins": replace(TINY, bins=20)}.get(case, TINY), ("camera",) if case == "unit" else ()
+    model, path = Detector(cfg, GRID), tmp_path / "backbones.safetensors"
+    if case == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match=told):
+        finetune.load_units(tmp_path / "nowhere" if case == "absent" else tmp_path, model, wanted, finetune.UNITS, GRID, 0)
+
+
+@pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(batch=0), "start at 1"), (dict(use=("head",)), "expected some of lidar"),
+                                         (dict(modality="lidar", use=("camera.neck",)), "expected some of lidar, fuse"), (dict(fraction=2.), "at most 1"),
+                                         (dict(eval_only="nowhere"), "no config.json there")])
+def test_flags_that_cannot_work_are_refused_before_anything_is_written(three_frames, tmp_path, flags, told):
+    with pytest.raises(SystemExit, match=told):
+        finetune.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_labels_or_of_another_kind_is_refused(three_frames, kitti, tmp_path):
+    with pytest.raises(SystemExit, match="nuScenes metric only"):
+        finetune.train(0, 1, replace(TINY, data=str(kitti), out=str(tmp_path / "run")))
+    bare = tmp_path / "bare"
+    shutil.copytree(three_frames, bare)
+    next(bare.glob("v1.0-*/sample_annotation.json")).write_text("[]")
+    with pytest.raises(SystemExit, match="no box is annotated"):
+        finetune.train(0, 1, replace(TINY, data=str(bare), out=str(tmp_path / "run")))
