@@ -230,13 +230,19 @@ class KernelMap(NamedTuple):
     """Pairs of rows that a 3 x 3 x 3 sparse convolution joins, grouped by the 27 kernel offsets (z slowest). Offset t of output o reads input stride o - pad + t."""
     ins: torch.Tensor           # (P,) int64 row of the input
     outs: torch.Tensor          # (P,) int64 row of the output
-    counts: list[int]           # pairs of each offset, 27
+    ends: torch.Tensor          # (27,) int32 where each offset's pairs end
+    order: torch.Tensor         # (P,) int64 the pairs sorted by output
+    first: torch.Tensor         # (n_out + 1,) int64 where each output's pairs begin in that order
     n_in: int
-    n_out: int
-    same: bool                  # submanifold: offset 13 joins each row with itself
+    same: bool                  # submanifold: the outputs are the inputs, so the pairs of offset 26 - t are those of t exchanged
+
+    @classmethod
+    def of(cls, ins, outs, ends, n_in, n_out, same):
+        order = torch.argsort(outs.int(), stable=True)              # built once, used by every convolution of the level, forward and backward
+        return cls(ins, outs, ends, order, F.pad(torch.bincount(outs, minlength=n_out).cumsum(0), (1, 0)), n_in, same)
 
     def reversed(self):
-        return KernelMap(self.outs, self.ins, self.counts, self.n_out, self.n_in, self.same)
+        return KernelMap.of(self.outs, self.ins, self.ends, len(self.first) - 1, self.n_in, False)
 
 
 def narrowest(values, coords, shape):
@@ -282,7 +288,8 @@ def submanifold_map(coords, shape):
             wanted, at = wanted + 1, at + hit
     self_ = [torch.arange(n, device=coords.device)]
     counts = [len(o) for o in outs]
-    return KernelMap(torch.cat(outs[::-1] + self_ + ins), torch.cat(ins[::-1] + self_ + outs), counts[::-1] + [n] + counts, n, n, True)
+    ends = torch.tensor(counts[::-1] + [n] + counts, device=coords.device).cumsum(0, dtype=torch.int32)
+    return KernelMap.of(torch.cat(outs[::-1] + self_ + ins), torch.cat(ins[::-1] + self_ + outs), ends, n, n, True)
 
 
 def strided_map(coords, shape, pad):
@@ -303,38 +310,16 @@ def strided_map(coords, shape, pad):
         source = torch.cat([source[near], source[far]])
     unique, outs = torch.unique(narrowest(key, coords, out_shape), return_inverse=True)
     order = torch.argsort(offset, stable=True)
-    counts = torch.bincount(offset, minlength=27).tolist()
-    return unravel(unique, out_shape), KernelMap(source[order], outs[order], counts, len(coords), len(unique), False)
-
-
-def convolve_chunks(x, weight, kmap, chunk):
-    """The convolution as a loop over offsets: gather, multiply, add, in chunks that stay in cache. Fastest on a CPU, bitwise repeatable."""
-    out, begin = x @ weight[13] if kmap.same else x.new_zeros(kmap.n_out, weight.shape[2]), 0
-    for k, count in enumerate(kmap.counts):
-        if not (kmap.same and k == 13):
-            for a in range(begin, begin + count, chunk):
-                part = slice(a, min(a + chunk, begin + count))
-                out.index_add_(0, kmap.outs[part], x.index_select(0, kmap.ins[part]) @ weight[k])
-        begin += count
-    return out
-
-
-def convolve_grouped(x, weight, kmap):
-    """The same convolution in three launches: gather, grouped matrix product, segment sum over pairs sorted by output. For bfloat16 on CUDA."""
-    C, out = weight.shape[1:]
-    x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()   # grouped_mm wants rows of a multiple of 16 bytes
-    ends = torch.tensor(kmap.counts, device=x.device).cumsum(0, dtype=torch.int32)
-    products = F.grouped_mm(x.index_select(0, kmap.ins), weight, offs=ends)                # (P, out)
-    order = torch.argsort(kmap.outs, stable=True)
-    first = F.pad(torch.bincount(kmap.outs, minlength=kmap.n_out).cumsum(0), (1, 0))
-    return F.embedding_bag(order, products, first, mode="sum", include_last_offset=True)[:, :out]
+    ends = torch.bincount(offset, minlength=27).cumsum(0, dtype=torch.int32)
+    return unravel(unique, out_shape), KernelMap.of(source[order], outs[order], ends, len(coords), len(unique), False)
 
 
 def convolve(x, weight, kmap):
-    """x (V, C), weight (27, C, C') -> (V', C'), the way that suits the device; float32 on CUDA loops over the offsets, unchunked."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return convolve_grouped(x, weight, kmap)
-    return convolve_chunks(x, weight, kmap, chunk=max(len(kmap.ins), 1) if x.is_cuda else 4096)
+    """x (V, C), weight (27, C, C') -> (V', C'): gather, grouped matrix product, sum over the pairs of each output. Repeatable bit by bit: nothing is added atomically."""
+    C, out = weight.shape[1:]
+    x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()   # grouped_mm wants rows of a multiple of 16 bytes
+    products = F.grouped_mm(x.index_select(0, kmap.ins), weight, offs=kmap.ends)           # (P, C')
+    return F.embedding_bag(kmap.order, products, kmap.first, mode="sum", include_last_offset=True)[:, :out]
 
 
 class SparseConvolution(torch.autograd.Function):
@@ -348,19 +333,13 @@ class SparseConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        kmap, grad = ctx.kmap, grad.contiguous()
+        (x, weight), kmap = ctx.saved_tensors, ctx.kmap
+        C, out = weight.shape[1:]
         grad_x = None
         if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
-            grad_x = convolve(grad, weight.transpose(1, 2), kmap.reversed())
-        grad_weight, begin = torch.zeros_like(weight), 0
-        chunk = max(len(kmap.ins), 1) if x.is_cuda else 4096
-        for k, count in enumerate(kmap.counts):
-            for a in range(begin, begin + count, chunk):
-                part = slice(a, min(a + chunk, begin + count))
-                grad_weight[k].addmm_(x.index_select(0, kmap.ins[part]).t(), grad.index_select(0, kmap.outs[part]))
-            begin += count
-        return grad_x, grad_weight, None
+            grad_x = convolve(grad, weight.flip(0).transpose(1, 2), kmap) if kmap.same else convolve(grad, weight.transpose(1, 2), kmap.reversed())
+        rows, grads = F.pad(x, (0, -C % 8)).index_select(0, kmap.ins), F.pad(grad, (0, -out % 8)).index_select(0, kmap.outs)
+        return grad_x, F.grouped_mm(rows.t(), grads, offs=kmap.ends)[:, :C, :out], None
 
 
 class SparseConv(nn.Module):

@@ -97,6 +97,11 @@ def candidate_map(coords, shape, pad):
     return common.unravel(unique, out_shape), torch.cat(ins), outs, [len(i) for i in ins]
 
 
+def counts_of(kmap):
+    """Pairs of each of the 27 offsets."""
+    return kmap.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+
+
 def by_offset(ins, outs, counts):
     """Pairs (P, 3) offset, in, out in one order. An offset joins an input with one output only."""
     offset = torch.repeat_interleave(torch.tensor(counts))
@@ -109,7 +114,7 @@ def bench_maps(rounds, level, pad):
     mixed = torch.randperm(len(coords), generator=torch.Generator().manual_seed(0))
     shuffled = coords[mixed]
     kmap, (ins, outs, counts) = common.submanifold_map(coords, shape), searched_map(shuffled, shape)
-    pairs = by_offset(kmap.ins, kmap.outs, kmap.counts)
+    pairs = by_offset(kmap.ins, kmap.outs, counts_of(kmap))
     assert torch.equal(pairs, by_offset(mixed[ins], mixed[outs], counts)), "submanifold maps differ"
     assert torch.equal(pairs, by_offset(*searched_map(coords, shape))), "submanifold maps differ"
     what = f"1 submanifold map, {len(coords)} voxels"
@@ -120,7 +125,7 @@ def bench_maps(rounds, level, pad):
 
     out, kmap = common.strided_map(coords, shape, pad)
     out_, ins, outs, counts = candidate_map(coords, shape, pad)
-    assert torch.equal(out, out_) and torch.equal(by_offset(kmap.ins, kmap.outs, kmap.counts), by_offset(ins, outs, counts)), "strided maps differ"
+    assert torch.equal(out, out_) and torch.equal(by_offset(kmap.ins, kmap.outs, counts_of(kmap)), by_offset(ins, outs, counts)), "strided maps differ"
     compare(rounds, f"2 strided map, to {len(out)}", "27 candidates, parity masks, unique", 0.17,
             lambda: common.strided_map(coords, shape, pad), lambda: candidate_map(coords, shape, pad), "seen <=")
 
@@ -139,7 +144,8 @@ def bench_convolution(rounds, level, C, share):
     x, grad = torch.randn(2, kmap.n_in, C, generator=torch_rng)
     weight = torch.randn(27, C, C, generator=torch_rng) / C ** 0.5
     x.requires_grad_(), weight.requires_grad_()
-    offset, table = torch.repeat_interleave(torch.tensor(kmap.counts)), torch.full((27, kmap.n_out), -1)
+    counts = counts_of(kmap)
+    offset, table = torch.repeat_interleave(torch.tensor(counts)), torch.full((27, len(kmap.first) - 1), -1)
     table[offset, kmap.outs] = kmap.ins
     buffer = torch.empty(4096, C)
 
@@ -149,7 +155,7 @@ def bench_convolution(rounds, level, C, share):
     @torch.no_grad()
     def products():
         """The matrix products alone, same shapes, into one reused buffer."""
-        for k, count in enumerate(kmap.counts):
+        for k, count in enumerate(counts):
             for a in range(0, count, 4096):
                 part = x[a:min(a + 4096, count)]
                 torch.mm(part, weight[k], out=buffer[:len(part)])
