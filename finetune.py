@@ -1,7 +1,7 @@
 """Few-label detection: a CenterPoint-style head on the shared camera + LiDAR trunk, from a pre-training run or from nothing, scored by the official metric.
 
-    python finetune.py --init runs/clap --fraction 0.05       # what the pre-training is worth
-    python finetune.py --init none --fraction 0.05            # the baseline: the same labels, the same steps
+    python finetune.py --init runs/clap                       # what the pre-training is worth with 5 % of the labels
+    python finetune.py --init none --out runs/none            # the baseline: the same labels, the same steps
     python finetune.py --eval-only runs/finetune              # predict and score again
 
 Read with: common.py §3 trunk; data.py Batch, warp_boxes. Everything pre-trained on the trunk is loaded, the fusion layer too; the head is new.
@@ -65,8 +65,8 @@ class Config:
     epochs: int = 20                   # over the drawn frames; 20 [code CenterPoint], on full data; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 60 [ours]
     batch: int = 4                     # frames a process; 4 [code CenterPoint], small 2 [ours]
-    lr: float = 1e-3                   # of what starts from nothing; AdamW, half a cosine to 0; 1e-3 [code CenterPoint], small 2e-3 [ours]
-    lr_init: float = 1e-3              # of what was loaded; 1e-3 [code CenterPoint], small 2e-3 [ours]
+    lr: float = 1e-3                   # of what starts from nothing; AdamW, half a cosine to 0; 1e-3 [code CenterPoint]
+    lr_init: float = 1e-3              # of what was loaded; 1e-3 [code CenterPoint]
     warmup: int = 200                  # steps from a third of it; 200, small 10 [ours]
     weight_decay: float = 0.01         # 0.01 [code CenterPoint]
     clip: float = 35.0                 # gradient norm [code CenterPoint]
@@ -83,7 +83,7 @@ class Config:
     radius: int = 2                    # cells, smallest radius [code CenterPoint]
 
 
-SMALL = dict(workers=0, save_every=60, epochs=0, steps=60, batch=2, lr=2e-3, lr_init=2e-3, warmup=10, resnet=18, width=8, bins=36)     # explained in Config
+SMALL = dict(workers=0, save_every=60, epochs=0, steps=60, batch=2, warmup=10, resnet=18, width=8, bins=36)     # explained in Config
 
 
 # ---- boxes <-> codes -------------------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def draw(model, held_out, frames, curves, present, out, device):
         return plot
     figure(out / "figures" / "bev.png", bev, 2, (5.0, 5.0))
     figure(out / "figures" / "images.png", images, 2, (6.0, 2.4))
-    figure(out / "figures" / "precision_recall.png", [(name, curve(name)) for name in present], 4, (2.6, 2.2))
+    figure(out / "figures" / "precision_recall.png", [(f"{name}: precision over recall", curve(name)) for name in present], 4, (2.6, 2.2))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
