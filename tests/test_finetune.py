@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import clap
+import common
 import data
 import finetune
 from finetune import SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets
@@ -156,6 +158,29 @@ def test_every_parameter_learns_and_a_frame_without_boxes_or_points_is_fine(batc
         assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert terms["boxes"] == 0 and {n.split(".")[0] for n, _ in model.named_children()} == {"fuse", "neck", "shared", "heads"} | (
         {"lidar", "camera"} if modality == "fusion" else {modality})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["lidar", "fusion"])
+def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
+    """AP above 0.9 for every class present, on the frames themselves, within the range. Minutes on two cores."""
+    torch.manual_seed(0)
+    steps, cfg = 260, replace(Config(preset="small", **SMALL), modality=modality)
+    loader = data.loader(world, "train", 2, preset="small", augment=partial(finetune.augment, turn=0., scale=0., flip=(False, False)))
+    loader.indices = loader.indices[[0, 2, 3, 5]]
+    model = Detector(cfg, loader.grid)
+    opt = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+    for step, batch in zip(range(steps), loader.begin_at(0)):
+        opt.param_groups[0]["lr"] = 3e-3 * common.cosine(step, 10, steps)
+        loss, _ = model(batch)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        opt.step()
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(finetune.nuscenes_results(finetune.predict_all(model, loader, torch.device("cpu")), loader.grid.classes)))
+    metrics, _, present = finetune.nuscenes_score(loader.dataset, path, reach=25.)
+    assert len(present) > 5 and all(metrics["mean_dist_aps"][name] > 0.9 for name in present), metrics["mean_dist_aps"]
 
 
 # ---- few labels ----
