@@ -51,7 +51,7 @@ from torch import nn
 
 import data
 from common import (Log, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
-                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, project, ravel, rays, resume, save, share_buffers, start, stratified,
+                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, project, ravel, rays, resume, save, share_buffers, start, stratified,
                     surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
@@ -349,12 +349,6 @@ def entropy(scores):
     """Entropy of softmax(scores) over prototypes, scores (N, N_K) -> (N,) nats."""
     log_p = F.log_softmax(scores, 1)
     return -(log_p.exp() * log_p).sum(1)
-
-
-def perplexity(assigned, n):
-    """exp of the entropy of how often each of n prototypes is assigned: how many are in use. assigned (N,) -> ()."""
-    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
-    return torch.special.entr(p).sum().exp()
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------------------
@@ -668,7 +662,7 @@ def train(rank, world, cfg):
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, opt, UNITS, loader.grid)
+            save(cfg, step + 1, model, [opt], UNITS, loader.grid)
         if stop and step + 1 < steps:
             print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(143)

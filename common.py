@@ -3,16 +3,19 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
-    §0 processes  processes, over_ranks, mean_over_ranks, share_buffers               clap, finetune
-    §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap
+    §0 processes  processes, over_ranks, mean_over_ranks, share_buffers               clap, cmcr, simipu, finetune
+    §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap, cmcr, simipu
                   box_exit, inside_boxes
-    §3 networks   trunk, mlp, conv3d, ravel, half                                     clap, finetune
+    §2 matching   pair_points                                                         simipu
+    §3 networks   trunk, VoxelNet, ResNet, mlp, conv3d, BatchNorm, segment_sum,       clap, cmcr, simipu, finetune
+                  ravel, half
     §4 rendering  neus_weights, stratified, importance                                clap
+    §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap, finetune
-                  save, load_units, Log, write_text, figure, loss_curves
+    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap, cmcr, simipu, finetune
+                  save, load_units, load_resnet, Log, write_text, figure, loss_curves
 
-Sections keep the numbers of the design; §2 matching and §5 contrast belong to SimIPU and CMCR and come with them. Nothing here knows a data set.
+Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
 """
 import contextlib
@@ -31,7 +34,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -213,6 +218,32 @@ def inside_boxes(xyz, b, boxes, b_boxes):
         local = torch.stack([along, across, offset[..., 2]], -1)                           # (n, m, 3)
         inside[rows] = (local.abs() < box[None, :, 3:6] / 2).all(-1).any(1)
     return inside
+
+
+# ---- §2 matching -----------------------------------------------------------------------------------------------------------------
+# One-to-one pairs of two point sets. Source: the Hungarian method, scipy's.
+# Used by simipu.
+
+def pair_points(a, b, id_a, id_b):
+    """The one-to-one pairs with the least sum of Euclidean distances. a, b (n, 3) arrays, id_a, id_b (n,) int: equal for the same point -> (n,) row of b for each of a.
+
+    The same point in both is settled first. Such a pair is part of an optimum: exchanging partners, (p, b') and (a', p) for (p, p) and (a', b'),
+    costs d(a', b') <= d(a', p) + d(p, b'). It would not be for squared distances.
+    """
+    def numbered(ids):                                              # the k-th row of a repeated id is a point of its own
+        order = np.argsort(ids, kind="stable")
+        sorted_ = ids[order]
+        rank = np.arange(len(ids)) - np.searchsorted(sorted_, sorted_)
+        out = np.empty(len(ids), np.int64)
+        out[order] = sorted_ * (len(ids) + 1) + rank
+        return out
+    pairs, left_a, left_b = np.empty(len(a), np.int64), np.ones(len(a), bool), np.ones(len(b), bool)
+    _, same_a, same_b = np.intersect1d(numbered(id_a), numbered(id_b), assume_unique=True, return_indices=True)
+    pairs[same_a], left_a[same_a], left_b[same_b] = same_b, False, False
+    left_a, left_b = left_a.nonzero()[0], left_b.nonzero()[0]
+    rows, columns = linear_sum_assignment(cdist(a[left_a], b[left_b]))
+    pairs[left_a[rows]] = left_b[columns]
+    return pairs
 
 
 # ---- §3 networks -----------------------------------------------------------------------------------------------------------------
@@ -457,6 +488,18 @@ class VoxelNet(nn.Module):
         mean = segment_sum(points, segment, len(keys)) / count[:, None]
         return Level(unravel(keys, cells.shape), mean, cells)
 
+    def point_features(self, levels, points, b):
+        """The features of each point's site in every level, side by side. levels as forward gave them for these points, all inside the range -> (N, 15 width)."""
+        low, voxel, finest = points.new_tensor(self.low), points.new_tensor(self.voxel), self.cells[0]
+        zyx = ((points[:, :3] - low) / voxel).int().flip(1).minimum(torch.tensor(finest.shape, device=points.device) - 1)           # (N, 3), as voxelise has it
+        found = []
+        for level in levels:
+            at = level.cells.index(finest.centre(zyx)).round().long().clamp_min(0)         # the site nearest to the voxel: the strides reach it
+            at = at.minimum(at.new_tensor(level.cells.shape) - 1)
+            keys, wanted = (ravel(coords, level.cells.shape).long() for coords in (level.coords, torch.cat([b[:, None], at], 1)))
+            found.append(level.features[torch.searchsorted(keys, wanted)])
+        return torch.cat(found, 1)
+
     def forward(self, points, b):
         """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels of stride 1, 2, 4, 8; dense(size) of the last is the volume."""
         level = self.voxelise(points, b)
@@ -510,21 +553,15 @@ class Neck(nn.Module):
         return self.output(self.smooth(x))
 
 
-class CameraNet(nn.Module):
-    """torchvision ResNet (its key names, without fc), neck to stride 8, and the lift of image features into the volume.
-
-    Each cell centre asks every camera that sees it: the bilinear image feature, weighted by the probability of the cell's depth at that pixel, summed over
-    cameras. Pulling instead of splatting: no frustum tensor, and the same projection as everywhere else. [ours; LSS's depth distribution]
-    """
+class ResNet(nn.Module):
+    """torchvision's ResNet, its key names, without fc."""
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet, RGB: what every published torchvision-named ResNet expects
 
-    def __init__(self, depth=50, channels=80, reach=60.0, bins=118):
+    def __init__(self, depth=50):
         super().__init__()
         self.resnet = {18: resnet18, 50: resnet50}[depth](weights=None, zero_init_residual=True)    # blocks begin as identities: learns sooner [ours]
         self.resnet.to(memory_format=torch.channels_last).fc = nn.Identity()                # faster convolutions; no classifier
-        inputs = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
-        self.neck = Neck(inputs, 2 * channels, channels + bins)
-        self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
+        self.widths = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
 
     def stages(self, images, hidden=None):
         """images (B K, 3, H, W) uint8, hidden (B K, H, W) bool, True = hidden -> ResNet stages of stride 8, 16, 32. A hidden pixel becomes the mean colour."""
@@ -539,6 +576,19 @@ class CameraNet(nn.Module):
             x = layer(x)
             stages.append(x)
         return stages
+
+
+class CameraNet(ResNet):
+    """ResNet, neck to stride 8, and the lift of image features into the volume.
+
+    Each cell centre asks every camera that sees it: the bilinear image feature, weighted by the probability of the cell's depth at that pixel, summed over
+    cameras. Pulling instead of splatting: no frustum tensor, and the same projection as everywhere else. [ours; LSS's depth distribution]
+    """
+
+    def __init__(self, depth=50, channels=80, reach=60.0, bins=118):
+        super().__init__(depth)
+        self.neck = Neck(self.widths, 2 * channels, channels + bins)
+        self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
 
     def forward(self, batch, cells, hidden=None):
         """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre."""
@@ -620,6 +670,25 @@ def importance(depth, weights, u):
     part = (u - low) / (high - low).clamp_min(1e-8)
     start = depth.gather(1, k)
     return start + part.clamp(0, 1) * (depth.gather(1, k + 1) - start)
+
+
+# ---- §5 contrast -----------------------------------------------------------------------------------------------------------------
+# InfoNCE, and how many codes are in use. Source: CPC (van den Oord et al. 2018).
+# Used by simipu, cmcr; perplexity by clap, cmcr.
+
+def info_nce(queries, keys, tau):
+    """-log of the softmax share of each row's own key among all keys, of unit features, in float32. queries, keys (M, C) -> (M,).
+
+    Negatives are the other rows of this process. Features that are all alike give ln M; every key twice, at best ln 2.
+    """
+    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).t() / tau                           # (M, M)
+    return logits.logsumexp(1) - logits.diagonal()
+
+
+def perplexity(assigned, n):
+    """exp of the entropy of how often each of n prototypes is assigned: how many are in use. assigned (N,) -> ()."""
+    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
+    return torch.special.entr(p).sum().exp()
 
 
 # ---- §6 curvature ----------------------------------------------------------------------------------------------------------------
@@ -798,8 +867,8 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def resume(out, model, opt=None):
-    """Load last.pt if the run folder has one, into the optimiser too where one is given -> the next step, else 0."""
+def resume(out, model, *opts):
+    """Load last.pt if the run folder has one, into the optimisers too where they are given -> the next step, else 0."""
     path = Path(out) / "last.pt"
     if not path.exists():
         return 0
@@ -808,16 +877,16 @@ def resume(out, model, opt=None):
     except Exception as error:
         raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}). Delete it to start over, or give another --out.") from error
     model.load_state_dict(state["model"])
-    if opt is not None:
-        opt.load_state_dict(state["optimizer"])
+    for opt, kept in zip(opts, state["optimizers"]):
+        opt.load_state_dict(kept)
     return state["step"]
 
 
-def save(cfg, step, model, opt, units, grid):
+def save(cfg, step, model, opts, units, grid):
     """Rank 0 only: last.pt (to resume) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads; config, grid and commit in its header)."""
     from safetensors.torch import save_file
     out, state = Path(cfg.out), model.state_dict()
-    torch.save(dict(step=step, model=state, optimizer=opt.state_dict()), out / "last.pt.part")
+    torch.save(dict(step=step, model=state, optimizers=[opt.state_dict() for opt in opts]), out / "last.pt.part")
     weights = {k: v.contiguous().cpu() for k, v in state.items() if k.startswith(tuple(u + "." for u in units))}
     started = json.loads((out / "provenance.json").read_text())[-1]["commit"]               # not today's: files may have changed since
     header = {"config": json.dumps(dataclasses.asdict(cfg)), "grid": json.dumps(dataclasses.asdict(grid)), "commit": started, "step": str(step), "units": ",".join(units)}
@@ -847,9 +916,9 @@ def load_units(run, model, wanted, possible, grid, rank):
         wrong = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
         if wrong:
             name = wrong[0]
+            flags = " ".join(f"--{flag} {then[flag]}" for flag in {"camera.resnet": ("resnet",)}.get(unit, ("resnet", "width", "bins")) if flag in then)
             raise SystemExit(f"{path}: {len(wrong)} of the {len(mine)} tensors of {unit} do not fit, first {name}: {theirs.get(name, 'absent')} in the file, "
-                             f"{mine.get(name, 'absent')} in the model. "
-                             f"The run has --resnet {then['resnet']} --width {then['width']} --bins {then['bins']}: give the same.")
+                             f"{mine.get(name, 'absent')} in the model. The run has {flags}: give the same.")
         loaded |= mine.keys()
         told.append(f"{unit} {len(mine)}/{len(mine)}")
     model.load_state_dict({**own, **{name: stored[name] for name in loaded}})
@@ -858,6 +927,31 @@ def load_units(run, model, wanted, possible, grid, rank):
         if json.loads(header["grid"]) != json.loads(json.dumps(dataclasses.asdict(grid))):
             print("it was trained on another grid, which convolutions do not mind", flush=True)
     return loaded
+
+
+def load_resnet(source, resnet, rank, prefix=""):
+    """Copy weights with torchvision's names into a ResNet without fc, strictly: a .pth or .safetensors file, or a run folder's camera.resnet.
+
+    prefix is what stands before those names in the file. A checkpoint's "state_dict" is taken where it has one.
+    """
+    from safetensors.torch import load_file
+    path = Path(source)
+    path, prefix = (path / "backbones.safetensors", "camera.resnet.") if path.is_dir() else (path, prefix)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{path}: no readable weights ({type(error).__name__}: {error}); give a .pth or .safetensors file of tensors, or a run folder") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not k.removeprefix(prefix).startswith("fc.")}
+    own = resnet.state_dict()
+    wrong = [k for k in sorted(own.keys() | stored.keys()) if getattr(own.get(k), "shape", None) != getattr(stored.get(k), "shape", None)]
+    if wrong:
+        there, here = (tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "absent" for tensors in (stored, own))
+        raise SystemExit(f"{path}: {len(wrong)} of the {len(own)} tensors of this ResNet do not fit, first {wrong[0]}: {there} in the file, {here} in the model; "
+                         "expected torchvision's names and the depth of --resnet")
+    resnet.load_state_dict(stored)
+    if rank == 0:
+        print(f"{path}: loaded {len(stored)}/{len(own)} tensors of the image network", flush=True)
 
 
 class Log:
@@ -959,8 +1053,8 @@ def figure(path, panels, columns, size=(4.0, 3.0)):
     plt.close(fig)
 
 
-def loss_curves(out):
-    """figures/losses.png from log.jsonl: every logged term, training in grey with its running median, held-out values as dots."""
+def loss_curves(out, levels=None):
+    """figures/losses.png from log.jsonl: every logged term, training in grey with its running median, held-out values as dots. levels {term: heights of dashed lines}."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k != "step" and not k.startswith("val_")]
 
@@ -973,5 +1067,7 @@ def loss_curves(out):
             held = [(row["step"], row["val_" + name]) for row in rows if "val_" + name in row]
             if held:
                 ax.plot(*np.array(held).T, "C3.", ms=4)
+            for level in (levels or {}).get(name, ()):
+                ax.axhline(level, color="0.4", ls="--", lw=0.8)
         return draw
     figure(Path(out) / "figures" / "losses.png", [(name, curve(name)) for name in names], 4, (3.2, 2.2))

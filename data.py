@@ -67,10 +67,13 @@ class Grid:
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone")
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
+WAYMO = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT"), ("Vehicle", "Pedestrian", "Cyclist")        # cameras 1 to 5, classes
 GRIDS = {
     ("nuscenes", "paper"): Grid("nuscenes", (-54., -54., -5.), (54., 54., 3.), (.075, .075, .2), (256, 704), CAMERAS, CLASSES, 10, -1.84),
     ("nuscenes", "small"): Grid("nuscenes", (-25.6, -25.6, -3.), (25.6, 25.6, 1.), (.1, .1, .125), (96, 256), CAMERAS, CLASSES, 1, -1.84),
     ("kitti", "paper"): Grid("kitti", (0., -40., -3.), (70.4, 40., 1.), (.05, .05, .1), (384, 1248), ("image_2",), KITTI_CLASSES, 1, -1.73),
+    ("waymo", "paper"): Grid("waymo", (-75.2, -75.2, -2.), (75.2, 75.2, 4.), (.1, .1, .15), (320, 480), *WAYMO, 1, 0.),
+    ("waymo", "small"): Grid("waymo", (-25.6, -25.6, -1.), (25.6, 25.6, 3.), (.1, .1, .125), (96, 144), *WAYMO, 1, 0.),     # z from the road, not from the LiDAR
     ("kitti", "small"): Grid("kitti", (0., -25.6, -3.), (51.2, 25.6, 1.), (.1, .1, .125), (80, 256), ("image_2",), KITTI_CLASSES, 1, -1.73),
 }
 
@@ -233,6 +236,24 @@ def augment_cloud(frame, rng, turn, scale, flip):
     return warp_frame(frame, a2b)
 
 
+def recut_images(frame, boxes, sizes, mirrored):
+    """A part of each picture, resized, and mirrored left to right where asked; lidar2img follows with the exact ratios.
+
+    boxes K x (top, left, height, width) px, sizes K x (H, W), mirrored K x bool.
+    """
+    images, matrices = [], []
+    for image, matrix, (top, left, h, w), (H, W), mirror in zip(frame.images, frame.lidar2img, boxes, sizes, mirrored, strict=True):
+        part = np.ascontiguousarray(image[:, top:top + h, left:left + w].transpose(1, 2, 0))
+        part = cv2.resize(part, (W, H), interpolation=cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR)
+        change = np.diag([W / w, H / h, 1., 1.])
+        change[:2, 2] = -left * W / w, -top * H / h
+        if mirror:
+            part, change[0] = part[:, ::-1], W * change[2] - change[0]                               # u d -> W d - u d
+        images.append(np.ascontiguousarray(part.transpose(2, 0, 1)))
+        matrices.append(change @ matrix)
+    return replace(frame, images=images, lidar2img=np.stack(matrices).astype(np.float32))
+
+
 def select(frame, keep):
     """Keep the points in `keep`, a mask (N,) bool or row numbers (n,) int; extras named "points_*" follow."""
     extra = {name: value[keep] if name.startswith("points_") else value for name, value in frame.extra.items()}
@@ -328,19 +349,24 @@ def split_frames(who, split_of, name):
 # ---- pictures ----
 
 def read_image(file, size, name, expected=None):
-    """Picture on disk -> pixels (3, H, W) uint8 of this size (H, W), and the (3, 3) that takes pixels on disk to pixels in it.
-
-    Cut to whole pixels of the decoded picture, the sides alike, the rest from the top, where the sky is, then resized [ours]: the two scales may differ by
-    half a pixel in its width, and the matrix has both. expected (width, height) is what the calibration was made for.
-    """
+    """Picture on disk -> as decode."""
     try:
-        raw = Path(file).read_bytes()
-        with Image.open(io.BytesIO(raw), formats=["JPEG", "PNG"]) as header:                         # nothing is decoded yet
-            kind, (across, down) = header.format, header.size
+        return decode(Path(file).read_bytes(), file, size, name, expected)
     except FileNotFoundError as error:
         raise DataError(f"{name}: {file} is missing; extract the camera files again") from error
+
+
+def decode(raw, file, size, name, expected=None):
+    """Picture as bytes -> pixels (3, H, W) uint8 of this size (H, W), and the (3, 3) that takes pixels on disk to pixels in it.
+
+    Cut to whole pixels of the decoded picture, the sides alike, the rest from the top, where the sky is, then resized [ours]: the two scales may differ by
+    half a pixel in its width, and the matrix has both. expected (width, height) is what the calibration was made for; file and name are for messages.
+    """
+    try:
+        with Image.open(io.BytesIO(raw), formats=["JPEG", "PNG"]) as header:                         # nothing is decoded yet
+            kind, (across, down) = header.format, header.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: {file} is not a whole JPEG or PNG ({error}), {os.path.getsize(file)} bytes; extract it again") from error
+        raise DataError(f"{name}: {file} is not a whole JPEG or PNG ({error}), {len(raw)} bytes; extract it again") from error
     if (across, down) != (expected or (across, down)):
         raise DataError(f"{name}: {file} is {across} x {down}, expected {expected[0]} x {expected[1]}, "
                         "the size that the calibration is for: extract the original file again")
@@ -919,6 +945,11 @@ class Kitti:
         rows["box"][rows["type"] == "DontCare"] = np.nan
         return rows
 
+    def picture_size(self, i):
+        """Width, height of frame i's picture as it is on disk, px: it varies."""
+        with Image.open(os.path.join(self.root, self.frames[i].image)) as picture:
+            return picture.size
+
     def calibrated_by(self, i):
         """Which files say where the camera of frame i is: for messages."""
         return " and ".join(self.frames[i].calibration)
@@ -951,6 +982,216 @@ class Kitti:
         return Frame(points, np.zeros(3, np.float32), [pixels], lidar2img[None].astype(np.float32), np.eye(4), time, boxes, labels, {}, frame.name)
 
 
+# ---- Waymo Open Dataset v2: parquet tables, a file for each segment and component ----
+
+WAYMO_TYPES = {1: "Vehicle", 2: "Pedestrian", 4: "Cyclist"}                 # 3 is signs, no class of the detection task
+WAYMO_BOX = [("box", "f8", 9), ("label", "i8"), ("lidar_points", "i8"), ("difficulty", "i8"), ("token", "U64")]
+OPENCV = np.array([[0., -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])    # a Waymo camera looks along x, z up -> right, down, forward
+TOP, ELSEWHERE = 1, 0.001                                                   # the laser that `origin` is of; s: the other lasers' points are no rays from there
+
+
+class WaymoFrame(NamedTuple):
+    folder: str                     # training, validation or testing
+    segment: str
+    time: int                       # us, start of the scan
+
+
+def range_image_points(distance, extrinsic, inclinations, pixel_poses=None, vehicle2world=None):
+    """Range image -> points in the vehicle's place at the frame's pose, float64. Source: the official range_image_utils.
+
+    distance (H, W) m, > 0 where something was hit; extrinsic (4, 4) laser to vehicle; inclinations (H,) rad, lowest beam first; pixel_poses (H, W, 6) roll, pitch,
+    yaw, x, y, z of the vehicle when each pixel was shot (TOP only), vehicle2world (4, 4) -> (n, 3), rows (n,), columns (n,).
+    """
+    H, W = distance.shape
+    row, column = np.nonzero(distance > 0)
+    inclination = inclinations[::-1][row]                                                            # row 0 is the highest beam
+    azimuth = ((W - column - 0.5) / W * 2 - 1) * np.pi - np.arctan2(extrinsic[1, 0], extrinsic[0, 0])
+    ray = np.stack([np.cos(azimuth) * np.cos(inclination), np.sin(azimuth) * np.cos(inclination), np.sin(inclination)], 1)
+    points = (ray * distance[row, column, None]) @ extrinsic[:3, :3].T + extrinsic[:3, 3]
+    if pixel_poses is not None:
+        pose, world2vehicle = pixel_poses[row, column].astype(np.float64), np.linalg.inv(vehicle2world)
+        shift = pose[:, 3:] - vehicle2world[:3, 3]                                                   # first: coordinates of 10 km keep their millimetres
+        points = (Rotation.from_euler("xyz", pose[:, :3]).apply(points) + shift) @ world2vehicle[:3, :3].T
+    return points, row, column
+
+
+class Waymo:
+    """Reader of the Waymo Open Dataset v2: <split>/<component>/<segment>.parquet. Needs pyarrow, no TensorFlow and no conversion.
+
+    First returns of all lasers; those of the four short-range ones carry 1 ms of age, since they were not shot from `origin`, where TOP stands. The frame is the
+    vehicle's: x forward, y left, z up from the road. Pictures are freed of their lens distortion after resizing, so that lidar2img is exact for a rigid world.
+    .grid  .root  .frames (list of WaymoFrame)  .names  .split(name)  .load(i)
+    """
+
+    LAYOUTS = {"segments": ("training/vehicle_pose/*.parquet", "validation/vehicle_pose/*.parquet", "testing/vehicle_pose/*.parquet")}
+    TELLS = "training/vehicle_pose/<segment>.parquet"
+    SPLITS = {"training": "train", "validation": "val", "testing": "test"}
+
+    def __init__(self, root, preset="paper"):
+        self.grid, self.preset, self.root = GRIDS["waymo", preset], preset, os.path.realpath(root)
+        self.what = f"{self.root}: Waymo v2"
+        files = [path for folder in self.SPLITS for path in sorted(Path(self.root, folder, "vehicle_pose").glob("*.parquet"))]
+        self.frames = []
+        for path in files:
+            segment = WaymoFrame(path.parent.parent.name, path.stem, 0)
+            self.frames += [segment._replace(time=int(t)) for t in sorted(self.read(segment, "vehicle_pose", ["key.frame_timestamp_micros"])[0])]
+        if not self.frames:
+            raise DataError(f"{self.what}: no frame in its vehicle_pose files; download them again")
+        self.key = hashlib.sha256(repr((VERSION, self.root, [(str(path), path.stat().st_mtime_ns) for path in files])).encode()).hexdigest()[:16]
+
+    def read(self, frame, component, columns, all_times=False):
+        """Columns of one component of a frame's segment, the rows of its time only (time 0 or all_times: every row) -> a list of values for each column.
+
+        columns: "key.x", or "field.subfield" without the component's own prefix. Only the row groups of that time are read and nothing is kept.
+        """
+        import pyarrow
+        import pyarrow.parquet as parquet
+        name, path = self.name_of(frame), inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet", self.what)
+        try:
+            there = parquet.read_schema(path).names
+            full = {column: next((c for c in there if c == column or c.endswith("]." + column)), None) for column in columns}
+            absent = [column for column in columns if full[column] is None]
+            if absent:
+                raise DataError(f"{name}: {path} has no column {absent[0]}, only {', '.join(there)[:200]}; expected version 2 of the data set: download it again")
+            chosen = [("key.frame_timestamp_micros", "==", frame.time)] if frame.time and not all_times else None
+            table = parquet.read_table(path, columns=list(full.values()), filters=chosen)
+        except FileNotFoundError as error:
+            raise DataError(f"{name}: {path} is missing; download the component {component} of this segment") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            size = os.path.getsize(path)
+            raise DataError(f"{name}: {path} is not a whole parquet file ({str(error)[:120]}), {size} bytes; download it again") from error
+        return [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
+
+    def arrays(self, frame, component, columns, shape):
+        """Images of float numbers of one frame, by laser: {laser: (H, W, shape)} float32; columns (values, shape)."""
+        lasers, values, sizes = self.read(frame, component, ["key.laser_name", *columns])
+        found = {}
+        for laser, value, size in zip(lasers, values, sizes):
+            flat = np.asarray(value.values, np.float32)
+            if size is None or len(size) != 3 or size[2] != shape or flat.size != np.prod(size):
+                raise DataError(f"{self.name_of(frame)}: {component} of laser {laser} has {flat.size} values for the shape {size}, expected H x W x {shape}; "
+                                "download it again")
+            found[int(laser)] = flat.reshape(size)
+        return found
+
+    @staticmethod
+    def name_of(frame):
+        return f"waymo/{frame.segment}/{frame.time}"
+
+    def __len__(self):
+        return len(self.frames)
+
+    @property
+    def names(self):
+        return [self.name_of(frame) for frame in self.frames]
+
+    def split(self, name):
+        """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
+        return split_frames(self.what, np.array([self.SPLITS[frame.folder].encode() for frame in self.frames]), name)
+
+    def matrix(self, rows, who):
+        """A (4, 4) float64 from one row of 16 numbers."""
+        values = np.array(rows, np.float64)
+        if values.shape != (16,) or not np.isfinite(values).all():
+            raise DataError(f"{who} is {str(rows)[:80]}, expected 16 finite numbers; download it again")
+        return values.reshape(4, 4)
+
+    def pose(self, frame):
+        """Vehicle to world at the frame's own pose -> (4, 4) float64."""
+        (transform,) = self.read(frame, "vehicle_pose", ["world_from_vehicle.transform"])
+        if len(transform) != 1:
+            raise DataError(f"{self.name_of(frame)}: vehicle_pose has {len(transform)} rows of this time, expected one; download it again")
+        return self.matrix(transform[0], f"{self.name_of(frame)}: vehicle_pose")
+
+    def points(self, frame, vehicle2world):
+        """First returns of every laser -> points (N, 5) float32, TOP's first, and where TOP stands (3,)."""
+        name = self.name_of(frame)
+        images = self.arrays(frame, "lidar", ["range_image_return1.values", "range_image_return1.shape"], 4)
+        poses = self.arrays(frame, "lidar_pose", ["range_image_return1.values", "range_image_return1.shape"], 6)
+        calibration = {laser: row for laser, *row in zip(*self.read(frame, "lidar_calibration", [
+            "key.laser_name", "extrinsic.transform", "beam_inclination.min", "beam_inclination.max", "beam_inclination.values"], all_times=True))}
+        clouds, origin = [], None
+        for laser, image in sorted(images.items()):
+            if laser not in calibration:
+                raise DataError(f"{name}: lidar_calibration has no laser {laser}, only {sorted(calibration)}; download it again")
+            transform, low, high, values = calibration[laser]
+            extrinsic, H = self.matrix(transform, f"{name}: lidar_calibration of laser {laser}"), len(image)
+            values = values.as_py()
+            inclinations = np.array(values, np.float64) if values else (np.arange(H) + 0.5) / H * (high - low) + low
+            if len(inclinations) != H or laser == TOP and (laser not in poses or poses[laser].shape[:2] != image.shape[:2]):
+                raise DataError(f"{name}: laser {laser} has an image of {H} rows, {len(inclinations)} inclinations"
+                                f"{'' if laser != TOP or laser in poses else ', no pixel poses'}; download lidar_calibration and lidar_pose again")
+            distance = image[..., 0].astype(np.float64)
+            if not distance.max(initial=0) < 300:                                                    # NaN too
+                raise DataError(f"{name}: ranges of laser {laser} go up to {distance.max()}, expected finite ones below 300 m; download lidar again")
+            xyz, row, column = range_image_points(distance, extrinsic, inclinations, poses.get(laser), vehicle2world)
+            clouds.append(np.column_stack([xyz, np.tanh(np.nan_to_num(image[row, column, 1]).clip(0)), np.full(len(xyz), 0 if laser == TOP else ELSEWHERE)]))
+            origin = extrinsic[:3, 3] if laser == TOP else origin
+        if origin is None:
+            raise DataError(f"{name}: lidar has no image of TOP (laser 1), only of {sorted(images)}; download it again")
+        return np.concatenate(clouds).astype(np.float32), origin.astype(np.float32)
+
+    def annotations(self, i):
+        """Boxes of frame i as structured rows: box (9,) as Frame.boxes, label or -1 (signs), lidar_points, difficulty (0 unsaid, 1, 2), token. No row in testing."""
+        frame = self.frames[i]
+        if not os.path.isfile(os.path.join(self.root, frame.folder, "lidar_box", f"{frame.segment}.parquet")) and frame.folder == "testing":
+            return np.zeros(0, WAYMO_BOX)
+        columns = [f"box.{part}.{axis}" for part in ("center", "size") for axis in "xyz"] + ["box.heading", "speed.x", "speed.y"]
+        columns += ["type", "num_lidar_points_in_box", "difficulty_level.detection", "key.laser_object_id"]
+        *numbers, kind, count, difficulty, token = self.read(frame, "lidar_box", columns)
+        rows = np.zeros(len(kind), WAYMO_BOX)
+        rows["box"] = np.array([[np.nan if v is None else v for v in column] for column in numbers], np.float64).reshape(9, -1).T
+        if not np.isfinite(rows["box"][:, :7]).all() or not (rows["box"][:, 3:6] > 0).all():
+            raise DataError(f"{self.name_of(frame)}: lidar_box has a box without a place or size; download it again")
+        rows["label"] = [self.grid.classes.index(WAYMO_TYPES[int(k)]) if int(k) in WAYMO_TYPES else -1 for k in kind]
+        rows["lidar_points"], rows["difficulty"], rows["token"] = [c or 0 for c in count], [d or 0 for d in difficulty], token
+        return rows
+
+    def calibrated_by(self, i):
+        """Which files say where the cameras of frame i are: for messages."""
+        return f"{self.frames[i].folder}/camera_calibration/{self.frames[i].segment}.parquet"
+
+    def label_evidence(self, i):
+        """-> how many boxes of frame i hold at least half and not more of our first returns than their count of all returns, how many of 5 or more, what that tests."""
+        frame, rows = self.frames[i], self.annotations(i)
+        rows, (points, _) = rows[rows["lidar_points"] >= 5], self.points(frame, self.pose(frame))
+        held = np.array([inside_box(points[:, :3].astype(np.float64), row["box"]).sum() for row in rows])
+        right = (held >= 0.5 * rows["lidar_points"]) & (held <= rows["lidar_points"]) if len(rows) else held
+        return int(right.sum()), len(rows), "boxes of 5 points or more hold half to all of the points that lidar_box states"
+
+    def load(self, i, image=None):
+        """Read frame i -> Frame. image (H, W) is the size of the front pictures, default the grid's; the lower side pictures keep that width and their own shape."""
+        frame, name = self.frames[i], self.name_of(self.frames[i])
+        vehicle2world = self.pose(frame)
+        points, origin = self.points(frame, vehicle2world)
+        pictures = {camera: row for camera, *row in zip(*self.read(frame, "camera_image", ["key.camera_name", "image", "pose.transform"]))}
+        columns = ["key.camera_name", "extrinsic.transform", "width", "height"]
+        columns += ["intrinsic." + part for part in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
+        cameras = {camera: row for camera, *row in zip(*self.read(frame, "camera_calibration", columns, all_times=True))}
+        images, matrices, (H, W) = [], [], image or self.grid.image
+        for number, camera in enumerate(self.grid.cameras, 1):
+            if number not in pictures or number not in cameras:
+                raise DataError(f"{name}: no {'picture' if number not in pictures else 'calibration'} of camera {number} ({camera}) in this frame, "
+                                f"only of {sorted(set(pictures) & set(cameras))}; download camera_image and camera_calibration of this segment again")
+            transform, width, height, f_u, f_v, c_u, c_v, *distortion = cameras[number]
+            K = np.array([[f_u, 0, c_u], [0, f_v, c_v], [0, 0, 1]], np.float64)
+            size = min(H, round(W * height / width)), W
+            pixels, crop = decode(pictures[number][0], f"picture of camera {number}", size, name, (int(width), int(height)))
+            K = crop @ K
+            middle = K - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]                                       # OpenCV's pixels have whole centres
+            straight = cv2.undistort(np.ascontiguousarray(pixels.transpose(1, 2, 0)), middle, np.array(distortion, np.float64))
+            images.append(np.ascontiguousarray(straight.transpose(2, 0, 1)))
+            camera2vehicle = self.matrix(transform, f"{name}: camera_calibration of {camera}")
+            vehicle2then = np.linalg.inv(self.matrix(pictures[number][1], f"{name}: camera_image pose of {camera}")) @ vehicle2world   # it moved between scan and shutter
+            matrices.append(homogeneous(K) @ OPENCV @ np.linalg.inv(camera2vehicle) @ vehicle2then)
+        boxes = labels = None
+        if frame.folder != "testing":
+            rows = self.annotations(i)
+            rows = rows[rows["label"] >= 0]
+            boxes, labels = rows["box"].astype(np.float32), rows["label"].astype(np.int64)
+        return Frame(points, origin, images, np.stack(matrices).astype(np.float32), vehicle2world, frame.time * 1e-6, boxes, labels, {}, name)
+
+
 # ---- which data set ----
 
 def lies_in(root, reader):
@@ -968,15 +1209,15 @@ def open_dataset(root, preset="paper"):
                 say(f"writing the embedded world to {root}, once; this takes a few minutes")
                 synthetic.write(root)
     root = Path(os.path.realpath(root))
-    for reader in (NuScenes, Kitti):
+    for reader in (NuScenes, Kitti, Waymo):
         if lies_in(root, reader):
             return reader(root, preset)
     for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
-        for reader in (NuScenes, Kitti):
+        for reader in (NuScenes, Kitti, Waymo):
             if lies_in(place, reader):
                 raise DataError(f"{root}: this is not the root of a data set, which holds {reader.TELLS}; give {place}")
     there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) if root.is_dir() else "no such folder"
-    raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.TELLS}) and KITTI ({Kitti.TELLS}), found {there or 'nothing'}; "
+    raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.TELLS}), KITTI ({Kitti.TELLS}) and Waymo ({Waymo.TELLS}), found {there or 'nothing'}; "
                     "give the folder that the archives were extracted into")
 
 
@@ -1095,7 +1336,7 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
 
 # ---- the doctor: python data.py ROOT ----
 
-LOOKS = dict(zip(CAMERAS, (0, -55, -110, 180, 110, 55)), image_2=0)         # degrees from straight ahead, left positive; 30 more or less pass
+LOOKS = dict(zip((*CAMERAS, *WAYMO[0]), (0, -55, -110, 180, 110, 55, 0, 45, -45, 90, -90)), image_2=0)      # degrees from straight ahead, left positive; +- 30
 SAMPLE = 24                                                                 # frames looked at without --all
 
 

@@ -1,0 +1,499 @@
+"""cmcr.py: cuts, masks, pairs, codebook, queries and losses against slow transcriptions and closed forms; which loss teaches what; the script as it is run."""
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cmcr
+import common
+import data
+from cmcr import SMALL, Cmcr, Codebook, Config, Views, hide_cells, occupancy_queries, orthogonality, random_cut
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = data.GRIDS["nuscenes", "small"]
+TINY = Config(preset="small", **{**SMALL, "width": 4, "crop_h": 64, "crop_w": 96, "crop_points": 60, "codes": 16, "pairs": 200, "queries": 90, "hide_pictures": 0.7})
+VIEWS = Views(GRID, TINY)
+
+
+@pytest.fixture(scope="module")
+def batch(world):
+    return next(data.loader(str(world), "train", 2, preset="small", augment=VIEWS).begin_at(0))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Cmcr(TINY, GRID, frozen=False)
+
+
+def pairs_of(batch):
+    point, image, uv, _ = common.project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
+    h, w = batch.images.shape[2] // 32, batch.images.shape[3] // 32
+    return point, image, uv, (image * h + (uv[:, 1] / 32).long()) * w + (uv[:, 0] / 32).long()
+
+
+def hidden_of(batch, cfg=TINY):
+    return hide_cells(batch.cameras, (2, 3), cfg, common.frame_generators(batch.seeds, torch.device("cpu")))
+
+
+# ---- cuts and masks ----
+
+def test_a_cut_keeps_the_points_on_their_colours(world):
+    """Pictures are ramps; after cut, resize and mirror, the ramp at a point's pixel is where it was in the whole picture."""
+    frame = data.open_dataset(world, "small").load(0)
+    v, u = np.meshgrid(np.arange(96), np.arange(256), indexing="ij")
+    frame = data.replace(frame, images=[np.stack([u, v, 0 * u]).astype(np.uint8)] * 6)
+    before = np.concatenate([frame.points[:, :3], np.ones((len(frame.points), 1))], 1) @ np.swapaxes(frame.lidar2img, 1, 2).astype(float)
+    other = data.recut_images(frame, [(3, 40, 61, 120)] * 6, [(64, 96)] * 6, [False, True] * 3)
+    assert all(image.shape == (3, 64, 96) for image in other.images)
+    after = np.concatenate([frame.points[:, :3], np.ones((len(frame.points), 1))], 1) @ np.swapaxes(other.lidar2img, 1, 2).astype(float)
+    met = 0
+    for image, a, b in zip(other.images, before, after):
+        uv, uv_ = a[:, :2] / a[:, 2:3], b[:, :2] / b[:, 2:3]
+        inner = (a[:, 2] > 1) & ((uv_ > 2) & (uv_ < (94, 62))).all(1)
+        column, row = uv_[inner].astype(int).T
+        np.testing.assert_allclose(image[:2, row, column].T, uv[inner] - 0.5, atol=1.5)
+        np.testing.assert_allclose(a[inner, 2], b[inner, 2], rtol=1e-4)
+        met += inner.sum()
+    assert met > 200
+
+
+def test_cuts_show_enough_points_or_are_the_middle():
+    rng, seen = np.random.default_rng(0), []
+    uv = rng.uniform((0, 40), (250, 96), (500, 2))
+    for _ in range(50):
+        top, left, h, w = random_cut(rng, (96, 256), uv, 96 / 64, TINY)
+        assert 0 <= top and top + h <= 96 and 0 <= left and left + w <= 256 and 1.3 < w / h < 1.7
+        within = ((uv >= (left, top)) & (uv < (left + w, top + h))).all(1).sum()
+        assert within >= 60 or w * h > 0.9 * 96 * 130
+        seen.append(h * w)
+    assert min(seen) < 0.6 * max(seen)
+    top, left, h, w = random_cut(rng, (96, 256), rng.uniform(0, 5, (500, 2)), 96 / 64, replace(TINY, crop_points=501))            # a corner: never enough
+    assert h >= 0.99 * 96 / 1.1 - 1 or w >= 200
+    assert random_cut(rng, (96, 256), np.zeros((0, 2)), 1.5, TINY)[2] > 0                                                   # a camera without points
+
+
+def test_masks_hide_exactly_half_of_the_cells_of_some_pictures():
+    cfg, generators = Config(), [torch.Generator().manual_seed(i) for i in range(40)]
+    hidden = hide_cells(6, (7, 13), cfg, generators)
+    count = hidden.flatten(1).sum(1)
+    assert hidden.shape == (240, 7, 13) and set(count.tolist()) == {0, round(0.5 * 91)}
+    assert 0.4 < (count > 0).float().mean() < 0.6
+    assert 0.4 < hidden[count > 0].float().mean(0).min() + 0.1 and hidden[count > 0].float().mean(0).max() < 0.68            # every cell alike
+    assert torch.equal(hide_cells(6, (7, 13), cfg, [torch.Generator().manual_seed(3)]), hidden[18:24])                       # a frame's own stream
+
+
+def test_what_is_hidden_does_not_reach_the_network_and_its_change_is_not_seen(batch, model):
+    model.eval()
+    hidden = hidden_of(batch)
+    cover = hidden.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    assert hidden.any() and not hidden.all()
+    other = torch.where(cover, 255 - batch.images, batch.images)
+    for a, b in zip(model.images_2d(batch.images, hidden), model.images_2d(other, hidden)):
+        assert torch.equal(a, b)
+    visible = replace(batch, images=torch.where(cover, batch.images, 255 - batch.images))
+    shown = [model.images_2d(x.images, hidden)[1] for x in (batch, visible)]
+    assert not torch.equal(*shown)
+    with torch.no_grad():
+        terms, changed = model(batch)[1], model(replace(batch, images=other))[1]
+    assert changed["L_rec"] != terms["L_rec"] and changed["L_NCE"] == terms["L_NCE"]
+
+
+# ---- points, pairs ----
+
+def test_point_features_are_those_of_the_nearest_site_of_each_level(batch, model):
+    levels = model.lidar(batch.points, batch.b_points)
+    found = model.lidar.point_features(levels, batch.points, batch.b_points)
+    assert found.shape == (len(batch.points), 15 * 4)
+    low, voxel = torch.tensor(GRID.low), torch.tensor(GRID.voxel)
+    middle, at = low + (((batch.points[:, :3] - low) / voxel).floor() + 0.5) * voxel, 0                # of each point's voxel
+    for level in levels:
+        centre, width = level.centre(), level.features.shape[1]
+        for n in range(0, len(batch.points), 97):
+            mine = (level.coords[:, 0] == batch.b_points[n]).nonzero()[:, 0]
+            gap = ((centre[mine] - middle[n]) / torch.tensor(level.cells.step)).abs().amax(1)
+            assert gap.min() < 0.501 or level is levels[-1] or level is levels[-2]          # at the border the last cell's centre is farther
+            assert any(torch.equal(found[n, at:at + width], level.features[m]) for m in mine[gap < gap.min() + 1e-3])
+        at += width
+
+
+def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
+    point, image, uv, cell = pairs_of(batch)
+    assert (batch.b_points[point] == image // 6).all() and len(torch.unique(point * 100 + image)) == len(point)
+    masked = hidden_of(batch).flatten()[cell]
+    shown, covered = ~masked, masked
+    assert shown.sum() + covered.sum() == len(point) and shown.any() and covered.any()
+    chosen = model.draw(shown, torch.Generator().manual_seed(0))
+    assert len(chosen) == TINY.pairs == len(chosen.unique()) and not masked[chosen].any()
+    everything = Cmcr(replace(TINY, pairs=10**6), GRID, False).draw(shown, torch.Generator().manual_seed(0))
+    assert len(everything.unique()) == shown.sum()                                          # the release comes to two a camera
+    with torch.no_grad():
+        assert model.eval()(batch)[1]["distinct"] == 1
+
+
+# ---- codebook ----
+
+def test_codes_follow_the_closed_form():
+    torch.manual_seed(0)
+    book, (p, v) = Codebook(5, 8, 0.9), F.normalize(torch.randn(2, 30, 8), dim=2)
+    a, b = book.nearest(p), book.nearest(v)
+    assert a.tolist() == [int(((book.codes - row) ** 2).sum(1).argmin()) for row in p]
+    start, sums = book.total.clone(), torch.zeros(5, 8)
+    for i in range(30):                                                                     # the formula, pair by pair
+        sums[a[i]] += (p[i] + v[i]) / 2
+        sums[b[i]] += (p[i] + v[i]) / 2
+    swapped = Codebook(5, 8, 0.9)
+    swapped.load_state_dict(book.state_dict())
+    swapped.update(v, p, b, a)
+    for _ in range(7):
+        book.update(p, v, a, b)
+    torch.testing.assert_close(book.total, 0.9 ** 7 * start + (1 - 0.9 ** 7) * sums)
+    torch.testing.assert_close(book.codes, F.normalize(book.total, dim=1))
+    torch.testing.assert_close(swapped.total, 0.9 * start + 0.1 * sums)
+    idle = [k for k in range(5) if k not in a.tolist() + b.tolist()]
+    book.update(p[:0], v[:0], a[:0], b[:0])
+    assert book.codes.isfinite().all() and all(torch.allclose(book.codes[k], start[k]) for k in idle)
+
+
+def test_quantising_is_straight_through_and_commitment_pulls_features_only():
+    book = Codebook(6, 4, 0.9)
+    x = F.normalize(torch.randn(10, 4), dim=1).requires_grad_()
+    y = book.quantise(x)
+    torch.testing.assert_close(y, book.codes[book.nearest(x)])
+    pull = torch.randn(10, 4)
+    (y * pull).sum().backward()
+    torch.testing.assert_close(x.grad, pull)
+    book.codes.copy_(torch.eye(6, 4))
+    v = torch.eye(4)[1:2].requires_grad_()
+    loss = book.commitment(v, own=torch.tensor([1]), other=torch.tensor([0]), beta=0.25)   # v on its own code, the partner's is orthogonal
+    assert loss.item() == pytest.approx(0.25 * 2 / 4)
+    assert book.commitment(v, torch.tensor([0]), torch.tensor([1]), 0.25).item() == pytest.approx(2 * 0.25 * 2 / 4)
+    loss.sum().backward()
+    assert v.grad.abs().sum() > 0 and not book.codes.requires_grad
+
+
+def test_the_codebook_is_saved_and_rests_when_it_is_looked_at(batch, model):
+    assert {"codebook.codes", "codebook.total"} <= model.state_dict().keys() and not [n for n, _ in model.named_parameters() if "codebook" in n]
+    before = model.codebook.codes.clone()
+    with torch.no_grad():
+        model.eval()(batch)
+        assert torch.equal(model.codebook.codes, before)
+        model.train()(batch)
+    assert not torch.equal(model.codebook.codes, before)
+    torch.testing.assert_close(model.codebook.codes.norm(dim=1), torch.ones(16))
+
+
+def step_on_two(rank, folder):
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    book, p, v = codebook_case()
+    mine = slice(0, 7) if rank == 0 else slice(7, 30)
+    for _ in range(3):
+        book.update(p[mine], v[mine], book.nearest(p[mine]), book.nearest(v[mine]))
+    torch.save(book.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def codebook_case():
+    torch.manual_seed(5)
+    return Codebook(9, 16, 0.9), *F.normalize(torch.randn(2, 30, 16), dim=2)
+
+
+def test_two_processes_make_the_codebook_of_one(tmp_path):
+    torch.multiprocessing.spawn(step_on_two, (str(tmp_path),), nprocs=2)
+    book, p, v = codebook_case()
+    for _ in range(3):
+        book.update(p, v, book.nearest(p), book.nearest(v))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, value in book.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+# ---- occupancy ----
+
+def test_queries_lie_behind_before_and_far_before_their_points():
+    rng = np.random.default_rng(0)
+    origin = np.array([1., 2., 0.5])
+    yz = rng.uniform(-8, 8, (300, 2))
+    wall = np.column_stack([np.full(300, 10.), yz]).astype(np.float32)                      # the plane x = 10
+    place, occupied, intensity = occupancy_queries(wall, np.linspace(0, 1, 300), origin, 2048, 0.1, rng)
+    assert occupied.sum() == 684 and (intensity == -1).sum() == 682 and len(place) == 2048
+    assert place.dtype == occupied.dtype == intensity.dtype == np.float32
+    for n, q in enumerate(place):
+        hit = origin + (q - origin) * (10 - origin[0]) / (q[0] - origin[0])                # where the query's ray meets the wall
+        assert np.abs(wall[:, 1:] - hit[1:]).max(1).min() < 2e-3
+        gap = np.linalg.norm(q - origin) - np.linalg.norm(hit - origin)
+        if occupied[n]:
+            assert -1e-4 <= gap <= 0.1001
+        elif intensity[n] >= 0:
+            assert -0.1001 <= gap <= 1e-4
+        else:
+            assert gap < 1e-4
+    assert (np.linalg.norm(place - origin, axis=1)[intensity == -1] < 5).mean() > 0.3
+    for cloud in (wall[:0], np.zeros((1, 3), np.float32)):
+        found = occupancy_queries(cloud, np.zeros(len(cloud)), np.zeros(3), 30, 0.1, rng)
+        assert len(found[0]) == 30 * len(cloud) and np.isfinite(found[0]).all()
+
+
+def test_neighbours_are_the_nearest_within_reach_of_the_same_frame(batch):
+    near = batch.extra["neighbours"]
+    assert near.shape == (180, 32)
+    first = [0, int((batch.b_points == 0).sum())]
+    for q in range(0, 180, 7):
+        b = int(batch.extra["b_neighbours"][q])
+        xyz = batch.points[batch.b_points == b, :3]
+        distance = (xyz - batch.extra["queries"][q]).norm(dim=1)
+        expected = distance.argsort()[:32]
+        expected = expected[distance[expected] < 1.0]
+        found = near[q][near[q] >= 0]
+        assert len(found) == len(expected)
+        torch.testing.assert_close(distance[found], distance[expected], atol=1e-5, rtol=1e-5)
+    assert first[1] > 0 and (near >= 0).any() and (near < 0).any()
+
+
+def test_moving_points_and_queries_together_changes_nothing(batch, model):
+    Z, shift = torch.randn(len(batch.points), 64), torch.tensor([3., -1., 0.2])
+    moved = replace(batch, points=batch.points + F.pad(shift, (0, 2)), extra={**batch.extra, "queries": batch.extra["queries"] + shift})
+    with torch.no_grad():
+        (a, query), (b, _) = model.occupied(Z, batch), model.occupied(Z, moved)
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert len(query) == (batch.extra["neighbours"] >= 0).sum()
+
+
+# ---- all losses ----
+
+def test_every_loss_written_out(batch, model):
+    """The forward against loops over pairs, cells, pixels and edges."""
+    model.eval()
+    with torch.no_grad():
+        L, terms = model(batch)
+        hidden = hidden_of(batch)
+        codes, cfg = model.codebook.codes, TINY
+
+        def nearest(x):
+            return int((codes @ x).argmax())
+        f = model.lidar.point_features(model.lidar(batch.points, batch.b_points), batch.points, batch.b_points)
+        F_3D, G_3D = F.normalize(model.shared_3d(f), dim=1), model.specific_3d(f)
+        black = batch.images.clone()
+        for n, r, c in hidden.nonzero().tolist():
+            black[n, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32] = 0
+        c5 = model.teacher.stages(black)[-1]
+        shared, G_2D = model.shared_2d(c5), model.specific_2d(c5)
+        point, image, uv, cell = pairs_of(batch)
+        generators = common.frame_generators(batch.seeds, torch.device("cpu"))
+        hide_cells(batch.cameras, (2, 3), cfg, generators)
+        chosen = model.draw(~hidden.flatten()[cell], generators[0])
+        p, q = F_3D[point[chosen]], []
+        for n in chosen.tolist():
+            u, v = uv[n].tolist()
+            at = torch.tensor([[[[2 * u / 96 - 1, 2 * v / 64 - 1]]]])
+            q.append(F.normalize(F.grid_sample(shared[image[n]][None], at, padding_mode="border", align_corners=False)[0, :, 0, 0], dim=0))
+        q = torch.stack(q)
+        part = (p.double() @ q.double().t() / 0.07).exp()
+        expected = dict(L_NCE=-sum(math.log(part[i, i] / part[i].sum()) for i in range(len(p))) / len(p))
+        a, b = [nearest(x) for x in p], [nearest(x) for x in q]
+        for name, x, own, other in (("L_c3D", p, a, b), ("L_c2D", q, b, a)):
+            expected[name] = sum(0.25 * float(2 * (x[i] - codes[own[i]]).square().mean() + (x[i] - codes[other[i]]).square().mean()) for i in range(len(x))) / len(x)
+        expected["agreement"] = sum(m == n for m, n in zip(a, b)) / len(a)
+
+        Z = torch.zeros(len(hidden), 64, 2, 3)
+        held = 0
+        for n, r, c in torch.cartesian_prod(torch.arange(len(hidden)), torch.arange(2), torch.arange(3)).tolist():
+            value = codes[nearest(F.normalize(shared[n, :, r, c], dim=0))]
+            if hidden[n, r, c]:
+                mine = point[cell == (n * 2 + r) * 3 + c]
+                value = codes[nearest(F_3D[mine].mean(0))] if len(mine) else model.token
+                held += len(mine) > 0
+            Z[n, :, r, c] = value + G_2D[n, :, r, c]
+        expected["covered"] = held / int(hidden.sum())
+        error, count = 0.0, 0
+        for n in hidden.flatten(1).any(1).nonzero()[:, 0].tolist():
+            rebuilt = model.paint(F.interpolate(Z[n][None], size=(64, 96), mode="bilinear", align_corners=False))[0]
+            for r, c in hidden[n].nonzero().tolist():
+                window = np.s_[:, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
+                error += float((rebuilt[window] - batch.images[n][window].float() / 255).square().sum())
+                count += 3 * 32 * 32
+        expected["L_rec"] = error / count
+
+        Z_3D = G_3D + torch.stack([codes[nearest(x)] for x in F_3D])
+        bce, l1, edges, known, start = 0.0, 0.0, 0, 0, [0, int((batch.b_points == 0).sum())]
+        for n in range(180):
+            for k in batch.extra["neighbours"][n].tolist():
+                if k >= 0:
+                    s = k + start[int(batch.extra["b_neighbours"][n])]
+                    logit, value = model.occupancy(torch.cat([Z_3D[s], batch.extra["queries"][n] - batch.points[s, :3]])).tolist()
+                    label, intensity = float(batch.extra["occupied"][n]), float(batch.extra["intensity"][n])
+                    bce += math.log1p(math.exp(-logit)) if label else math.log1p(math.exp(logit))
+                    edges += 1
+                    if intensity >= 0:
+                        l1, known = l1 + abs(value - intensity), known + 1
+        expected |= dict(L_occ=bce / edges, L_int=l1 / known, edges=edges)
+        shown = ~hidden
+        cells = [(shared[n, :, r, c], G_2D[n, :, r, c]) for n, r, c in shown.nonzero().tolist()]
+        expected["L_orth"] = 0.0
+        for rows in (list(zip(F_3D, G_3D)), cells):
+            matrix = sum(torch.outer(F.normalize(x, dim=0), F.normalize(y, dim=0)) for x, y in rows)
+            expected["L_orth"] += float(matrix.square().sum().sqrt()) / len(rows)
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    total = sum(expected[name] for name in ("L_NCE", "L_c3D", "L_c2D", "L_rec", "L_occ", "L_int")) + 1.2 * expected["L_orth"]
+    assert float(L) == pytest.approx(total, rel=2e-3) and terms["chance"] == pytest.approx(math.log(200))
+
+
+def test_orthogonality_has_its_closed_forms():
+    x, sign = torch.randn(40, 6), torch.tensor([[1.], [-1.]]).repeat(20, 1)
+    alike = x[:20].repeat_interleave(2, 0)
+    assert orthogonality(alike, alike * sign) < 1e-6                                        # as often along as against: nothing in common
+    assert orthogonality(F.pad(x, (0, 6)), F.pad(x, (6, 0))) > 0.1                          # but not if one tells the other, in other columns
+    one = torch.eye(6)[:1].expand(50, -1)
+    assert orthogonality(one, one).item() == pytest.approx(1) and orthogonality(one[:5], one[:5]).item() == pytest.approx(1)
+    assert orthogonality(x[:0], x[:0]) == 0
+    torch.testing.assert_close(orthogonality(x.repeat(5, 1), x.repeat(5, 1)), orthogonality(x, x))        # whatever the batch
+
+
+PARTS = dict(trunk="lidar.", shared_3d="shared_3d.", specific_3d="specific_3d.", teacher="teacher.", shared_2d="shared_2d.", specific_2d="specific_2d.",
+             paint="paint.", occupancy="occupancy.", token="token")
+REACH = dict(L_NCE={"trunk", "shared_3d", "shared_2d"}, L_c3D={"trunk", "shared_3d"}, L_c2D={"shared_2d"},
+             L_rec={"trunk", "shared_3d", "shared_2d", "specific_2d", "paint", "token"}, L_occ={"trunk", "shared_3d", "specific_3d", "occupancy"},
+             L_int={"trunk", "shared_3d", "specific_3d", "occupancy"}, L_orth={"trunk", "shared_3d", "specific_3d", "shared_2d", "specific_2d"})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_which_loss_teaches_what(batch, frozen):
+    """With a trained teacher, what reaches a head of the image reaches the teacher too; a frozen one is never reached."""
+    torch.manual_seed(0)
+    model = Cmcr(TINY, GRID, frozen)
+    for name, parts in REACH.items():
+        model.zero_grad()
+        model(batch)[1][name].backward()
+        reached = {part for part, prefix in PARTS.items() for n, p in model.named_parameters() if n.startswith(prefix) and p.grad is not None and p.grad.abs().sum() > 0}
+        assert reached == parts | ({"teacher"} if not frozen and parts & {"shared_2d", "specific_2d"} else set()), name
+
+
+def test_the_reconstruction_reaches_the_points_through_the_replacement_alone(batch, model):
+    """Gradient goes to the features of exactly the points that fall on a masked cell; without the replacement to none."""
+    hidden = hidden_of(batch)
+    point, image, _, cell = pairs_of(batch)
+    for without in ("", "replacement"):
+        model.cfg = replace(TINY, without=without)
+        shared = F.normalize(torch.randn(len(batch.points), 64), dim=1).requires_grad_()
+        _, F_2D, G_2D = model.images_2d(batch.images, hidden)
+        model.rebuild(hidden, F_2D, G_2D, shared, point, cell)[0].square().sum().backward()
+        reached = set() if shared.grad is None else set(shared.grad.abs().sum(1).nonzero()[:, 0].tolist())
+        assert reached == (set(point[hidden.flatten()[cell]].tolist()) if not without else set()), without
+
+
+def test_a_frozen_teacher_stays_as_it_is(batch):
+    torch.manual_seed(0)
+    model = Cmcr(TINY, GRID, frozen=True)
+    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()(batch)[0].backward()
+        opt.step()
+    assert not model.teacher.training and all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("without, gone", [("replacement", "token"), ("codebook", "codebook"), ("specific", "specific")])
+def test_ablations_leave_nothing_idle(batch, without, gone):
+    model = Cmcr(replace(TINY, without=without), GRID, frozen=True)
+    assert not [name for name in model.state_dict() if name.startswith(gone)]
+    loss, terms = model(batch)
+    loss.backward()
+    assert loss.isfinite() and [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_frames_without_points_or_masks_are_fine(world):
+    dataset, rng = data.open_dataset(world, "small"), np.random.default_rng(0)
+    full, empty = VIEWS(dataset.load(0), rng), VIEWS(data.select(dataset.load(1), np.zeros(0, np.int64)), rng)
+    assert empty.extra["neighbours"].shape == (0, 32)
+    for frames, share in (([full, empty], 0.7), ([empty], 1.0), ([full], 0.0)):
+        model = Cmcr(replace(TINY, hide_pictures=share), GRID, frozen=True)
+        loss, terms = model(data.collate(frames, list(range(len(frames)))))
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        if share == 0:
+            assert terms["L_rec"] == 0 and terms["covered"] == 0
+
+
+def test_one_scene_is_learned_by_heart(batch):
+    torch.manual_seed(0)
+    model = Cmcr(replace(TINY, momentum=0.9), GRID, frozen=True)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = None
+    for _ in range(25):
+        loss, terms = model(batch)
+        first = first or {k: float(v) for k, v in terms.items()}
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert terms["L_occ"] < 0.8 * math.log(2) and terms["L_NCE"] < first["L_NCE"] - 1 and terms["L_rec"] < 0.9 * first["L_rec"], (first, terms)
+    assert terms["L_orth"] < first["L_orth"]
+
+
+# ---- teacher ----
+
+def test_the_published_teacher_is_checked_and_its_absence_explained(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    published, resnet = common.ResNet(18).resnet, common.ResNet(18).resnet
+    path = tmp_path / "teachers" / "moco_v2_800ep_pretrain.pth.tar"
+
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(SystemExit, match=r"could not be fetched \(no network\). Put that file at .*teachers.moco_v2_800ep_pretrain.pth.tar"):
+        cmcr.load_teacher("moco", resnet, 0, tmp_path)
+    assert not path.exists()
+
+    def fetched(url, place, progress):
+        weights = {f"module.encoder_q.{k}": v for k, v in published.state_dict().items()}
+        torch.save(dict(epoch=800, state_dict={**weights, "module.encoder_q.fc.0.weight": torch.zeros(3), "module.queue": torch.zeros(2)}), place)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetched)
+    with pytest.raises(SystemExit, match="expected a04e12f8; delete it"):
+        cmcr.load_teacher("moco", resnet, 0, tmp_path)
+    monkeypatch.setattr(cmcr, "MOCO", (cmcr.MOCO[0], hashlib.md5(path.read_bytes()).hexdigest()[:8]))
+    cmcr.load_teacher("moco", resnet, 0, tmp_path)
+    assert all(torch.equal(v, published.state_dict()[k]) for k, v in resnet.state_dict().items())
+
+
+# ---- the script ----
+
+def run(script, out, *flags):
+    command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small", "--batch", "1", "--width", "4", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_the_script_and_what_is_built_on_it(three_frames, tmp_path):
+    flags = ("--data", str(three_frames), "--teacher", "none", "--crop-h", "64", "--crop-w", "96", "--crop-points", "60", "--pairs", "200", "--queries", "90",
+             "--eval-every", "2", "--steps", "4", "--save-every", "2")
+    whole = run("cmcr.py", tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    found = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert f"held-out L_NCE {found['L_NCE']}" in whole.stdout.splitlines()[-1]
+    for name in ("codes", "occupancy", "losses"):
+        assert (tmp_path / "whole" / "figures" / f"{name}.png").stat().st_size > 10_000
+    tuned = run("finetune.py", tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "whole"), "--modality", "lidar", "--fraction", "1",
+                "--steps", "1", "--bins", "12")
+    assert tuned.returncode == 0 and "loaded lidar 120/120 tensors of step 4" in tuned.stdout, tuned.stderr[-2000:]
+
+
+@pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(crop_h=100), "multiples of 32"), (dict(codes=1), "--without codebook"),
+                                         (dict(hide_cells=1.5), "0 to 1"), (dict(teacher="moco"), "is a ResNet-50"), (dict(batch=0, teacher="none"), "start at 1"),
+                                         (dict(teacher="nowhere.pth"), "no readable weights")])
+def test_flags_that_cannot_work_are_refused(flags, told, three_frames, tmp_path):
+    with pytest.raises(SystemExit, match=told):
+        cmcr.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags))
+    assert not (tmp_path / "run").exists()
