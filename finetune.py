@@ -38,7 +38,7 @@ from common import (Log, cosine, figure, half, launch, load_units, loss_curves, 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
     "nuscenes": (("car",), ("truck", "construction_vehicle"), ("bus", "trailer"), ("barrier",), ("motorcycle", "bicycle"), ("pedestrian", "traffic_cone")),
-    "kitti": (("Car", "Pedestrian", "Cyclist"),)}
+    "kitti": (("Car", "Pedestrian", "Cyclist"),), "waymo": (("Vehicle", "Pedestrian", "Cyclist"),)}
 CODE = 2, 1, 3, 2, 2                                                # offset, z, log size, sin and cos of yaw, velocity
 MOST = 500                                                          # boxes a frame [devkit]
 PER_FRAME_SHOWN, SCORE_SHOWN = 4, 0.3                               # figures only [ours]
@@ -312,6 +312,195 @@ def nuscenes_score(dataset, path, reach=math.inf):
     return metrics.serialize(), curves, present
 
 
+# ---- KITTI's metric --------------------------------------------------------------------------------------------------------------
+# Source: the rules of the official devkit's evaluate_object, in its own camera coordinates and order of decisions.
+
+KITTI_LEVELS = (40, 0, 0.15), (25, 1, 0.30), (25, 2, 0.50)          # easy, moderate, hard: px of height, occlusion, truncation
+KITTI_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+KITTI_ALIKE = {"Car": "Van", "Pedestrian": "Person_sitting"}        # neither missed nor false
+
+
+def shared_area(a, b):
+    """Area that each two turned rectangles share; only those near each other are cut. a (M, 5), b (N, 5) x, y, l, w, yaw -> (M, N) m^2."""
+    import shapely
+
+    def polygons(boxes):
+        cos, sin = np.cos(boxes[:, 4:]), np.sin(boxes[:, 4:])
+        along, across = np.concatenate([cos, sin], 1) * boxes[:, 2:3] / 2, np.concatenate([-sin, cos], 1) * boxes[:, 3:4] / 2
+        return shapely.polygons(boxes[:, None, :2] + np.stack([along + across, along - across, -along - across, across - along], 1))
+    out, half_ = np.zeros((len(a), len(b))), [np.hypot(boxes[:, 2], boxes[:, 3]) / 2 for boxes in (a, b)]
+    i, j = np.nonzero(np.hypot(a[:, None, 0] - b[:, 0], a[:, None, 1] - b[:, 1]) < half_[0][:, None] + half_[1])
+    if len(i):
+        out[i, j] = shapely.area(shapely.intersection(polygons(a)[i], polygons(b)[j]))
+    return out
+
+
+def kitti_iou(a, b, kind):
+    """Intersection over union of label rows, kind "2d" (pictures), "bev" (ground) or "3d". a (M,), b (N,) KITTI_LABEL -> (M, N)."""
+    if kind == "2d":
+        low, high = np.maximum(a["bbox"][:, None, :2], b["bbox"][:, :2]), np.minimum(a["bbox"][:, None, 2:], b["bbox"][:, 2:])
+        both, (one, two) = (high - low).clip(0).prod(2), (np.prod(rows["bbox"][:, 2:] - rows["bbox"][:, :2], 1) for rows in (a, b))
+    else:
+        ground = [np.concatenate([rows["location"][:, ::2], rows["hwl"][:, :0:-1], -rows["rotation_y"][:, None]], 1) for rows in (a, b)]   # x, z, l, w, turn
+        both, (one, two) = shared_area(*ground), (rows["hwl"][:, 1] * rows["hwl"][:, 2] for rows in (a, b))
+        if kind == "3d":                                            # y points down, the location is the bottom
+            bottom, top = ([rows["location"][:, 1] - up * rows["hwl"][:, 0] for rows in (a, b)] for up in (0, 1))
+            both = both * (np.minimum(bottom[0][:, None], bottom[1]) - np.maximum(top[0][:, None], top[1])).clip(0)
+            one, two = one * a["hwl"][:, 0], two * b["hwl"][:, 0]
+    return both / np.maximum(one[:, None] + two - both, 1e-12)
+
+
+def kitti_match(iou, truth, found, score, least, threshold=None, stuff=None):
+    """One frame. iou (M, N), truth (M,), found (N,): 0 counts, 1 is passed over, -1 is not there -> scores of the hits, false alarms.
+
+    Without a threshold a truth takes its best-scored candidate, with one its best-overlapping; what is passed over is taken only if nothing else is.
+    stuff (N,) bool: detections that a DontCare covers.
+    """
+    hits, free = [], found >= 0
+    if threshold is not None:
+        free &= score >= threshold
+    for g in np.flatnonzero(truth >= 0):
+        options = np.flatnonzero(free & (iou[g] > least))
+        if len(options):
+            counted = options[found[options] == 0]
+            best = options[score[options].argmax()] if threshold is None else counted[iou[g, counted].argmax()] if len(counted) else options[0]
+            free[best] = False
+            if truth[g] == 0 and found[best] == 0:
+                hits.append(score[best])
+    false = free & (found == 0)
+    return hits, int((false & ~stuff).sum() if stuff is not None else false.sum())
+
+
+def kitti_ap(frames, name, level, kind):
+    """AP over 40 and over 11 recall positions, in %. frames [(truth rows, detected rows, scores)], level 0 easy, 1 moderate, 2 hard; nan without a truth."""
+    height, occlusion, truncation = KITTI_LEVELS[level]
+    cases, total = [], 0
+    for gt, found, score in frames:
+        tall = gt["bbox"][:, 3] - gt["bbox"][:, 1]
+        hard = (gt["occluded"] > occlusion) | (gt["truncated"] > truncation) | (tall <= height)
+        truth = np.where((gt["type"] == name) & ~hard, 0, np.where(np.isin(gt["type"], (name, KITTI_ALIKE.get(name, name))), 1, -1))
+        state = np.where(found["bbox"][:, 3] - found["bbox"][:, 1] < height, 1, np.where(found["type"] == name, 0, -1))
+        stuff = None
+        if kind == "2d":                                            # DontCare regions have a box in the picture only
+            covers, area = gt[gt["type"] == "DontCare"]["bbox"], np.prod(found["bbox"][:, 2:] - found["bbox"][:, :2], 1)
+            both = (np.minimum(found["bbox"][:, None, 2:], covers[:, 2:]) - np.maximum(found["bbox"][:, None, :2], covers[:, :2])).clip(0).prod(2)
+            stuff = (both > KITTI_IOU[name] * area[:, None]).any(1)
+        cases.append((kitti_iou(gt, found, kind), truth, state, score, KITTI_IOU[name], stuff))
+        total += (truth == 0).sum()
+    if not total:
+        return math.nan, math.nan
+    scores = sorted((s for *case, _ in cases for s in kitti_match(*case)[0]), reverse=True)
+    thresholds, recall = [], 0.0
+    for n, s in enumerate(scores, 1):                               # the scores at which recall comes nearest to 0, 1/40, 2/40, ...
+        if n == len(scores) or (n + 1) / total - recall >= recall - n / total:
+            thresholds.append(s)
+            recall += 1 / 40
+    precision = np.zeros(41)
+    for n, threshold in enumerate(thresholds[:41]):
+        counts = [kitti_match(*case, threshold, stuff) for *case, stuff in cases]
+        hits = sum(len(h) for h, _ in counts)
+        precision[n] = hits / max(hits + sum(f for _, f in counts), 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return 100 * precision[1:].mean(), 100 * precision[::4].mean()
+
+
+def kitti_rows(dataset, i, boxes, labels):
+    """Detections of frame i as label rows. boxes (n, 9) in the LiDAR's place, labels (n,) -> rows (m,), kept (m,): those that the picture shows."""
+    lidar2rect, rect2img = dataset.calibration(i)
+    rows = np.zeros(len(boxes), data.KITTI_LABEL)
+    rows["type"], rows["truncated"], rows["occluded"] = np.array(dataset.grid.classes)[labels], -1, -1
+    rows["hwl"], rows["box"], rows["label"] = boxes[:, 5:2:-1], boxes, labels
+    rows["location"] = boxes[:, :3] @ lidar2rect[:3, :3].T + lidar2rect[:3, 3] + rows["hwl"][:, :1] / 2 * [0, 1, 0]
+    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6]), np.zeros(len(boxes))], 1) @ lidar2rect[:3, :3].T
+    rows["rotation_y"] = np.arctan2(-heading[:, 2], heading[:, 0])
+    turn = rows["rotation_y"] - np.arctan2(rows["location"][:, 0], rows["location"][:, 2])
+    rows["alpha"] = np.arctan2(np.sin(turn), np.cos(turn))
+    width, height = dataset.picture_size(i)
+    lidar2img = rect2img @ lidar2rect
+    for row in rows:
+        uvd = data.box_corners(row["box"]) @ lidar2img[:3, :3].T + lidar2img[:3, 3]
+        if (uvd[:, 2] > 0.1).all():
+            uv = uvd[:, :2] / uvd[:, 2:]
+            row["bbox"] = np.clip([*uv.min(0), *uv.max(0)], 0, [width, height] * 2)
+    kept = np.flatnonzero((rows["bbox"][:, 2:] > rows["bbox"][:, :2]).all(1))
+    return rows[kept], kept
+
+
+def kitti_score(dataset, frames, folder):
+    """AP of all classes, kinds and levels; the detections as official result files in `folder`. frames as predict_all has them -> {kind: {class: {"R40", "R11": 3}}}."""
+    number, cases = {name: i for i, name in enumerate(dataset.names)}, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (boxes, labels, scores, _) in frames.items():
+        rows, kept = kitti_rows(dataset, number[name], boxes.astype(np.float64), labels)
+        cases.append((dataset.annotations(number[name]), rows, scores[kept]))
+        write_text(folder / f"{name.rsplit('/', 1)[1]}.txt", "".join(
+            f"{row['type']} -1 -1 {' '.join(f'{v:.4f}' for v in (row['alpha'], *row['bbox'], *row['hwl'], *row['location'], row['rotation_y'], score))}\n"
+            for row, score in zip(rows, scores[kept])))
+    found = {}
+    for kind in ("2d", "bev", "3d"):
+        found[kind] = {}
+        for name in dataset.grid.classes:
+            ap = [kitti_ap(cases, name, level, kind) for level in range(3)]
+            found[kind][name] = {"R40": [a for a, _ in ap], "R11": [b for _, b in ap]}
+    return found
+
+
+# ---- Waymo's metric --------------------------------------------------------------------------------------------------------------
+# Source: the official definition of AP and APH at two levels of difficulty. Ours, not the official server's: that one matches anew at a set of score cut-offs.
+
+WAYMO_IOU = {"Vehicle": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+
+
+def upright_iou(a, b):
+    """3-D intersection over union of upright boxes. a (M, 9), b (N, 9) as Frame.boxes -> (M, N)."""
+    ground = (boxes[:, [0, 1, 3, 4, 6]] for boxes in (a, b))
+    top, bottom = ([boxes[:, 2] + side * boxes[:, 5] / 2 for boxes in (a, b)] for side in (1, -1))
+    both = shared_area(*ground) * (np.minimum(top[0][:, None], top[1]) - np.maximum(bottom[0][:, None], bottom[1])).clip(0)
+    return both / np.maximum(a[:, 3:6].prod(1)[:, None] + b[:, 3:6].prod(1) - both, 1e-12)
+
+
+def waymo_ap(frames, label, least, level):
+    """AP and APH in %, level 1 or 2; nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
+
+    Level 2 counts boxes with a point in them, level 1 those with more than 5 that are not marked hard; what lies between is passed over at level 1. In order of
+    score each detection takes the best-overlapping truth that is left. APH weighs a hit by 1 - |turn| / pi.
+    """
+    outcomes, total = [], 0
+    for rows, boxes, labels, scores in frames:
+        rows = rows[(rows["label"] == label) & (rows["lidar_points"] > 0)]
+        hard = (rows["difficulty"] == 2) | (rows["difficulty"] == 0) & (rows["lidar_points"] <= 5)
+        counts, mine = np.ones(len(rows), bool) if level == 2 else ~hard, np.flatnonzero(labels == label)
+        total += counts.sum()
+        mine = mine[np.argsort(-scores[mine], kind="stable")]
+        iou, free = upright_iou(boxes[mine], rows["box"]), np.ones(len(rows), bool)
+        for n, i in enumerate(mine):
+            options = np.flatnonzero(free & (iou[n] >= least))
+            if not len(options):
+                outcomes.append((scores[i], 0, 0.0))
+                continue
+            g = options[iou[n, options].argmax()]
+            free[g] = False
+            if counts[g]:
+                turn = abs((boxes[i, 6] - rows["box"][g, 6] + np.pi) % (2 * np.pi) - np.pi)
+                outcomes.append((scores[i], 1, 1 - turn / np.pi))
+    if not total:
+        return math.nan, math.nan
+    outcomes = np.array(sorted(outcomes, key=lambda o: -o[0])).reshape(-1, 3)
+    areas = []
+    for hits in (outcomes[:, 1], outcomes[:, 2]):
+        reached, right = hits.cumsum() / total, hits.cumsum() / np.arange(1, len(hits) + 1)
+        best = np.maximum.accumulate(right[::-1])[::-1]
+        areas.append(100 * float((np.diff(reached, prepend=0) * best).sum()))
+    return tuple(areas)
+
+
+def waymo_score(dataset, frames):
+    """-> {class: {"L1": (AP, APH), "L2": (AP, APH)}} in %."""
+    number = {name: i for i, name in enumerate(dataset.names)}
+    cases = [(dataset.annotations(number[name]), boxes.astype(np.float64), labels, scores) for name, (boxes, labels, scores, _) in frames.items()]
+    return {name: {f"L{level}": waymo_ap(cases, label, WAYMO_IOU[name], level) for level in (1, 2)} for label, name in enumerate(dataset.grid.classes)}
+
+
 def predict_all(model, loader, device):
     """Boxes of every frame of the split, from all processes. -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))} arrays, in the split's order."""
     share_buffers(model)
@@ -331,11 +520,17 @@ def predict_all(model, loader, device):
 
 
 def finish(model, cfg, out, held_out, device, rank):
-    """Predict the held-out split, write results_nusc.json, metrics.json and the figures into `out`, print the table and the README row."""
+    """Predict the held-out split, write detections, metrics.json and the figures into `out`, print the table and the README row."""
     frames = predict_all(model, held_out, device)
-    if rank:
-        return
-    grid, out = held_out.grid, Path(out)
+    if rank == 0:
+        told = dict(nuscenes=finish_nuscenes, kitti=finish_kitti, waymo=finish_waymo)[held_out.grid.dataset](held_out, frames, Path(out))
+        draw(held_out, frames, Path(out))
+        print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} | seed {cfg.seed} | {told} |")
+
+
+def finish_nuscenes(held_out, frames, out):
+    """results_nusc.json, metrics.json, precision_recall.png, the table -> the scores of the README row."""
+    grid = held_out.grid
     write_text(out / "results_nusc.json", json.dumps(nuscenes_results(frames, grid.classes)))
     reach = min(-grid.low[0], -grid.low[1], grid.high[0], grid.high[1])                    # m, the circle inside the range
     official, curves, present = nuscenes_score(held_out.dataset, out / "results_nusc.json")
@@ -345,7 +540,7 @@ def finish(model, cfg, out, held_out, device, rank):
                  mAP_reach=mean_of(near["mean_dist_aps"], near_present), NDS_reach=near["nd_score"], errors=official["tp_errors"], AP=official["mean_dist_aps"],
                  AP_reach={name: near["mean_dist_aps"][name] for name in near_present}, absent=absent, frames=len(frames))
     write_text(out / "metrics.json", json.dumps(found, indent=1))
-    draw(model, held_out, frames, curves, present, out, device)
+    draw_curves(curves, present, out)
     print(f"{'class':22}{'AP':>8}{f'AP within {reach:g} m':>18}")
     for name in grid.classes:
         remark = "   no labelled box after the metric's filters" if name in absent else ""
@@ -353,8 +548,29 @@ def finish(model, cfg, out, held_out, device, rank):
     print("  ".join(f"m{name.split('_')[0].title()} {value:.3f}" for name, value in official["tp_errors"].items()))
     if absent:
         print(f"classes without ground truth count as 0 in the official mAP; over the {len(present)} present it is {found['mAP_present']:.4f}")
-    print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} | seed {cfg.seed} | mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | "
-          f"mAP within {reach:g} m {found['mAP_reach']:.4f} |")
+    return f"mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | mAP within {reach:g} m {found['mAP_reach']:.4f}"
+
+
+def finish_kitti(held_out, frames, out):
+    """kitti/<frame>.txt, metrics.json, the table -> the scores of the README row."""
+    found = kitti_score(held_out.dataset, frames, out / "kitti")
+    write_text(out / "metrics.json", json.dumps(found | dict(frames=len(frames)), indent=1))
+    print(f"{'':12}{'AP|R40':>24}{'AP|R11':>24}\n{'':12}{'easy  moderate    hard':>24}{'easy  moderate    hard':>24}")
+    for kind, classes in found.items():
+        for name, ap in classes.items():
+            print(f"{kind:4}{name:12}" + "   ".join("".join(f"{v:8.2f}" for v in ap[r]) for r in ("R40", "R11")))
+    return "3D AP|R40 moderate " + ", ".join(f"{name} {ap['R40'][1]:.2f}" for name, ap in found["3d"].items())
+
+
+def finish_waymo(held_out, frames, out):
+    """metrics.json, the table -> the scores of the README row."""
+    found = waymo_score(held_out.dataset, frames)
+    write_text(out / "metrics.json", json.dumps(found | dict(frames=len(frames)), indent=1))
+    print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}   (our implementation, not the official server)")
+    for name, levels in found.items():
+        print(f"{name:12}" + "".join(f"{v:8.2f}" for level in ("L1", "L2") for v in levels[level]))
+    mean = [np.nanmean([levels["L2"][n] for levels in found.values()] or [math.nan]) for n in (0, 1)]
+    return f"L2 mAP {mean[0]:.2f} | L2 mAPH {mean[1]:.2f}"
 
 
 def mean_of(table, names):
@@ -363,8 +579,8 @@ def mean_of(table, names):
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
 
-def draw(model, held_out, frames, curves, present, out, device):
-    """figures/bev.png and images.png of frames spread over the held-out split, precision_recall.png of every class present."""
+def draw(held_out, frames, out):
+    """figures/bev.png and images.png of frames spread over the held-out split."""
     grid, names = held_out.grid, held_out.dataset.names
     chosen = held_out.indices[np.unique(np.linspace(0, len(held_out.indices) - 1, PER_FRAME_SHOWN).astype(int))]
     bev, images = [], []
@@ -383,7 +599,7 @@ def draw(model, held_out, frames, curves, present, out, device):
             ax.set_xlim(-grid.high[1], -grid.low[1])
             ax.set_ylim(grid.low[0], grid.high[0])
             ax.set_aspect("equal")
-        bev.append((f"{frame.name.split('/')[1]}: truth green, score > {SCORE_SHOWN} red", picture))
+        bev.append((f"{frame.name.split('/', 1)[1][:28]}: truth green, score > {SCORE_SHOWN} red", picture))
         image, matrix = frame.images[0].transpose(1, 2, 0), frame.lidar2img[0]
 
         def overlay(ax, image=image, matrix=matrix, frame=frame, shown=shown):
@@ -399,6 +615,12 @@ def draw(model, held_out, frames, curves, present, out, device):
             ax.axis("off")
         images.append((grid.cameras[0], overlay))
 
+    figure(out / "figures" / "bev.png", bev, 2, (5.0, 5.0))
+    figure(out / "figures" / "images.png", images, 2, (6.0, 2.4))
+
+
+def draw_curves(curves, present, out):
+    """figures/precision_recall.png of every class present."""
     def curve(name):
         def plot(ax):
             for distance in (0.5, 1.0, 2.0, 4.0):
@@ -408,8 +630,6 @@ def draw(model, held_out, frames, curves, present, out, device):
             ax.set_ylim(0, 1)
             ax.legend(fontsize=6)
         return plot
-    figure(out / "figures" / "bev.png", bev, 2, (5.0, 5.0))
-    figure(out / "figures" / "images.png", images, 2, (6.0, 2.4))
     figure(out / "figures" / "precision_recall.png", [(f"{name}: precision over recall", curve(name)) for name in present], 4, (2.6, 2.2))
 
 
@@ -424,11 +644,11 @@ def augment(frame, rng, turn, scale, flip):
 
 def check(cfg, dataset):
     """What cannot work, before anything is written."""
-    labelled = dataset.grid.dataset == "nuscenes" and len(dataset.boxes) > 0
+    labelled = any(len(dataset.annotations(i)) for split in ("train", "val") for i in dataset.split(split)[:1000])
     for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
                         (min(cfg.batch, cfg.save_every) < 1, "--batch and --save-every start at 1"),
-                        (dataset.grid.dataset != "nuscenes", f"{dataset.what}: finetune.py scores by the nuScenes metric only so far; give a nuScenes root"),
-                        (dataset.grid.dataset == "nuscenes" and not labelled, f"{dataset.what}: no box is annotated here, so there is nothing to learn detection from")):
+                        (cfg.draw == "scenes" and dataset.grid.dataset == "kitti", "--draw scenes: KITTI's object frames belong to no scene; draw frames"),
+                        (not labelled, f"{dataset.what}: no box is annotated here, so there is nothing to learn detection from")):
         if wrong:
             raise SystemExit(told)
 
@@ -485,7 +705,7 @@ def train(rank, world, cfg):
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, opt, ("lidar", "camera.resnet", "camera.neck", "fuse", "neck", "shared", "heads"), dataset.grid)
+            save(cfg, step + 1, model, [opt], ("lidar", "camera.resnet", "camera.neck", "fuse", "neck", "shared", "heads"), dataset.grid)
         if stop and step + 1 < steps:
             print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(143)

@@ -1,6 +1,7 @@
 """The embedded world: procedural streets written as a nuScenes folder, so that every command here runs without a download.
 
     python synthetic.py ROOT                   # 24 + 8 scenes of 8 keyframes: about two minutes on two cores, 71 MB
+    python synthetic.py ROOT --format waymo    # the same world in Waymo's layout, or KITTI's (front camera only)
 
 It is a demonstration and a test bench, never evidence for the papers' numbers. Every modelling number in this file is [ours].
 
@@ -840,8 +841,8 @@ def write_tables(root, seed, train):
         (root / TABLES / f"{table}.json").write_text(json.dumps(rows, indent=0))
 
 
-def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, image=(96, 256)):
-    """Write the world in the nuScenes layout: root/v1.0-embedded with 13 tables and splits.json, root/samples, root/maps.
+def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, image=(96, 256), format="nuscenes"):
+    """Write the world in the nuScenes layout: root/v1.0-embedded with 13 tables and splits.json, root/samples, root/maps. format "kitti" or "waymo": in theirs.
 
     The folder appears whole: it is written beside and renamed; of two writers the second discards its own. Two children that run this file
     share the scenes, so nothing of the caller's is forked or imported twice. Raises FileExistsError where root holds anything.
@@ -869,11 +870,16 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, im
             raise RuntimeError(f"{root}: a writing process stopped with {[child.returncode for child in children]}; its message is above")
         write_tables(aside, seed, train)
         shutil.rmtree(aside / "rows")
-        aside.chmod(0o755)                                                 # mkdtemp's folder is its owner's alone
+        whole = aside
+        if format != "nuscenes":
+            whole = aside / "converted"
+            whole.mkdir()
+            to_kitti(aside, whole) if format == "kitti" else to_waymo(aside, whole, beams, azimuths)
+        whole.chmod(0o755)                                                 # mkdtemp's folder is its owner's alone
         try:
-            aside.rename(root)
+            whole.rename(root)
         except OSError:
-            if not (root / TABLES).is_dir():                               # lost to no other writer: a real complaint
+            if not any(root.iterdir()):                                    # lost to no other writer: a real complaint
                 raise
     finally:
         for child in children:
@@ -883,11 +889,165 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, im
         shutil.rmtree(aside, ignore_errors=True)
 
 
+# ---- the same world in other layouts -----------------------------------------------------------------------------------------------------
+
+KITTI_TYPE = dict(car="Car", truck="Truck", bus="Truck", trailer="Truck", construction="Truck", pedestrian="Pedestrian", bicycle="Cyclist", motorcycle="Cyclist")
+WAYMO_TYPE = dict(car=1, truck=1, bus=1, trailer=1, construction=1, motorcycle=1, pedestrian=2, bicycle=4)
+WAYMO_CAMERAS = "CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK_RIGHT"     # cameras 1 to 5
+
+
+def keyframes(root):
+    """What is on disk in the nuScenes layout, frame by frame: dicts of scene, split, time, sweep (N, 5), lidar2ego, ego2world, cameras {channel: (file, K, camera2ego,
+    ego2world)}, boxes [(kind, instance, centre, size l w h, yaw in the world, points, visibility 1..4, velocity)]; the car's own points are left out."""
+    table = lambda name: json.loads((root / TABLES / f"{name}.json").read_text())
+    by_token = lambda name: {row["token"]: row for row in table(name)}
+    rigid = lambda row: np.block([[Rotation.from_quat(np.roll(row["rotation"], -1)).as_matrix(), np.array(row["translation"])[:, None]], [np.zeros((1, 3)), 1]])
+    mounts, poses, samples, scenes = (by_token(name) for name in ("calibrated_sensor", "ego_pose", "sample", "scene"))
+    channels, kinds = {row["token"]: row["channel"] for row in table("sensor")}, {row["token"]: row["name"] for row in table("category")}
+    instances, annotations, splits = by_token("instance"), by_token("sample_annotation"), table("splits")
+    frames = {name: dict(scene=scenes[row["scene_token"]]["name"], time=row["timestamp"], cameras={}, boxes=[]) for name, row in samples.items()}
+    for row in table("sample_data"):
+        frame, mount = frames[row["sample_token"]], mounts[row["calibrated_sensor_token"]]
+        channel, sensor2ego, ego2world = channels[mount["sensor_token"]], rigid(mount), rigid(poses[row["ego_pose_token"]])
+        if channel == "LIDAR_TOP":
+            points = np.fromfile(root / row["filename"], np.float32).reshape(-1, 5)
+            points = points[~((points[:, 1] > -1.5) & (points[:, 1] < 2.5) & (abs(points[:, 0]) < 1))]
+            frame |= dict(sweep=points, lidar2ego=sensor2ego, ego2world=ego2world)
+        else:
+            frame["cameras"][channel] = root / row["filename"], np.array(mount["camera_intrinsic"]), sensor2ego, ego2world
+    for row in annotations.values():
+        near = [annotations[row[side]] if row[side] else row for side in ("prev", "next")]
+        gap = (samples[near[1]["sample_token"]]["timestamp"] - samples[near[0]["sample_token"]]["timestamp"]) * 1e-6
+        velocity = (np.array(near[1]["translation"]) - near[0]["translation"]) / gap if gap else np.zeros(3)
+        kind = kinds[instances[row["instance_token"]]["category_token"]].split(".")[1]
+        yaw = 2 * np.arctan2(row["rotation"][3], row["rotation"][0])
+        frames[row["sample_token"]]["boxes"].append((kind, row["instance_token"], np.array(row["translation"]), np.array(row["size"])[[1, 0, 2]], yaw,
+                                                     row["num_lidar_pts"], int(row["visibility_token"]), velocity))
+    for frame in sorted(frames.values(), key=lambda frame: frame["time"]):
+        yield frame | dict(split="train" if frame["scene"] in splits["embedded_train"] else "val")
+
+
+def to_kitti(source, root):
+    """training/{velodyne, image_2, calib, label_2} and ImageSets of the front camera; labels are of what its picture shows."""
+    lists = dict(train=[], val=[])
+    for folder in ("velodyne", "image_2", "calib", "label_2"):
+        (root / "training" / folder).mkdir(parents=True)
+    (root / "ImageSets").mkdir()
+    for number, frame in enumerate(keyframes(source)):
+        name, (file, K, camera2ego, ego2world) = f"{number:06d}", frame["cameras"]["CAM_FRONT"]
+        lists[frame["split"]].append(name)
+        x, y, z, intensity, _ = frame["sweep"].T
+        np.stack([y, -x, z, intensity / 255], 1).astype(np.float32).tofile(root / "training" / "velodyne" / f"{name}.bin")
+        picture = Image.open(file)
+        picture.save(root / "training" / "image_2" / f"{name}.png")
+        turned = np.array([[0., -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])              # our LiDAR axes -> nuScenes'
+        world2camera = np.linalg.inv(ego2world @ camera2ego)
+        velo2camera = world2camera @ frame["ego2world"] @ frame["lidar2ego"] @ turned
+        line = lambda key, values: f"{key}: {' '.join(f'{v:.12e}' for v in np.ravel(values))}\n"
+        P = np.concatenate([K, np.zeros((3, 1))], 1)
+        (root / "training" / "calib" / f"{name}.txt").write_text("".join(line(f"P{n}", P) for n in range(4)) + line("R0_rect", np.eye(3))
+                                                                 + line("Tr_velo_to_cam", velo2camera[:3]) + line("Tr_imu_to_velo", np.eye(4)[:3]) + "\n")
+        labels = ""
+        for kind, _, centre, (l, w, h), yaw, _, visible, _ in frame["boxes"]:
+            heading = world2camera[:3, :3] @ [np.cos(yaw), np.sin(yaw), 0]
+            across = np.cross(heading := heading / np.hypot(*heading[::2]) * [1, 0, 1], [0, 1, 0])
+            bottom = world2camera[:3, :3] @ centre + world2camera[:3, 3] + [0, h / 2, 0]
+            signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (0, 1)])
+            uvd = (bottom + signs * [l / 2, w / 2, 1] @ np.stack([heading, across, [0, -h, 0]])) @ K.T
+            if kind not in KITTI_TYPE or (uvd[:, 2] < 0.5).any():
+                continue
+            uv = uvd[:, :2] / uvd[:, 2:]
+            whole, (width, height) = np.array([*uv.min(0), *uv.max(0)]), picture.size
+            box = np.clip(whole, 0, [width, height] * 2)
+            area = [np.prod(b[2:] - b[:2]) for b in (box, whole)]
+            if (box[2:] - box[:2] < 1).any():
+                continue
+            turn = np.arctan2(-heading[2], heading[0])
+            numbers = [turn - np.arctan2(bottom[0], bottom[2]), *box, h, w, l, *bottom, turn]
+            labels += f"{KITTI_TYPE[kind]} {1 - area[0] / area[1]:.2f} {4 - visible} {' '.join(f'{v:.2f}' for v in numbers)}\n"
+        (root / "training" / "label_2" / f"{name}.txt").write_text(labels)
+    for split, names in lists.items():
+        (root / "ImageSets" / f"{split}.txt").write_text("\n".join(names))
+
+
+def to_waymo(source, root, beams, azimuths):
+    """<split>/<component>/<segment>.parquet, one segment a scene. The LiDAR is TOP; the vehicle's axes are turned by so little that its columns have their middles on
+    the rays; the pictures of five cameras keep their pixels and have no lens error."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+    keys = [("segment", "key.segment_context_name", pa.string()), ("time", "key.frame_timestamp_micros", pa.int64()), ("laser", "key.laser_name", pa.int8()),
+            ("camera", "key.camera_name", pa.int8()), ("object", "key.laser_object_id", pa.string())]
+    floats, shape, matrix, double = pa.list_(pa.float32()), pa.list_(pa.int32(), 3), pa.list_(pa.float64(), 16), pa.float64()
+    image_part = [(f"[LiDARComponent].range_image_return{n}.{name}", kind) for n in (1, 2) for name, kind in (("values", floats), ("shape", shape))]
+    pixel, laser, lens, box = "[LiDARPoseComponent].range_image_return1.", "[LiDARCalibrationComponent].", "[CameraCalibrationComponent].", "[LiDARBoxComponent]."
+    components = dict(
+        lidar=("segment time laser", image_part), lidar_pose=("segment time laser", [(pixel + "values", floats), (pixel + "shape", shape)]),
+        lidar_calibration=("segment laser", [(laser + "extrinsic.transform", matrix), (laser + "beam_inclination.min", double), (laser + "beam_inclination.max", double),
+                                             (laser + "beam_inclination.values", pa.list_(double))]),
+        camera_image=("segment time camera", [("[CameraImageComponent].image", pa.binary()), ("[CameraImageComponent].pose.transform", matrix)]),
+        camera_calibration=("segment camera", [*[(f"{lens}intrinsic.{name}", double) for name in "f_u f_v c_u c_v k1 k2 p1 p2 k3".split()],
+                                               (lens + "extrinsic.transform", matrix), (lens + "width", pa.int32()), (lens + "height", pa.int32())]),
+        vehicle_pose=("segment time", [("[VehiclePoseComponent].world_from_vehicle.transform", matrix)]),
+        lidar_box=("segment time object", [*[(f"{box}box.{p}.{a}", double) for p in ("center", "size") for a in "xyz"], (box + "box.heading", double),
+                                           (box + "speed.x", double), (box + "speed.y", double), (box + "type", pa.int8()),
+                                           (box + "num_lidar_points_in_box", pa.int64()), (box + "difficulty_level.detection", pa.int8())]))
+    scenes = {}
+    for frame in keyframes(source):
+        scenes.setdefault((frame["split"], frame["scene"]), []).append(frame)
+    turned = lambda angle: pose((0, 0, 0), angle)
+    upright = np.array([[0., 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])                # a camera's right, down, forward -> x out, y left, z up
+    ours, mounting = np.array([[0., -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), np.radians(148)
+    for (split, segment), frames in scenes.items():
+        rows = {name: [] for name in components}
+        mount = frames[0]["lidar2ego"] @ ours @ turned(mounting)
+        extra = np.arctan2(mount[1, 0], mount[0, 0]) - mounting - np.pi / azimuths                 # half a column
+        vehicle2ego = turned(extra)
+        ego2vehicle = np.linalg.inv(vehicle2ego)
+        top = ego2vehicle @ mount
+        elevations = np.radians(np.linspace(-30, 10, beams))
+        rows["lidar_calibration"].append((segment, 1, top.ravel(), elevations[0], elevations[-1], elevations))
+        for number, channel in enumerate(WAYMO_CAMERAS, 1):
+            file, K, camera2ego, _ = frames[0]["cameras"][channel]
+            pinhole = K[0, 0], K[1, 1], K[0, 2], K[1, 2], 0., 0., 0., 0., 0.
+            rows["camera_calibration"].append((segment, number, *pinhole, (ego2vehicle @ camera2ego @ upright.T).ravel(), *Image.open(file).size))
+        for frame in frames:
+            vehicle2world, time, sweep = frame["ego2world"] @ vehicle2ego, frame["time"], frame["sweep"].astype(np.float64)
+            image = np.full((beams, azimuths, 4), -1, np.float32)
+            image[..., 1:3] = 0
+            row = beams - 1 - sweep[:, 4].astype(int)
+            azimuth = np.arctan2(-sweep[:, 0], sweep[:, 1])                                        # from ahead to the left
+            column = (np.round((np.pi - azimuth) / (2 * np.pi / azimuths)).astype(int) - 1) % azimuths      # middles at pi - (k + 1/2) steps, turned by half of one
+            image[row, column, 0], image[row, column, 1] = np.linalg.norm(sweep[:, :3], axis=1), np.arctanh(np.clip(sweep[:, 3] / 255, 0, 0.999))
+            nothing = np.full(image.size, -1, np.float32)
+            rows["lidar"].append((segment, time, 1, image.ravel(), image.shape, nothing, image.shape))
+            angles = Rotation.from_matrix(vehicle2world[:3, :3]).as_euler("xyz")
+            per_pixel = np.tile(np.concatenate([angles, vehicle2world[:3, 3]]).astype(np.float32), (beams, azimuths, 1))
+            rows["lidar_pose"].append((segment, time, 1, per_pixel.ravel(), per_pixel.shape))
+            rows["vehicle_pose"].append((segment, time, vehicle2world.ravel()))
+            for number, channel in enumerate(WAYMO_CAMERAS, 1):
+                file, _, _, ego2world = frame["cameras"][channel]
+                rows["camera_image"].append((segment, time, number, file.read_bytes(), (ego2world @ vehicle2ego).ravel()))
+            world2vehicle = np.linalg.inv(vehicle2world)
+            for kind, instance, centre, size, yaw, points, _, velocity in frame["boxes"]:
+                if kind in WAYMO_TYPE:
+                    heading, speed = (world2vehicle[:3, :3] @ v for v in ([np.cos(yaw), np.sin(yaw), 0], velocity))
+                    rows["lidar_box"].append((segment, time, instance, *world2vehicle[:3, :3] @ centre + world2vehicle[:3, 3], *size,
+                                              np.arctan2(heading[1], heading[0]), *speed[:2], WAYMO_TYPE[kind], points, 0))
+        for component, (named, columns) in components.items():
+            path = root / dict(train="training", val="validation")[split] / component / f"{segment}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            described = [next((full, kind) for short, full, kind in keys if short == name) for name in named.split()] + columns
+            values = zip(*rows[component]) if rows[component] else [[] for _ in described]
+            parquet.write_table(pa.table({name: pa.array([v.tolist() if isinstance(v, np.ndarray) else v for v in value], kind)
+                                          for (name, kind), value in zip(described, values)}), path, row_group_size=8)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="a new folder")
     for option, value in dict(seed=0, train=24, val=8, frames=8).items():
         parser.add_argument(f"--{option}", type=int, default=value)
+    parser.add_argument("--format", choices=("nuscenes", "kitti", "waymo"), default="nuscenes", help="layout on disk")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)  # one of write's two children
     options = vars(parser.parse_args())
     job = options.pop("job")

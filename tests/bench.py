@@ -25,14 +25,20 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"        
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import shapely
+import shapely.affinity
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 import clap
 import common
 import data
+import finetune
+import simipu
 
 
 def cpu_ms(rounds, **pieces):
@@ -340,6 +346,64 @@ def bench_loading(rounds, dataset, i):
         row("", "frames/s of one core", 1e3 / ms, ">=", 30)
 
 
+def torch_fps(xyz, count):
+    """The loop that is copied from file to file: distances of all points to the last chosen, torch, one cloud. xyz (n, 3) -> (count,)."""
+    chosen, nearest, at = torch.zeros(count, dtype=torch.int64), torch.full((len(xyz),), 1e10), torch.zeros((), dtype=torch.int64)
+    for i in range(count):
+        chosen[i] = at
+        nearest = torch.minimum(nearest, ((xyz - xyz[at]) ** 2).sum(-1))
+        at = nearest.argmax()
+    return chosen
+
+
+def sorted_ball(centres, sources, radius, k):
+    """Every distance, rows out of reach set to the number of sources, one sort of all. -> (m, k) rows of sources in order, filled up with the first."""
+    index = torch.arange(len(sources)).expand(len(centres), -1).clone()
+    index[torch.cdist(centres, sources, compute_mode="donot_use_mm_for_euclid_dist") >= radius] = len(sources)
+    index = index.sort(1).values[:, :k]
+    return torch.where(index == len(sources), index[:, :1], index)
+
+
+def bench_matching(rounds, xyz):
+    """Sampling, neighbours and pairs of SimIPU on a real sweep of at least 16384 points (else with repetition)."""
+    rng = np.random.default_rng(0)
+    cloud = xyz[rng.choice(len(xyz), 16384, replace=len(xyz) < 16384)].numpy()
+    chosen = simipu.farthest_points(cloud, 4096)
+    assert torch.equal(torch.from_numpy(chosen), torch_fps(torch.from_numpy(cloud), 4096)), "farthest points differ"
+    compare(rounds, "10 farthest points, 16384 to 4096", "the usual torch loop", 0.15, lambda: simipu.farthest_points(cloud, 4096),
+            lambda: torch_fps(torch.from_numpy(cloud), 4096))
+    sources = torch.from_numpy(cloud)[None]
+    centres = sources[:, torch.from_numpy(chosen)]
+    for radius in (0.4, 1.6):
+        ours, plain = simipu.ball_query(centres, sources, (radius,), (32,))[0], sorted_ball(centres[0], sources[0], radius, 32)
+        assert (ours == plain).all(1).float().mean() > 0.999, "neighbours differ"               # but for those within rounding of the radius
+        compare(rounds, f"11 ball query of 4096, {radius} m, 32 of them", "all distances, one sort", 0.1,
+                lambda radius=radius: simipu.ball_query(centres, sources, (radius,), (32,)), lambda radius=radius: sorted_ball(centres[0], sources[0], radius, 32))
+    T, _ = simipu.random_transform(np.random.default_rng(1), np.zeros(3), 1.5708, 0.25)
+    for n, target in ((1024, 0.6), (4096, 0.25)):                                               # two views: each its own start of the farthest points
+        orders = rng.permutation(len(cloud)), rng.permutation(len(cloud))
+        id_a, id_b = (order[simipu.farthest_points(cloud[order], n)] for order in orders)
+        a, b = (cloud[ids] @ T[:3, :3].T + T[:3, 3] for ids in (id_a, id_b))
+        cost = cdist(a, b)
+        best = cost[linear_sum_assignment(cost)].sum()
+        assert abs(cost[np.arange(n), common.pair_points(a, b, id_a, id_b)].sum() / best - 1) < 1e-6, "the pairs are not optimal"
+        compare(rounds, f"12 pairs of {n}, {len(np.intersect1d(id_a, id_b)) / n:.0%} in both views", "scipy's assignment alone, with its costs", target,
+                lambda a=a, b=b, id_a=id_a, id_b=id_b: common.pair_points(a, b, id_a, id_b), lambda a=a, b=b: linear_sum_assignment(cdist(a, b)))
+
+
+def bench_overlap(rounds):
+    """Shared area of 500 x 500 turned boxes strewn as in a busy frame."""
+    rng = np.random.default_rng(0)
+    a, b = (np.column_stack([rng.uniform(-50, 50, (500, 2)), rng.uniform(0.5, 5, (500, 2)), rng.uniform(-4, 4, 500)]) for _ in range(2))
+
+    def plain():
+        shapes = [[shapely.affinity.translate(shapely.affinity.rotate(shapely.box(-l / 2, -w / 2, l / 2, w / 2), yaw, (0, 0), use_radians=True), x, y)
+                   for x, y, l, w, yaw in boxes] for boxes in (a, b)]
+        return np.array([[one.intersection(two).area for two in shapes[1]] for one in shapes[0]])
+    assert np.abs(finetune.shared_area(a, b) - plain()).max() < 1e-9, "shared areas differ"
+    compare(1, "13 shared area of 500 x 500 turned boxes", "shapely in two loops", 0.05, lambda: finetune.shared_area(a, b), plain, "seen <=")
+
+
 def sample_with(sampler, run, rounds):
     """Steps of a finished run's model under one sampler, in a process of its own -> share on boxes, on the ground, median CPU ms of a step, peak GiB."""
     torch.set_num_threads(1)
@@ -407,6 +471,8 @@ def main():
     bench_curvature(rounds, key.numpy())
     bench_rendering(rounds, key[key.norm(dim=1) > clap.CLOSE], data.GRIDS["nuscenes", "paper"])
     bench_images(rounds, frame, key)
+    bench_matching(rounds, key)
+    bench_overlap(rounds)
     if real:
         bench_loading(rounds, dataset, last)
     else:

@@ -124,3 +124,143 @@ def kitti(tmp_path_factory):
     (root / "2011_09_26/calib_cam_to_cam.txt").write_text("calib_time: 09-Jan-2012 13:57:47\n" + line("R_rect_00", R0) + line("P_rect_02", P2))
     (root / "2011_09_26/calib_velo_to_cam.txt").write_text("calib_time: 15-Mar-2012 11:37:16\n" + line("R", TR[:, :3]) + line("T", TR[:, 3]))
     return root
+
+
+# What the fabricated Waymo segment is made of: a flat road and one parked car, seen from a vehicle that drives and turns while it scans, far from the world's origin.
+WORLD = np.array([12_345.678, -9_876.543, 67.89])                                   # a place on the road
+WAYMO_CAR = dict(centre=np.array([14., 3., 0.9]), size=np.array([4.6, 1.9, 1.8]), yaw=0.4)          # relative to WORLD
+TOP2VEHICLE, FRONT2VEHICLE = np.eye(4), np.eye(4)
+TOP2VEHICLE[:3, :3], TOP2VEHICLE[:3, 3] = Rotation.from_euler("zyx", [148, 0.6, -0.4], degrees=True).as_matrix(), (1.43, 0.02, 2.18)
+FRONT2VEHICLE[:3, :3], FRONT2VEHICLE[:3, 3] = Rotation.from_euler("zy", [2, 1], degrees=True).as_matrix(), (4.07, 0, 0.69)
+INCLINATIONS = np.radians(-17.6 + 20 * np.linspace(0, 1, 24) ** 0.7)                # lowest first, not uniform
+LENS = (0.045, -0.02, 0.001, -0.0015, 0.003)                                        # k1, k2, p1, p2, k3
+WAYMO_SIZES = ((384, 256),) * 3 + ((384, 176),) * 2                                # width, height
+WAYMO_YAWS = (0, 45, -45, 90, -90)
+WAYMO_SHUTTER = (0.05, 0.04, 0.06, 0.03, 0.07)                                      # s after the scan's start
+
+
+def waymo_pose(seconds):
+    """Vehicle to world: 8 m/s ahead, turning 0.2 rad/s, pitching."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", [0.01, 0.02 * np.sin(seconds * 9), 0.3 + 0.2 * seconds]).as_matrix()
+    matrix[:3, 3] = WORLD + [8 * seconds, 1.5 * seconds, 0.05 * np.sin(seconds * 7)]
+    return matrix
+
+
+def waymo_camera(number):
+    """-> intrinsic f_u, f_v, c_u, c_v; camera to vehicle (4, 4), x out of the lens, y left, z up."""
+    width, height = WAYMO_SIZES[number - 1]
+    extrinsic = np.eye(4)
+    extrinsic[:3, :3] = Rotation.from_euler("zyx", [WAYMO_YAWS[number - 1], 1.0, -0.5], degrees=True).as_matrix()
+    extrinsic[:3, 3] = 1.5 + 0.1 * number, 0.05 * number, 2.1
+    return (0.95 * width, 0.96 * width, 0.51 * width, 0.49 * height), extrinsic
+
+
+def distort(u, v):
+    """Ideal to real normalised picture coordinates, OpenCV's five numbers."""
+    k1, k2, p1, p2, k3 = LENS
+    r = u * u + v * v
+    radial = 1 + k1 * r + k2 * r ** 2 + k3 * r ** 3
+    return u * radial + 2 * p1 * u * v + p2 * (r + 2 * u * u), v * radial + p1 * (r + 2 * v * v) + 2 * p2 * u * v
+
+
+def first_hit(origin, ray):
+    """Distance (n,) from origins (n, 3) along rays (n, 3) in the world to the road or the car, and which (n,): 0 nothing, 1 road, 2 car."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        road = np.where(ray[:, 2] < -1e-6, (WORLD[2] - origin[:, 2]) / ray[:, 2], np.inf)
+        turn = Rotation.from_euler("z", WAYMO_CAR["yaw"]).as_matrix()
+        o, r, half = (origin - WORLD - WAYMO_CAR["centre"]) @ turn, ray @ turn, WAYMO_CAR["size"] / 2
+        enter, leave = np.sort(np.stack([(-half - o) / r, (half - o) / r]), 0)
+    enter, leave = enter.max(1), leave.min(1)
+    car = np.where((enter < leave) & (enter > 0), enter, np.inf)
+    distance = np.minimum(road, car)
+    return np.where(distance < 70, distance, 0.), np.where(distance >= 70, 0, np.where(car < road, 2, 1))
+
+
+def scan(extrinsic, inclinations, columns, poses):
+    """A range image (H, W) of metres and which was hit; the vehicle's pose when each column was shot (W, 4, 4)."""
+    inclination, column = np.meshgrid(inclinations[::-1], np.arange(columns), indexing="ij")
+    azimuth = np.pi - (column + 0.5) / columns * 2 * np.pi - np.arctan2(extrinsic[1, 0], extrinsic[0, 0])
+    ray = np.stack([np.cos(azimuth) * np.cos(inclination), np.sin(azimuth) * np.cos(inclination), np.sin(inclination)], -1)
+    laser2world = poses @ extrinsic                                                 # (W, 4, 4)
+    ray = np.einsum("wij,hwj->hwi", laser2world[:, :3, :3], ray)
+    origin = np.broadcast_to(laser2world[:, :3, 3], ray.shape)
+    distance, what = first_hit(origin.reshape(-1, 3), ray.reshape(-1, 3))
+    return distance.reshape(column.shape), what.reshape(column.shape)
+
+
+def write_parquet(path, columns):
+    import pyarrow
+    import pyarrow.parquet as parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+@pytest.fixture(scope="session")
+def waymo(tmp_path_factory):
+    """Root of a fabricated Waymo v2 folder: one segment of three frames in training, one of two in validation, in the official column names and types."""
+    import io
+
+    import pyarrow as pa
+    root, floats = tmp_path_factory.mktemp("waymo"), pa.list_(pa.float32())
+    for folder, segment, count in (("training", "1000_000_020_000", 3), ("validation", "2000_000_020_000", 2)):
+        rows = {name: [] for name in ("lidar", "pose", "projection", "image", "vehicle", "box")}
+        for frame in range(count):
+            micros, start = 1_550_000_000_000_000 + 500_000 * frame, 0.5 * frame
+            pose = waymo_pose(start + 0.05)                                         # the frame's own: the middle of the scan
+            columns = np.stack([waymo_pose(start + 0.1 * (w + 0.5) / 300) for w in range(300)])
+            top, hit = scan(TOP2VEHICLE, INCLINATIONS, 300, columns)
+            low, high = -0.9, 0.3
+            front, front_hit = scan(FRONT2VEHICLE, (np.arange(20) + 0.5) / 20 * (high - low) + low, 60, np.broadcast_to(pose, (60, 4, 4)))
+            for laser, image in ((1, top), (2, front)):
+                extra = np.where(image > 0, np.hypot(*np.indices(image.shape)) % 3, 0)
+                values = np.stack([np.where(image > 0, image, -1), extra, 0 * image, 0 * image - 1], -1).astype(np.float32)
+                rows["lidar"].append((segment, micros, laser, values.ravel(), values.shape, np.full(values.size, -1, np.float32), values.shape))
+            angles = Rotation.from_matrix(columns[:, :3, :3]).as_euler("xyz")
+            per_pixel = np.broadcast_to(np.concatenate([angles, columns[:, :3, 3]], 1), (len(INCLINATIONS), 300, 6)).astype(np.float32)
+            rows["pose"].append((segment, micros, 1, per_pixel.ravel(), per_pixel.shape))
+            rows["vehicle"].append((segment, micros, pose.ravel()))
+            world2vehicle = np.linalg.inv(pose)
+            centre = world2vehicle[:3, :3] @ (WORLD + WAYMO_CAR["centre"]) + world2vehicle[:3, 3]
+            heading = WAYMO_CAR["yaw"] - Rotation.from_matrix(pose[:3, :3]).as_euler("xyz")[2]
+            for kind, name in ((1, "car"), (3, "sign")):                           # with some room
+                count_ = int((hit == 2).sum() + (front_hit == 2).sum())
+                rows["box"].append((segment, micros, name, *centre, *(WAYMO_CAR["size"] + [0.15, 0.15, 0]), heading, 0., 0., kind, count_, 1))
+            for number, (width, height) in enumerate(WAYMO_SIZES, 1):
+                (f_u, f_v, c_u, c_v), extrinsic = waymo_camera(number)
+                real = np.stack(np.meshgrid((np.arange(width) + 0.5 - c_u) / f_u, (np.arange(height) + 0.5 - c_v) / f_v))
+                ideal = real.copy()
+                for _ in range(30):
+                    ideal = ideal + real - np.stack(distort(*ideal))
+                picture = np.stack([128 + 150 * ideal[0], 128 + 250 * ideal[1], np.full(ideal[0].shape, 40 * number)], -1).clip(0, 255)
+                data = io.BytesIO()
+                Image.fromarray(picture.round().astype(np.uint8)).save(data, "JPEG", quality=97, subsampling=0)
+                rows["image"].append((segment, micros, number, data.getvalue(), waymo_pose(start + WAYMO_SHUTTER[number - 1]).ravel()))
+        keys = dict(segment=("key.segment_context_name", pa.string()), time=("key.frame_timestamp_micros", pa.int64()), laser=("key.laser_name", pa.int8()),
+                    camera=("key.camera_name", pa.int8()), object=("key.laser_object_id", pa.string()))
+
+        def table(tag, rows, *columns, folder=folder, segment=segment, keys=keys):
+            named = [keys.get(column, column) for column in columns]
+            write_parquet(root / folder / tag / f"{segment}.parquet",
+                          {name: pa.array([row if not isinstance(row, np.ndarray) else row.tolist() for row in values], kind)
+                           for (name, kind), values in zip(named, zip(*rows))})
+        shape = pa.list_(pa.int32(), 3)
+        part = "[LiDARComponent].range_image_return"
+        table("lidar", rows["lidar"], "segment", "time", "laser", *[(f"{part}{n}.{name}", kind) for n in (1, 2) for name, kind in (("values", floats), ("shape", shape))])
+        part = "[LiDARPoseComponent].range_image_return1."
+        table("lidar_pose", rows["pose"], "segment", "time", "laser", (part + "values", floats), (part + "shape", shape))
+        table("vehicle_pose", rows["vehicle"], "segment", "time", ("[VehiclePoseComponent].world_from_vehicle.transform", pa.list_(pa.float64(), 16)))
+        part = "[LiDARCalibrationComponent]."
+        lasers = [(segment, 1, TOP2VEHICLE.ravel(), INCLINATIONS[0], INCLINATIONS[-1], INCLINATIONS), (segment, 2, FRONT2VEHICLE.ravel(), low, high, None)]
+        table("lidar_calibration", lasers, "segment", "laser", (part + "extrinsic.transform", pa.list_(pa.float64(), 16)), (part + "beam_inclination.min", pa.float64()),
+              (part + "beam_inclination.max", pa.float64()), (part + "beam_inclination.values", pa.list_(pa.float64())))
+        table("camera_image", rows["image"], "segment", "time", "camera", ("[CameraImageComponent].image", pa.binary()),
+              ("[CameraImageComponent].pose.transform", pa.list_(pa.float64(), 16)))
+        part, lens = "[CameraCalibrationComponent].", [(segment, n, *waymo_camera(n)[0], *LENS, waymo_camera(n)[1].ravel(), *WAYMO_SIZES[n - 1]) for n in range(1, 6)]
+        table("camera_calibration", lens, "segment", "camera", *[(f"{part}intrinsic.{name}", pa.float64()) for name in "f_u f_v c_u c_v k1 k2 p1 p2 k3".split()],
+              (part + "extrinsic.transform", pa.list_(pa.float64(), 16)), (part + "width", pa.int32()), (part + "height", pa.int32()))
+        part = "[LiDARBoxComponent]."
+        table("lidar_box", rows["box"], "segment", "time", "object", *[(f"{part}box.{p}.{a}", pa.float64()) for p in ("center", "size") for a in "xyz"],
+              (part + "box.heading", pa.float64()), (part + "speed.x", pa.float64()), (part + "speed.y", pa.float64()), (part + "type", pa.int8()),
+              (part + "num_lidar_points_in_box", pa.int64()), (part + "difficulty_level.detection", pa.int8()))
+    return root

@@ -275,7 +275,7 @@ def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path):
     for name, content in (("provenance.json", '[{"commit": "none"}]'), ("config.json", '{"preset": "small"}')):
         (tmp_path / "before" / name).write_text(content)
     cfg = clap.Config(preset="small", out=str(tmp_path / "before"), **{**clap.SMALL, "width": 4, "bins": 12})
-    clap.save(cfg, 7, before, torch.optim.AdamW(before.parameters()), clap.UNITS, GRID)
+    clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
     (tmp_path / "before" / "frames.txt").write_text("\n".join(data.open_dataset(three_frames).names[:1]))
     tuned = run(tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "before"), "--fraction", "1", "--steps", "2")
     assert tuned.returncode == 0, tuned.stderr[-2000:]
@@ -296,7 +296,7 @@ def stored(tmp_path):
     cfg = clap.Config(preset="small", out=str(tmp_path), **{**clap.SMALL, "width": 4, "bins": 12})
     before = clap.Clap(cfg, GRID)
     (tmp_path / "provenance.json").write_text('[{"commit": "none"}]')
-    clap.save(cfg, 7, before, torch.optim.AdamW(before.parameters()), clap.UNITS, GRID)
+    clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
     return before
 
 
@@ -338,9 +338,9 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_written(three_fra
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_labels_or_of_another_kind_is_refused(three_frames, kitti, tmp_path):
-    with pytest.raises(SystemExit, match="nuScenes metric only"):
-        finetune.train(0, 1, replace(TINY, data=str(kitti), out=str(tmp_path / "run")))
+def test_data_without_labels_is_refused(three_frames, kitti, tmp_path):
+    with pytest.raises(SystemExit, match="raw drives: no box is annotated"):
+        finetune.train(0, 1, replace(TINY, data=str(kitti / "2011_09_26"), out=str(tmp_path / "run")))
     bare = tmp_path / "bare"
     shutil.copytree(three_frames, bare)
     next(bare.glob("v1.0-*/sample_annotation.json")).write_text("[]")

@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
+import data
 import synthetic
 
 CLASSES = {"vehicle.car", "vehicle.truck", "vehicle.construction", "vehicle.bus.rigid", "vehicle.trailer", "movable_object.barrier",
@@ -239,3 +241,59 @@ def test_devkit_reads_and_evaluates(world):
         row = devkit.get("sample_data", sample["data"][channel])
         assert points.shape[1] > 100 and depth.min() > 1 and picture.size == (row["width"], row["height"])
     assert np.isfinite([devkit.box_velocity(token)[:2] for token in sample["anns"]]).any()
+
+
+# ---- the same world in three layouts ----
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same two scenes of two keyframes as nuScenes, KITTI and Waymo folders, opened."""
+    root, found = tmp_path_factory.mktemp("layouts"), {}
+    for layout in ("nuscenes", "kitti", "waymo"):
+        synthetic.write(root / layout, train=1, val=1, frames=2, seed=3, format=layout)
+        found[layout] = data.open_dataset(root / layout, "small")                            # one sweep a frame
+    return found
+
+
+def test_three_layouts_give_the_same_points_boxes_and_pixels(layouts):
+    nuscenes, kitti, waymo = layouts.values()
+    assert len(nuscenes) == len(kitti) == len(waymo) == 4
+    assert [d.split("val").tolist() for d in layouts.values()] == [[2, 3]] * 3
+    vehicles = [nuscenes.grid.classes.index(name) for name in ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle")]
+    for i in range(4):
+        a, b, c = (dataset.load(i, (96, 256)) for dataset in layouts.values())
+        assert len(a.points) == len(b.points) == len(c.points) > 2000
+        np.testing.assert_allclose(b.points, a.points, atol=1e-6)                           # the same bytes, turned to x forward
+        there = a.points[:, :3] @ a.lidar2world[:3, :3].T + a.lidar2world[:3, 3]
+        here = c.points[:, :3] @ c.lidar2world[:3, :3].T + c.lidar2world[:3, 3]
+        gap, match = cKDTree(here).query(there)
+        assert gap.max() < 1e-3 and len(set(match)) == len(match)                          # float32 ranges and poses
+        np.testing.assert_allclose(c.points[match, 3], a.points[:, 3], atol=2e-3)
+        for k, other in enumerate((0, 5, 1, 4, 2)):                                         # cameras 1 to 5 of Waymo
+            one, two = (f.points[:, :3] @ m[:3, :3].T + m[:3, 3] for f, m in ((a, a.lidar2img[other]), (c, c.lidar2img[k])))
+            ahead = one[:, 2] > 2
+            np.testing.assert_allclose(two[match][ahead, :2] / two[match][ahead, 2:], one[ahead, :2] / one[ahead, 2:], atol=0.5)
+            assert np.abs(a.images[other].astype(int) - c.images[k]).max() <= 1
+        np.testing.assert_allclose(b.lidar2img[0], a.lidar2img[0], rtol=1e-5, atol=1e-3)
+        assert np.array_equal(a.images[0], b.images[0])
+
+        moved = data.warp_boxes(c.boxes.astype(np.float64), np.linalg.inv(a.lidar2world) @ c.lidar2world)
+        wanted = a.boxes[np.isin(a.labels, vehicles)]
+        met = cKDTree(wanted[:, :3]).query(moved[c.labels == 0][:, :3])
+        assert len(wanted) == (c.labels == 0).sum() > 3 and met[0].max() < 2e-3
+        np.testing.assert_allclose(moved[c.labels == 0][:, 3:6], wanted[met[1], 3:6], rtol=1e-5)
+        turn = moved[c.labels == 0][:, 6] - wanted[met[1], 6]
+        assert abs(np.sin(turn)).max() < 0.01 and np.cos(turn).min() > 0.9
+        np.testing.assert_allclose(moved[c.labels == 0][:, 7:], wanted[met[1], 7:], atol=0.1)
+        cars = a.boxes[a.labels == nuscenes.grid.classes.index("car")]
+        for box in b.boxes[b.labels == 0]:                                                  # what the front picture shows, labels to the centimetre
+            n = np.linalg.norm(cars[:, :3] - box[:3], axis=1).argmin()
+            np.testing.assert_allclose(box[:3], cars[n, :3], atol=0.05)
+            np.testing.assert_allclose(box[3:6], cars[n, 3:6], atol=0.006)
+            assert abs(np.sin(box[6] - cars[n, 6])) < 0.02 and np.cos(box[6] - cars[n, 6]) > 0.9
+    assert sum((kitti.load(i, (12, 32)).labels == 0).sum() for i in range(4)) > 3
+
+
+def test_the_doctor_finds_nothing_wrong_in_any_layout(layouts):
+    for dataset in layouts.values():
+        assert data.doctor(dataset.root) == []
