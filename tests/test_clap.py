@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import clap
 import data
-from common import wrap
+from common import VoxelNet, wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -470,7 +470,7 @@ def test_targets_and_sampling(batch, model):
 
 def test_sdf_curvature_through_the_trilinear_volume(model):
     """An exact sphere SDF stored at the cells and read back through the field's own query: within a few per cent of sqrt(2) / R on even cells."""
-    cells = common.VoxelNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
+    cells = VoxelNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
     R = 3.0
     table = (cells.centres(CPU).norm(dim=1) - R)[:, None]
 
