@@ -181,7 +181,7 @@ def slow_ap(frames, name, level, kind):
 def test_random_frames_score_as_in_the_transcription():
     rng, compared = np.random.default_rng(0), 0
     kinds = ["Car", "Van", "Pedestrian", "Cyclist", "DontCare", "Truck"]
-    for trial in range(6):
+    for trial in range(3):
         frames = []
         for _ in range(12):
             gt = [dict(type=str(rng.choice(kinds, p=[.4, .1, .2, .1, .1, .1])), x=rng.uniform(-30, 30), z=rng.uniform(5, 40), ry=rng.uniform(-3, 3),
@@ -199,7 +199,7 @@ def test_random_frames_score_as_in_the_transcription():
                     slow = slow_ap(frames, name, level, kind)
                     assert ours == pytest.approx(slow, abs=1e-9), (trial, name, level, kind)
                     compared += 0 < slow[0] < 100
-    assert compared > 60
+    assert compared > 30
 
 
 # ---- labels and runs ----

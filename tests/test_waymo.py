@@ -309,14 +309,18 @@ def test_upright_iou():
 
 # ---- whole runs ----
 
-@pytest.mark.parametrize("script, flags", [
-    ("clap.py", "--rays 64 --pixels 8 --samples 8 --finer 4 --bins 12"), ("simipu.py", "--points 256 --zoom-low 0.5 --zoom-high 0.6"),
-    ("cmcr.py", "--teacher none --crop-h 64 --crop-w 96 --crop-points 60 --pairs 200 --queries 90"), ("finetune.py", "--bins 12 --modality lidar --fraction 0.01")])
-def test_every_script_runs_on_waymo(waymo, tmp_path, script, flags):
-    flags = f"--data {waymo} --out {tmp_path / 'run'} --preset small --width 4 --batch 1 --steps 1 {flags}"
+TINY = {"clap.py": "--rays 64 --pixels 8 --samples 8 --finer 4 --bins 12", "simipu.py": "--points 256 --zoom-low 0.5 --zoom-high 0.6",
+        "cmcr.py": "--teacher none --crop-h 64 --crop-w 96 --crop-points 60 --pairs 200 --queries 90", "finetune.py": "--bins 12 --modality lidar --fraction 0.01"}
+
+
+@pytest.mark.parametrize("layout", ["waymo", pytest.param("kitti", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", [*(pytest.param(name, marks=pytest.mark.slow) for name in TINY if name != "finetune.py"), "finetune.py"])
+def test_every_script_runs_on_every_layout(layout, tmp_path, script, request):
+    """The nuScenes layout is every other test's."""
+    flags = f"{TINY[script]} --data {request.getfixturevalue(layout)} --out {tmp_path / 'run'} --preset small --width 4 --batch 1 --steps 1"
     command = [sys.executable, str(ROOT / script), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "metrics.json").is_file() and "step 1/1" in done.stdout
     if script == "finetune.py":
-        assert "labels of 1 frames" in done.stdout and "L2 mAP" in done.stdout.splitlines()[-1]
+        assert "labels of 1 frames" in done.stdout and {"waymo": "L2 mAP", "kitti": "3D AP|R40"}[layout] in done.stdout.splitlines()[-1]
