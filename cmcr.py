@@ -115,7 +115,8 @@ def check(cfg):
                         (not 0 < cfg.crop_least <= 1, f"--crop-least {cfg.crop_least}: expected more than 0 and at most 1"),
                         (not 0 <= cfg.hide_cells <= 1 or not 0 <= cfg.hide_pictures <= 1, "--hide-cells and --hide-pictures are shares: 0 to 1"),
                         (cfg.codes < 2, f"--codes {cfg.codes}: at least 2, or --without codebook"),
-                        (cfg.teacher == "moco" and cfg.resnet != 50, f"--teacher moco is a ResNet-50, --resnet is {cfg.resnet}"),
+                        (cfg.teacher == "moco" and cfg.resnet != 50,
+                         f"--teacher moco is a ResNet-50, --resnet is {cfg.resnet}: give --resnet 50, or --teacher none or WEIGHTS"),
                         (min(cfg.batch, cfg.pairs, cfg.queries, cfg.neighbours, cfg.eval_every, cfg.save_every) < 1,
                          "--batch, --pairs, --queries, --neighbours, --eval-every and --save-every start at 1")):
         if wrong:
@@ -292,7 +293,7 @@ class Cmcr(nn.Module):
         Z, mine = self.quantise(cells), masked[cell].nonzero()[:, 0]
         count = torch.bincount(cell[mine], minlength=n)[:, None]                                                        # (B K h w, 1) points
         if self.cfg.without != "replacement":                                                                           # D2
-            total = segment_sum(shared_3d[point[mine]], cell[mine], n)
+            total = segment_sum(shared_3d.index_select(0, point[mine]), cell[mine], n)
             held = self.quantise(F.normalize(total, dim=1))                                # quantise of the mean's direction
             Z = torch.where(masked[:, None], torch.where(count > 0, held, self.token), Z)
         if specific is not None:
@@ -308,7 +309,7 @@ class Cmcr(nn.Module):
         query, k = (near >= 0).nonzero(as_tuple=True)
         s = near[query, k] + first[batch.extra["b_neighbours"][query]]                     # (E,) into the points
         offset = batch.extra["queries"][query] - batch.points[s, :3]
-        return self.occupancy(torch.cat([Z[s], offset], 1)), query
+        return self.occupancy(torch.cat([Z.index_select(0, s), offset], 1)), query
 
     def forward(self, batch):
         """-> L (), {name: ()}."""
@@ -325,7 +326,7 @@ class Cmcr(nn.Module):
         v, u = (uv[:, 1] / STRIDE).long(), (uv[:, 0] / STRIDE).long()
         cell = (image * h + v) * w + u                                                     # (P,)
         i = self.draw(~hidden.flatten()[cell], generators[0])                              # (M,) visible pairs      D3
-        p = F_3D[point[i]]                                                                 # (M, D)
+        p = F_3D.index_select(0, point[i])                                                 # (M, D); brackets would add up gradients in any order
         q = F.normalize(sample_image(shared, image[i], uv[i], batch.images.shape[-2:]), dim=1)                          # (M, D)
         L_NCE = mean_over_ranks(info_nce(p, q, cfg.tau).sum(), len(i))                                                  # [code], points ask
         L = L_NCE                                                                                                       # [figure]

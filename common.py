@@ -497,7 +497,7 @@ class VoxelNet(nn.Module):
             at = level.cells.index(finest.centre(zyx)).round().long().clamp_min(0)         # the site nearest to the voxel: the strides reach it
             at = at.minimum(at.new_tensor(level.cells.shape) - 1)
             keys, wanted = (ravel(coords, level.cells.shape).long() for coords in (level.coords, torch.cat([b[:, None], at], 1)))
-            found.append(level.features[torch.searchsorted(keys, wanted)])
+            found.append(level.features.index_select(0, torch.searchsorted(keys, wanted)))
         return torch.cat(found, 1)
 
     def forward(self, points, b):

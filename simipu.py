@@ -246,7 +246,7 @@ class SetAbstraction(nn.Module):
         centres, out = xyz.gather(1, chosen[..., None].expand(-1, -1, 3)), []              # (B, m, 3)
         rows = torch.cat([xyz, f], 2).flatten(0, 1)                                        # (B n, 3 + C)
         for network, near in zip(self.shells, ball_query(centres, xyz, self.radii, self.most)):
-            x = rows[near]                                                                 # (B m, k, 3 + C)
+            x = rows.index_select(0, near.flatten()).view(*near.shape, -1)                 # (B m, k, 3 + C); brackets would add up gradients in any order
             x = torch.cat([x[..., :3] - centres.flatten(0, 1)[:, None], x[..., 3:]], 2)    # relative coordinates           D3
             x = network(x.flatten(0, 1)).view(*near.shape, -1)                             # (B m, k, C'')
             out.append(x.amax(1))
@@ -357,7 +357,7 @@ class SimIPU(nn.Module):
         j = self.pair(moved, l_beta, row_alpha, order.gather(1, row_beta))                 # (B p,)                  Eq. 3
         alive = (batch.extra["seen"] > 0).repeat_interleave(l_alpha.shape[1])
         i = self.at_most(alive.nonzero()[:, 0], batch)                                     # (M,) into (B p)
-        z_alpha = self.head_intra(f_alpha.flatten(0, 1)[i])                                # (M, 128)
+        z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))                # (M, 128)
         with torch.no_grad():
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j[i]])                           # (M, 128)
         L_intra = mean_over_ranks(info_nce(z_alpha, z_beta, cfg.tau).sum(), len(i))                                     # Eq. 4

@@ -429,6 +429,7 @@ def test_frames_without_points_or_masks_are_fine(world):
             assert terms["L_rec"] == 0 and terms["covered"] == 0
 
 
+@pytest.mark.slow
 def test_one_scene_is_learned_by_heart(batch):
     torch.manual_seed(0)
     model = Cmcr(replace(TINY, momentum=0.9), GRID, frozen=True)
