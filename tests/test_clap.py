@@ -736,6 +736,7 @@ def test_a_process_that_fails_is_named_with_its_error(world, tmp_path):
     assert failed.returncode == 1 and re.match(r"rank [01] of 2 left with exit code 1 \(DataError: nuscenes/.*truncated.*\); the others were stopped", last), last
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_by_sigterm_end_as_if_nothing_had_happened(three_frames, tmp_path):
     two = "--gpus", "2", "--batch", "1", "--steps", "3"
     both = run(three_frames, tmp_path / "whole", *two)
