@@ -507,7 +507,8 @@ def train(rank, world, cfg):
         loss, terms = net(batch)
         opt.zero_grad()
         loss.backward()
-        log(step, batch.names, loss=loss, **terms, lr=cfg.lr)                # raises before the update if a term is not finite
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
+        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr)                            # raises before the update if one is not finite
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):

@@ -12,13 +12,13 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §4 rendering  neus_weights, stratified, importance                                clap
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, launch, start, wrap, frame_generators, cosine, resume,       clap, cmcr, simipu, finetune
-                  save, load_units, load_resnet, Log, write_text, figure, loss_curves
+    §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
+                  resume, save, load_units, load_resnet, Log, write_text, figure,
+                  loss_curves
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
 """
-import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ try:                                   # the one optional import: compiled again
     import torch_scatter
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
+
+TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))           # s, how long a process waits for another that says nothing [ours]
 
 
 # ---- §0 processes ----------------------------------------------------------------------------------------------------------------
@@ -521,7 +524,7 @@ class VoxelNet(nn.Module):
 
 def half(device):
     """bfloat16 for the encoders on CUDA, nothing on a CPU. What they return is float32 again."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def mlp(*widths):
@@ -742,9 +745,18 @@ def parse(config, small):
     peek.add_argument("--preset")
     peek.add_argument("--init", default="none")
     known, _ = peek.parse_known_args()
-    begun = Path(known.init) / "config.json"
-    preset = known.preset or (json.loads(begun.read_text())["preset"] if begun.is_file() else "paper" if known.data else "small")
+    begun = (Path(known.init) / "config.json").is_file()
+    preset = known.preset or (run_config(known.init)["preset"] if begun else "paper" if known.data else "small")
     return tyro.cli(config, default=dataclasses.replace(config(), preset=preset, **(small if preset == "small" else {})), description=sys.modules["__main__"].__doc__)
+
+
+def run_config(folder):
+    """config.json of a run folder, as a dict."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: no readable configuration of a run ({error}); give a folder that one of these scripts wrote") from error
 
 
 def launch(train, cfg):
@@ -760,8 +772,11 @@ def launch(train, cfg):
         from torch.distributed.run import main
         try:
             return main(["--standalone", "--nproc-per-node", str(cfg.gpus), "--shutdown-timeout", "20", *sys.argv])
-        except ChildFailedError as error:               # a killed process names itself; the others then lose the connection to it
-            rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+        except ChildFailedError as error:
+            # a killed process comes first: the others then lose the connection to it. One killed much later was hanging, and the launcher did it
+            earliest = min(failure.timestamp for failure in error.failures.values())
+            rank, failure = min(error.failures.items(), key=lambda item: (
+                item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM or item[1].timestamp > earliest + 10, item[1].timestamp))
             if failure.exitcode == 128 + signal.SIGTERM:
                 raise SystemExit(failure.exitcode) from None                # asked to stop, saved
             how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"left with exit code {failure.exitcode}"
@@ -796,18 +811,21 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
         keep_large_buffers()
     if world > 1 and not torch.distributed.is_initialized():
         from datetime import timedelta
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5), device_id=device if cuda else None)
-    out, asked = Path(cfg.out), json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
-    if (out / "config.json").exists() and (out / "last.pt").exists():
-        before = json.loads((out / "config.json").read_text())
-        changed = {k: (before.get(k), v) for k, v in asked.items() if before.get(k) != v and k not in free}
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT), device_id=device if cuda else None)
+    out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0)
+    if state:
+        before = json.loads(state["config"])
+        changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
         if changed:
             told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
             raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
         write_text(out / "config.json", json.dumps(asked, indent=1))
-        starts = json.loads((out / "provenance.json").read_text()) if (out / "last.pt").exists() else []
+        starts = json.loads((out / "provenance.json").read_text()) if state and (out / "provenance.json").exists() else []
         starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
         write_text(out / "provenance.json", json.dumps(starts, indent=1))                  # a line for each start and resume
         source = out / ("source" if len(starts) == 1 else f"source-{len(starts)}")
@@ -836,11 +854,43 @@ def commit():
     return (git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")) if shutil.which("git") and git("rev-parse", "HEAD") else "unknown"
 
 
+def first_line(error):
+    """What kind of error, and the beginning of what it says."""
+    return f"{type(error).__name__}: {str(error)}".splitlines()[0][:200]
+
+
+def described(cfg, world):
+    """What config.json and checkpoints say of a run: its configuration and the number of processes."""
+    return json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
+
+
+@contextmanager
+def written(path, keep=None):
+    """Write to the yielded path; at the end that becomes `path`, and what stood there `keep` if given. A reader sees the old file or the new, whole.
+
+    If writing fails, what was there stands, nothing half-written is left, and the error says so.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        if keep:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())             # renamed before its bytes are on the disk, a power cut would leave it empty
+            if path.exists():
+                os.replace(path, keep)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch.save tells a full disk as a RuntimeError
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise SystemExit(f"{path}: could not be written ({why}); what stood there stands. "
+                         "Make room there, or the folder writable; the same command goes on from the last checkpoint.") from error
+
+
 def write_text(path, text):
-    """Written aside and renamed: a reader sees the old text or the new."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    """A whole text file, see written."""
+    with written(path) as part:
+        part.write_text(text)
 
 
 def wrap(model, device, world):
@@ -867,15 +917,37 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def checkpoint(out, aloud=False):
+    """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict, or None where there is neither. None of them whole is an error.
+
+    aloud: say when it is not last.pt, and move an unreadable last.pt out of the way.
+    """
+    last, previous, bad = Path(out) / "last.pt", Path(out) / "previous.pt", []
+    for path in (last, previous):
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state.keys() != {"step", "config", "model", "optimizers"}:
+                raise ValueError(f"it holds {', '.join(map(str, state))[:100]}")
+        except Exception as error:                  # a cut archive, a pickle that wants more than tensors, another program's file
+            bad.append(f"{path}: not a readable checkpoint of this program ({first_line(error)}), {path.stat().st_size} bytes")
+            continue
+        if aloud and path == previous:
+            if bad:
+                os.replace(last, last.with_name("unreadable.pt"))
+            told = bad[0] + "; it was renamed to unreadable.pt" if bad else f"{last}: missing"
+            print(f"{told}. Going on from {previous.name}, step {state['step']}.", flush=True)
+        return state
+    if bad:
+        raise SystemExit("\n".join(bad) + "\nDelete the run folder to start over, or give another --out.")
+
+
 def resume(out, model, *opts):
-    """Load last.pt if the run folder has one, into the optimisers too where they are given -> the next step, else 0."""
-    path = Path(out) / "last.pt"
-    if not path.exists():
+    """Load the newest whole checkpoint if the run folder has one, into the optimisers too where they are given -> the next step, else 0."""
+    state = checkpoint(out)
+    if state is None:
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise SystemExit(f"{path}: not a readable checkpoint ({type(error).__name__}). Delete it to start over, or give another --out.") from error
     model.load_state_dict(state["model"])
     for opt, kept in zip(opts, state["optimizers"]):
         opt.load_state_dict(kept)
@@ -883,16 +955,17 @@ def resume(out, model, *opts):
 
 
 def save(cfg, step, model, opts, units, grid):
-    """Rank 0 only: last.pt (to resume) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads; config, grid and commit in its header)."""
+    """Rank 0 only: last.pt (to resume; the one before becomes previous.pt) and backbones.safetensors (`units`: name prefixes of what fine-tuning loads;
+    config, grid and commit in its header)."""
     from safetensors.torch import save_file
     out, state = Path(cfg.out), model.state_dict()
-    torch.save(dict(step=step, model=state, optimizers=[opt.state_dict() for opt in opts]), out / "last.pt.part")
     weights = {k: v.contiguous().cpu() for k, v in state.items() if k.startswith(tuple(u + "." for u in units))}
     started = json.loads((out / "provenance.json").read_text())[-1]["commit"]               # not today's: files may have changed since
     header = {"config": json.dumps(dataclasses.asdict(cfg)), "grid": json.dumps(dataclasses.asdict(grid)), "commit": started, "step": str(step), "units": ",".join(units)}
-    save_file(weights, out / "backbones.safetensors.part", header)
-    os.replace(out / "backbones.safetensors.part", out / "backbones.safetensors")
-    os.replace(out / "last.pt.part", out / "last.pt")
+    with written(out / "backbones.safetensors") as part:
+        save_file(weights, part, header)
+    with written(out / "last.pt", keep=out / "previous.pt") as part:
+        torch.save(dict(step=step, config=json.dumps(described(cfg, processes())), model=state, optimizers=[opt.state_dict() for opt in opts]), part)
 
 
 def load_units(run, model, wanted, possible, grid, rank):
@@ -968,8 +1041,8 @@ class Log:
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            write_text(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] < first))
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []       # the last may be cut
+            write_text(self.path, "".join(line + "\n" for line in lines if line[:1] + line[-1:] == "{}" and json.loads(line)["step"] < first))
             self.file, self.board = open(self.path, "a"), SummaryWriter(Path(out) / "tensorboard", purge_step=first)
 
     def ask(self, number, _):
@@ -1004,10 +1077,14 @@ class Log:
         values = {prefix + k: round(v, 7) for k, v in zip(terms, (over_ranks(local) / processes()).tolist())}
         if self.rank:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for k, v in values.items():
-            self.board.add_scalar(k, v, step)
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+            for k, v in values.items():
+                self.board.add_scalar(k, v, step)
+        except OSError as error:
+            raise SystemExit(f"{self.path}: step {step} could not be written ({error.strerror}). "
+                             "Make room there; the same command goes on from the last checkpoint.") from error
         now, done = time.monotonic(), step + 1 - self.first
         if not prefix and (done == 1 or now - self.said > 10 or step + 1 == self.steps):
             self.said, spent = now, now - self.begin

@@ -32,8 +32,8 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, cosine, figure, half, launch, load_units, loss_curves, mean_over_ranks, parse, processes, resume, save, share_buffers, start, trunk, wrap,
-                    write_text)
+from common import (Log, cosine, figure, half, launch, load_units, loss_curves, mean_over_ranks, parse, processes, resume, run_config, save, share_buffers, start,
+                    trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
@@ -225,7 +225,7 @@ class Detector(nn.Module):
         for parts in found:
             boxes, labels, scores = map(torch.cat, zip(*parts))
             order = scores.argsort(descending=True, stable=True)[:MOST]
-            order = order[scores[order] > 0]
+            order = order[~(scores[order] <= 0)]                                           # a score that is no number stays: see check_found
             frames.append((boxes[order], labels[order], scores[order]))
         return frames
 
@@ -516,7 +516,20 @@ def predict_all(model, loader, device):
         torch.distributed.all_gather_object(parts, mine)
     frames = {name: found for part in parts for name, found in part.items()}
     names = loader.dataset.names
+    check_found(frames, [names[i] for i in loader.indices])
     return {names[i]: frames[names[i]] for i in loader.indices}
+
+
+def check_found(frames, names):
+    """What the metric would trip over, or not notice: a frame missing or too many, too many boxes, numbers that are not finite. frames as predict_all has them."""
+    if frames.keys() != set(names):
+        name = sorted(frames.keys() ^ set(names))[0]
+        raise ValueError(f"{name}: {'predicted but not held out' if name in frames else 'held out but not predicted'}; expected each of {len(names)} frames once")
+    for name, (boxes, _, scores, _) in frames.items():
+        strange = ~np.isfinite(np.c_[boxes, scores]).all(1)
+        if len(boxes) > MOST or strange.any():
+            raise FloatingPointError(f"{name}: {len(boxes)} boxes predicted, {strange.sum()} of them with numbers that are not finite; "
+                                     f"expected at most {MOST} and finite ones: the weights are broken, go back to an earlier checkpoint")
 
 
 def finish(model, cfg, out, held_out, device, rank):
@@ -718,16 +731,13 @@ def train(rank, world, cfg):
 
 def rescore(rank, world, cfg):
     """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder."""
-    path = Path(cfg.eval_only, "config.json")
-    if not path.is_file():
-        raise SystemExit(f"--eval-only {cfg.eval_only}: no config.json there; give a folder that finetune.py wrote")
-    kept = {k: v for k, v in json.loads(path.read_text()).items() if k in Config.__dataclass_fields__}
+    kept = {k: v for k, v in run_config(cfg.eval_only).items() if k in Config.__dataclass_fields__}
     run = replace(Config(**kept | dict(use=tuple(kept["use"]))), gpus=cfg.gpus, workers=cfg.workers, eval_only="")
     device = torch.device("cuda", rank) if torch.cuda.is_available() and cfg.gpus != 0 else torch.device("cpu")
     dataset = data.open_dataset(run.data, run.preset)
     model = Detector(run, dataset.grid).to(device)
     if not resume(cfg.eval_only, model):
-        raise SystemExit(f"--eval-only {cfg.eval_only}: no last.pt there; finish a run first")
+        raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
     finish(model, run, cfg.eval_only, data.loader(dataset, "val", run.batch, rank, world, run.seed, workers=run.workers), device, rank)
 
 

@@ -505,7 +505,8 @@ def train(rank, world, cfg):
             opt.zero_grad()
         loss, terms = net(batch)
         loss.backward()
-        log(step, batch.names, loss=loss, **terms, lr=cfg.lr * factor)       # raises before the update if a term is not finite
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr * factor)                   # raises before the update if one is not finite
         for opt in opts:
             opt.step()
         stop = log.stopping()

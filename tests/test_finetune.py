@@ -331,7 +331,7 @@ def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, told):
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(batch=0), "start at 1"), (dict(use=("head",)), "expected some of lidar"),
                                          (dict(modality="lidar", use=("camera.neck",)), "expected some of lidar, fuse"), (dict(fraction=2.), "at most 1"),
-                                         (dict(eval_only="nowhere"), "no config.json there")])
+                                         (dict(eval_only="nowhere"), "no readable configuration")])
 def test_flags_that_cannot_work_are_refused_before_anything_is_written(three_frames, tmp_path, flags, told):
     with pytest.raises(SystemExit, match=told):
         finetune.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags))
