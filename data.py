@@ -120,6 +120,9 @@ class Frame:
         for k, image in enumerate(self.images):
             if image.ndim != 3 or image.shape[0] != 3 or image.dtype != "uint8":
                 raise ValueError(f"{self.name}: image {k} is {image.dtype} {image.shape}, expected uint8 (3, H, W)")
+        for what in ("lidar2img", "lidar2world") if self.boxes is None else ("lidar2img", "lidar2world", "boxes"):
+            if not np.isfinite(getattr(self, what)[..., :7]).all():                                  # a velocity may be unknown
+                raise DataError(f"{self.name}: {what} has numbers that are not finite, or too large; check the calibration, poses and labels that it is made from")
         for what, value in self.extra.items():
             if what.startswith("points_") and len(value) != n:
                 raise ValueError(f"{self.name}: extra {what} has {len(value)} rows, expected one for each of the {n} points")
@@ -397,6 +400,10 @@ DETECTION = {       # category of an annotation -> class of the detection task; 
 TURN = np.array([[0., 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])      # LiDAR axes on disk (x right, y forward) -> ours
 
 
+TEXTS = {"token", "sensor_token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "scene_token", "instance_token", "category_token",
+         "channel", "filename", "name", "prev", "next"}                           # columns of text; the others are numbers, see Table.numbers
+
+
 class Table:
     """One JSON table as columns: table["name"] is a list; `link` and `numbers` give checked arrays."""
 
@@ -405,11 +412,18 @@ class Table:
         if not self.path.is_file():
             raise DataError(f"{self.path}: this table is missing; extract the metadata archive of {folder.name} again")
         try:        # rows become tuples as they are parsed: whole rows of the 2.6 million in sample_data would need gigabytes
-            rows = json.loads(self.path.read_bytes(), object_hook=lambda row: self.pick(row) if keep is None or keep(row) else None)
-            rows = [row for row in rows if row is not None]
-            self.data = dict(zip(self.columns, zip(*rows))) if rows else {column: () for column in self.columns}
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+            rows = json.loads(self.path.read_bytes(), object_hook=lambda row: self.pick(row) if keep is None or keep(row) else ())
+            if type(rows) is not list or any(type(row) is not tuple for row in rows):
+                raise ValueError("not a JSON list of rows")
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path}: not a JSON list of rows ({error}); extract the metadata archive again") from error
+        rows = [row for row in rows if row]
+        self.data = dict(zip(self.columns, zip(*rows))) if rows else {column: () for column in self.columns}
+        for column in set(self.columns) & TEXTS:
+            for i, value in enumerate(self[column]):
+                if not (type(value) is str and len(value) <= 500 and value.isprintable()):
+                    raise DataError(f"{self.path}: row {str(self['token'][i])[:80]} has {column} {str(value)[:80]!r}, expected a short text; "
+                                    "extract the metadata archive again")
         self.number = {token: i for i, token in enumerate(self["token"])}
         if len(self.number) < len(rows):
             token, count = Counter(self["token"]).most_common(1)[0]
@@ -444,11 +458,11 @@ class Table:
         for n, i in enumerate(rows):
             try:
                 values[n] = self[column][i]
-                fine = np.isfinite(values[n]).all()
+                fine = (abs(values[n]) < 2 ** 62).all()                                              # NaN is not
             except (ValueError, TypeError, OverflowError):
                 fine = False
             if not fine:
-                raise DataError(f"{self.path}: row {self['token'][i]} has {column} {self[column][i]}, expected "
+                raise DataError(f"{self.path}: row {self['token'][i]} has {column} {str(self[column][i])[:80]}, expected "
                                 f"{' x '.join(map(str, shape)) or 'one'} finite number(s); extract the metadata archive again")
         return values
 
@@ -487,7 +501,11 @@ def pack(**columns):
 def official_splits(folder):
     """{scene name: "train", "val" or "test"} from folder/splits.json if there (the devkit's way to own splits), else the official lists."""
     if (folder / "splits.json").is_file():
-        lists = json.loads((folder / "splits.json").read_text())
+        try:
+            lists = json.loads((folder / "splits.json").read_bytes())
+            assert type(lists) is dict and all(type(scene) is str for scenes in lists.values() for scene in scenes)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise DataError(f"{folder / 'splits.json'}: not a JSON list of scene names for each split ({error}); get the file again") from error
     else:
         from nuscenes.utils.splits import create_splits_scenes  # slow to import, and needed only here
         lists = create_splits_scenes()
@@ -845,10 +863,10 @@ class Kitti:
         split_of, listed, frames = {}, 0, []
         for split in ("train", "val", "test"):
             path = Path(self.root, "ImageSets", f"{split}.txt")
-            for number, line in enumerate(path.read_text().split() if path.is_file() else (), 1):
+            for number, line in enumerate(path.read_text(errors="replace").split() if path.is_file() else (), 1):
                 folder = "testing" if split == "test" else "training"
                 if not re.fullmatch(r"\d{6}", line):
-                    raise DataError(f"{path}: entry {number} is {line!r}, expected six digits, the number of a frame; get the file again")
+                    raise DataError(f"{path}: entry {number} is {line[:80]!r}, expected six digits, the number of a frame; get the file again")
                 if split_of.setdefault((folder, line), split) != split:
                     raise DataError(f"{path}: frame {line} is in {split_of[folder, line]}.txt too, expected one split a frame; get the files again")
         for folder in ("training", "testing"):
@@ -932,8 +950,8 @@ class Kitti:
                 v = np.array(words, np.float64)
             except ValueError:
                 v = np.zeros(0)
-            if kind not in KITTI_TYPES or v.shape != (14,) or not np.isfinite(v).all():
-                raise DataError(f"{frame.name}: {path}, line {n + 1} is {line!r}, expected one of {', '.join(KITTI_TYPES)} and 14 finite numbers; "
+            if kind not in KITTI_TYPES or v.shape != (14,) or not (abs(v) < 1e6).all():             # NaN is not
+                raise DataError(f"{frame.name}: {path}, line {n + 1} is {line[:200]!r}, expected one of {', '.join(KITTI_TYPES)} and 14 finite numbers; "
                                 "extract the labels again")
             label = self.grid.classes.index(kind) if kind in self.grid.classes else -1
             rows[n] = kind, *v[:3], v[3:7], v[7:10], v[10:13], v[13], np.nan, label
@@ -1048,11 +1066,13 @@ class Waymo:
         import pyarrow.parquet as parquet
         name, path = self.name_of(frame), inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet", self.what)
         try:
-            there = parquet.read_schema(path).names
-            full = {column: next((c for c in there if c == column or c.endswith("]." + column)), None) for column in columns}
-            absent = [column for column in columns if full[column] is None]
-            if absent:
-                raise DataError(f"{name}: {path} has no column {absent[0]}, only {', '.join(there)[:200]}; expected version 2 of the data set: download it again")
+            schema = parquet.read_schema(path)
+            full = {column: next((c for c in schema.names if c == column or c.endswith("]." + column)), None) for column in columns}
+            for column in columns:
+                if full[column] is None:
+                    raise DataError(f"{name}: {path} has no column {column}, only {', '.join(schema.names)[:200]}; expected version 2 of the data set: download it again")
+                if not self.fits(column, kind := schema.field(full[column]).type):
+                    raise DataError(f"{name}: {path} has {kind} in column {column}; expected version 2 of the data set: download it again")
             chosen = [("key.frame_timestamp_micros", "==", frame.time)] if frame.time and not all_times else None
             table = parquet.read_table(path, columns=list(full.values()), filters=chosen)
         except FileNotFoundError as error:
@@ -1060,7 +1080,20 @@ class Waymo:
         except (pyarrow.ArrowException, OSError) as error:
             size = os.path.getsize(path)
             raise DataError(f"{name}: {path} is not a whole parquet file ({str(error)[:120]}), {size} bytes; download it again") from error
+        for column in columns:
+            if table[full[column]].null_count and not column.startswith(("beam_inclination", "difficulty", "num_lidar", "speed")):
+                raise DataError(f"{name}: {path} has rows without {column}; download it again")
         return [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
+
+    @staticmethod
+    def fits(column, kind):
+        """Whether a column of the data set may be of this Arrow type: lists of numbers, a picture's bytes, a text, or a number."""
+        from pyarrow import types
+        if column.endswith(("values", "shape", "transform")):
+            return hasattr(kind, "value_type") and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
+        if column in ("image", "key.laser_object_id"):
+            return types.is_binary(kind) if column == "image" else types.is_string(kind)
+        return types.is_integer(kind) or types.is_floating(kind) and column != "type" and not column.startswith("key.")
 
     def arrays(self, frame, component, columns, shape):
         """Images of float numbers of one frame, by laser: {laser: (H, W, shape)} float32; columns (values, shape)."""
@@ -1144,7 +1177,8 @@ class Waymo:
         if not np.isfinite(rows["box"][:, :7]).all() or not (rows["box"][:, 3:6] > 0).all():
             raise DataError(f"{self.name_of(frame)}: lidar_box has a box without a place or size; download it again")
         rows["label"] = [self.grid.classes.index(WAYMO_TYPES[int(k)]) if int(k) in WAYMO_TYPES else -1 for k in kind]
-        rows["lidar_points"], rows["difficulty"], rows["token"] = [c or 0 for c in count], [d or 0 for d in difficulty], token
+        rows["lidar_points"], rows["difficulty"] = (np.nan_to_num(np.array(values, np.float64)) for values in (count, difficulty))        # null: 0
+        rows["token"] = token
         return rows
 
     def calibrated_by(self, i):

@@ -443,7 +443,7 @@ def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empt
     cases = [*((copy.deepcopy(model), pair) for pair in apart), (copy.deepcopy(model).train(), apart[1])]
     torch.multiprocessing.spawn(detector_on_two, (str(tmp_path), cases), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for joined, (loss, gradient), (other, same) in zip(together, *parts, strict=False):
+    for joined, (loss, gradient), (other, same) in zip(together, *parts):
         one = copy.deepcopy(model)
         whole, _ = one(joined)
         whole.backward()

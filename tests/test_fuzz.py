@@ -44,7 +44,7 @@ def test_what_is_projected_comes_back_along_its_ray(seed, focal, yaw, pitch):
     lidar2img = torch.as_tensor(K @ np.linalg.inv(turn), dtype=torch.float32)[None]
     hw = torch.tensor([[96, 256]])
     point, image, uv, depth = common.project(torch.as_tensor(points[:, :3], dtype=torch.float32), torch.zeros(60, dtype=torch.int64), lidar2img, hw, 1, near=1.0)
-    origin, direction = common.rays(lidar2img, uv, image)
+    origin, direction = common.rays(uv, image, lidar2img)
     along = ((torch.as_tensor(points[:, :3], dtype=torch.float32)[point] - origin) * direction).sum(1, keepdim=True)
     torch.testing.assert_close(origin + along * direction, torch.as_tensor(points[:, :3], dtype=torch.float32)[point], atol=0.02, rtol=1e-3)
     assert (image == 0).all() and ((uv >= 0) & (uv < hw.flip(1))).all() and (depth >= 1).all() and len(torch.unique(point)) == len(point)
@@ -54,14 +54,11 @@ def clip(corners, others):
     """Sutherland-Hodgman: what of one convex polygon lies in another, both counter-clockwise. -> area"""
     polygon = list(corners)
     for a, b in zip(others, np.roll(others, -1, 0)):
-        inside = [np.cross(b - a, p - a) >= 0 for p in polygon]
-        kept = []
+        left, kept = [(b - a)[0] * (p - a)[1] - (b - a)[1] * (p - a)[0] for p in polygon], []
         for n, p in enumerate(polygon):
-            before, was = polygon[n - 1], inside[n - 1]
-            if inside[n] != was:
-                t = np.cross(b - a, a - before) / np.cross(b - a, p - before)
-                kept.append(before + t * (p - before))
-            if inside[n]:
+            if (left[n] >= 0) != (left[n - 1] >= 0):
+                kept.append(polygon[n - 1] + left[n - 1] / (left[n - 1] - left[n]) * (p - polygon[n - 1]))
+            if left[n] >= 0:
                 kept.append(p)
         polygon = kept
         if not polygon:
@@ -86,21 +83,17 @@ def test_shared_area_is_that_of_clipped_polygons_and_symmetric(a, b):
 
 
 @QUICK
-@given(st.tuples(st.floats(-25.5, 25.5), st.floats(-25.5, 25.5), st.floats(-3, 3), st.floats(0.1, 20), st.floats(0.1, 20), st.floats(0.1, 5), angles, metres, metres))
+@given(st.tuples(st.floats(-25.9, 25.2), st.floats(-25.9, 25.2), st.floats(-3, 3), st.floats(0.1, 20), st.floats(0.1, 20), st.floats(0.1, 5), angles, metres, metres))
 def test_boxes_survive_their_code(box):
-    cells = finetune.Detector(finetune.Config(preset="small", **{**finetune.SMALL, "width": 4, "modality": "lidar"}), GRID).cells if not CELLS else CELLS[0]
-    CELLS[:] = [cells]
+    cells = common.VoxelNet(GRID.low, GRID.high, GRID.voxel, 2).cells[-1]                # centres at -25.55, -24.75, ... 24.85 m
     box = torch.tensor([box], dtype=torch.float64)
     cell, code, within = finetune.encode(box, cells)
     assert within.all()
-    torch.testing.assert_close(finetune.decode(cell, code, cells), box, atol=1e-6, rtol=1e-6)
-
-
-CELLS = []
+    torch.testing.assert_close(finetune.decode(cell, code, cells), box, atol=1e-4, rtol=1e-5)
 
 
 @QUICK
-@given(arrays.arrays(bool, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), elements=st.booleans()), st.booleans(), st.integers(0, 9))
+@given(arrays.arrays(bool, st.tuples(*[st.integers(1, n) for n in (3, 4, 5, 5)]), elements=st.booleans()), st.booleans(), st.integers(0, 9))
 def test_sparse_convolutions_of_any_sites_are_dense_ones(taken, strided, seed):
     """Nothing at all, one voxel, borders, empty frames in the batch, full volumes."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +125,7 @@ def test_voxels_are_the_means_of_their_points(xyz, frames):
     assert len(level.coords) == len(sums)
     if sums:                                                                            # a point within rounding of a border may fall on either side of it
         counts = np.array([[*site, len(held)] for site, held in sums.items()])
-        assert counts[:, 4].sum() == net.within(points).sum()
+        assert counts[:, 4].sum() == net.inside(points).sum()
 
 
 # ---- damaged files ----
@@ -149,7 +142,8 @@ def block(raw, rng):
     return raw[:a] + (bytes(b - a) if rng.random() < 0.5 else raw[b:] + raw[a:b]) + (raw[b:] if rng.random() < 0.5 else b"")
 
 
-STRANGE = (None, "", "x", -1, 0, 1e308, -1e308, float("nan"), float("inf"), 2**70, [], [[]], [1], {}, {"a": 1}, True, "../..", "\ud800", "a" * 100_000, [0.] * 9, ["b"] * 4)
+STRANGE = (None, "", "x", -1, 0, 1e308, -1e308, float("nan"), float("inf"), 2**70, [], [[]], [1], {}, {"a": 1}, True, "../..", "\ud800", "a" * 100_000,
+           [0.] * 9, ["b"] * 4)
 
 
 def wrong_type(raw, rng):
@@ -184,7 +178,10 @@ def wrong_column(raw, rng):
 
     import pyarrow
     import pyarrow.parquet as parquet
-    table = parquet.read_table(io.BytesIO(raw))
+    try:
+        table = parquet.read_table(io.BytesIO(raw))
+    except (pyarrow.ArrowException, OSError):                                           # damaged already
+        return flip(raw, rng)
     n = int(rng.integers(table.num_columns))
     kind = int(rng.integers(6))
     if kind == 0:
