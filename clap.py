@@ -51,7 +51,7 @@ from torch import nn
 
 import data
 from common import (Log, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
-                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, project, ravel, rays, resume, save, share_buffers, start, stratified,
+                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, share_buffers, start, stratified,
                     surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
@@ -70,6 +70,7 @@ class Config:
     seed: int = 0                      # of everything: order, augmentation, masks, draws, initial weights
     eval_every: int = 1000             # steps between held-out terms; 1000, small 80 [ours]
     save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
+    profile: int = 0                   # steps to time instead of training; 0: train [ours]
     # optimisation
     epochs: int = 24                   # 24 [ours]; the paper's is unknown, UniPAD 12, PonderV2 24, TREND 48; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 340 [ours]
@@ -634,17 +635,18 @@ def train(rank, world, cfg):
     dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours)
     augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
-    if rank == 0:
-        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
     held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # spread over the split
     model = Clap(cfg, loader.grid).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    net = wrap(model, device, world)
+    if cfg.profile:
+        return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
-    net = wrap(model, device, world)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
+        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
 
     for step, batch in log.batches(loader, first):

@@ -50,7 +50,7 @@ from torch import nn
 
 import data
 from common import (Log, ResNet, VoxelNet, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks, parse, perplexity,
-                    project, resume, sample_image, save, segment_sum, share_buffers, start, wrap, write_text)
+                    profile, project, resume, sample_image, save, segment_sum, share_buffers, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -69,6 +69,7 @@ class Config:
     seed: int = 0                      # of everything: order, augmentation, masks, pairs, initial weights
     eval_every: int = 500              # steps between held-out terms; 500, small 50 [ours]
     save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
+    profile: int = 0                   # steps to time instead of training; 0: train [ours]
     teacher: str = ""                  # moco, none (random, trained along), or weights with torchvision's names; default moco with --data, else none D9
     # optimisation
     epochs: int = 10                   # 10 [code]; small 0: steps decide
@@ -488,16 +489,18 @@ def train(rank, world, cfg):
     device = start(cfg, rank, world)
     views = Views(dataset.grid, cfg)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views)
-    if rank == 0:
-        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
     held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=views).begin_at(0), BATCHES))    # the same on every process
     model.to(device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    net = wrap(model, device, world)
+    if cfg.profile:
+        return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.teacher, "stages"), rebuild=(model, "rebuild"),
+                       occupancy=(model, "occupied"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
-    net = wrap(model, device, world)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
+        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, "
               f"teacher {cfg.teacher}, {device}", flush=True)
 

@@ -13,8 +13,8 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
-                  resume, save, load_units, load_resnet, Log, write_text, figure,
-                  loss_curves
+                  resume, save, load_units, load_resnet, Log, profile, write_text,
+                  figure, loss_curves
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -28,6 +28,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 
 try:                                   # the one optional import: compiled against one torch, so it may be absent or stale
@@ -46,6 +49,7 @@ try:                                   # the one optional import: compiled again
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
 
+PAPER_FRAMES = dict(nuscenes=28130, kitti=3712, waymo=158081)        # training frames of the published splits, for --profile
 TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))           # s, how long a process waits for another that says nothing [ours]
 
 
@@ -797,7 +801,7 @@ def launch(train, cfg):
     os._exit(0)                         # gloo's threads may abort a finished interpreter on its way out
 
 
-def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every")):
+def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every", "profile")):
     """Device, process group and run folder: config.json, source copies, provenance. -> device.
 
     A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
@@ -812,6 +816,8 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     if world > 1 and not torch.distributed.is_initialized():
         from datetime import timedelta
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT), device_id=device if cuda else None)
+    if cfg.profile:
+        return device
     out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0)
     if state:
         before = json.loads(state["config"])
@@ -1099,6 +1105,87 @@ class Log:
         if self.rank == 0:
             self.file.close()
             self.board.close()
+
+
+def profile(cfg, net, loader, opts, device, rank, **parts):
+    """--profile N: where the time of N training steps goes, printed; nothing is written. parts: name=(object, "method") of the model, timed within its forward."""
+    spent = dict.fromkeys(("wait for data", "transfer", *parts, "rest of forward", "backward", "optimiser"), 0.0)
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(name, method):
+        def call(*words, **named):
+            begin = now()
+            out = method(*words, **named)
+            spent[name] += now() - begin
+            return out
+        return call
+
+    def train(batch):
+        """One step -> seconds when it began, had the loss, had the gradients, was done."""
+        times = [now()]
+        loss, _ = net(batch)
+        times.append(now())
+        for opt in opts:
+            opt.zero_grad()
+        loss.backward()
+        times.append(now())
+        for opt in opts:
+            opt.step()
+        return [*times, now()]
+
+    grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}                # torch does not count them
+    source = iter(loader.begin_at(0))
+    with warnings.catch_warnings(record=True) as waits, FlopCounterMode(display=False, custom_mapping=grouped) as counter:
+        warnings.simplefilter("always")
+        batch = next(source).to(device)
+        if device.type == "cuda":
+            train(batch)
+            torch.cuda.set_sync_debug_mode("warn")
+        before, waits[:] = counter.get_total_flops(), []
+        train(batch)
+        flops = counter.get_total_flops() - before
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    for name, (owner, method) in parts.items():
+        setattr(owner, method, timed(name, getattr(owner, method)))
+    for _ in range(cfg.profile):
+        asked = now()
+        batch = next(source)
+        got = now()
+        batch = batch.to(device)
+        within = sum(spent[name] for name in parts)
+        begun, forward, backward, done = train(batch)
+        for name, seconds in (("wait for data", got - asked), ("transfer", begun - got), ("backward", backward - forward), ("optimiser", done - backward),
+                              ("rest of forward", forward - begun - sum(spent[name] for name in parts) + within)):
+            spent[name] += seconds
+    n, a = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a = torch.ones(n, n, dtype=a, device=device)
+    rates = []
+    for _ in range(5):
+        begin = now()
+        a @ a
+        rates.append(2 * n ** 3 / (now() - begin))
+    if rank:
+        return
+    total, frames = sum(spent.values()), cfg.batch * processes()
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_memory()
+    print(f"{cfg.profile} steps of {frames} frames, {cfg.preset} size, {device}, {torch.get_num_threads()} threads")
+    for name, seconds in spent.items():
+        print(f"{name:18}{1e3 * seconds / cfg.profile:10.1f} ms a step{seconds / total:8.1%}")
+    print(f"{'in all':18}{1e3 * total / cfg.profile:10.1f} ms a step, {cfg.profile * frames / total:.2f} frames/s, peak memory of a process {memory:.1f} GiB")
+    print(f"matrix products and convolutions: {flops / 1e9:.0f} GFLOP a step, at the {max(rates) / 1e9:.0f} GFLOP/s of one large {str(a.dtype)[6:]} product here "
+          f"{flops / max(rates) * cfg.profile / total:.0%} of the time")
+    full = PAPER_FRAMES[loader.grid.dataset]
+    if type(cfg)().epochs:
+        print(f"{type(cfg)().epochs} epochs over the {full} training frames of {loader.grid.dataset} would take "
+              f"{type(cfg)().epochs * full * total / (cfg.profile * frames) / 86400:.2f} days at this speed")
+    if device.type == "cuda":
+        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
+        print(f"{places.total()} waits of the CPU for the GPU in a step: " + ", ".join(f"{place} x {n}" for place, n in places.most_common()))
 
 
 def peak_memory():

@@ -32,8 +32,8 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, cosine, figure, half, launch, load_units, loss_curves, mean_over_ranks, parse, processes, resume, run_config, save, share_buffers, start,
-                    trunk, wrap, write_text)
+from common import (Log, cosine, figure, half, launch, load_units, loss_curves, mean_over_ranks, parse, processes, profile, resume, run_config, save, share_buffers,
+                    start, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
@@ -54,6 +54,7 @@ class Config:
     workers: int = 4                   # loader processes for each training process [ours]
     seed: int = 0                      # of everything: labels drawn, order, augmentation, initial weights
     save_every: int = 500              # steps between checkpoints; 500, small 60 [ours]
+    profile: int = 0                   # steps to time instead of training; 0: train [ours]
     eval_only: str = ""                # a run folder: predict and score it again, train nothing
     # what is learned from
     init: str = "none"                 # a pre-training run folder, or none
@@ -692,18 +693,20 @@ def train(rank, world, cfg):
                          augment=partial(augment, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors))
     held_out = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed, workers=cfg.workers)
     loader.indices = drawn
-    describe_draw([dataset.names[i] for i in drawn], cfg, cfg.out, rank)
-    if rank == 0:
-        print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
     model = Detector(cfg, dataset.grid).to(device)
     loaded = load_units(cfg.init, model, wanted, possible, dataset.grid, rank) if cfg.init != "none" else set()
     groups = [[p for name, p in model.named_parameters() if (name in loaded) == old] for old in (False, True)]
     opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_init))], weight_decay=cfg.weight_decay, fused=True)
+    net = wrap(model, device, world)
+    if cfg.profile:
+        branches = {name: (branch, "forward") for name, branch in (("trunk", model.lidar), ("camera", model.camera)) if branch is not None}
+        return profile(cfg, net, loader, [opt], device, rank, **branches)
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
-    net = wrap(model, device, world)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
+    describe_draw([dataset.names[i] for i in drawn], cfg, cfg.out, rank)
     if rank == 0:
+        print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
               f"lr {cfg.lr:g} new, {cfg.lr_init:g} loaded, {device}", flush=True)
 

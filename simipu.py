@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse, project,
-                    resume, sample_image, save, share_buffers, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse,
+                    profile, project, resume, sample_image, save, share_buffers, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
@@ -67,6 +67,7 @@ class Config:
     seed: int = 0                      # of everything: order, points, T, pictures' sizes, initial weights
     eval_every: int = 500              # steps between held-out terms; 500, small 50 [ours]
     save_every: int = 500              # steps between checkpoints; 500, small 100 [ours]
+    profile: int = 0                   # steps to time instead of training; 0: train [ours]
     image_init: str = ""               # weights that the image network starts from, torchvision's names: the paper's "double fine-tuning"; empty: random
     # optimisation
     epochs: int = 50                   # 50 [code: every published weight file is of epoch 50 of 100]; small 0: steps decide
@@ -477,8 +478,6 @@ def train(rank, world, cfg):
     dataset = data.open_dataset(cfg.data, cfg.preset)
     augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
-    if rank == 0:
-        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
     held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=augment).begin_at(0), BATCHES))  # the same on every process
     model = SimIPU(cfg, dataset.grid)
     if cfg.image_init:
@@ -487,11 +486,14 @@ def train(rank, world, cfg):
     opts = [torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points, betas=(0.95, 0.99), weight_decay=0.01),                    # [code]
             torch.optim.SGD([p for part in (model.camera, model.head_intra, model.head_point, model.head_image) for p in part.parameters()],
                             lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                              # [code]
+    net = wrap(model, device, world)
+    if cfg.profile:
+        return profile(cfg, net, loader, opts, device, rank, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)                           # 0 when there is nothing to resume
-    net = wrap(model, device, world)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
+        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
               f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled, {device}", flush=True)
 

@@ -728,3 +728,15 @@ def test_sigterm_to_everybody_still_saves(world, tmp_path):
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command goes on from there" in rest, rest
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 1
+
+
+def test_profile_tells_where_a_step_goes_and_writes_nothing(three_frames, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0, batch=1, profile=2))
+    said = capsys.readouterr().out
+    parts = {line[:18].strip(): line[18:].split() for line in said.splitlines() if " ms a step" in line}
+    assert list(parts) == ["wait for data", "transfer", "trunk", "camera", "render", "rest of forward", "backward", "optimiser", "in all"]
+    times = {name: float(words[0]) for name, words in parts.items()}
+    assert sum(times.values()) - times["in all"] == pytest.approx(times["in all"], abs=1) and times["backward"] > 0 < times["trunk"]
+    assert f"2 steps of 1 frames, small size, cpu, {threads} threads" in said and "GFLOP a step" in said and "28130 training frames of nuscenes" in said
+    assert not (tmp_path / "run").exists()
