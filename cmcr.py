@@ -32,6 +32,7 @@ Departures:
   D7  The trunk is the one that the detector loads (VoxelNet, the data set's range, all five point features) instead of a MinkUNet on intensity alone.
   D8  The cross-modal code matching of the code is left out: over 400 codes of unit length it is a constant within 0.04 nats.
   D9  --teacher none trains a random ResNet along, so that the embedded world needs no download; the default with --data is frozen, as published.
+  D10  Cuts are taken from pictures of the data set's size in data.py (times --enlarge), not from those on disk.
 """
 import hashlib
 import json
@@ -49,8 +50,8 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, VoxelNet, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks, parse, perplexity,
-                    profile, project, resume, sample_image, save, segment_sum, share_buffers, start, wrap, write_text)
+from common import (Log, ResNet, VoxelNet, cosine, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks, parse,
+                    perplexity, profile, project, resume, sample_image, save, segment_sum, share_buffers, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -75,11 +76,13 @@ class Config:
     epochs: int = 10                   # 10 [code]; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
     batch: int = 2                     # frames a process; 2 [code, on 6 processes]
-    lr: float = 1e-3                   # AdamW, constant; 1e-3 [code], small 2e-3 [ours]
+    lr: float = 1e-3                   # AdamW; 1e-3 [code], small 2e-3 [ours]
+    lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code], small 0 [ours]
     weight_decay: float = 0.01         # [code: the library's default]
     turn: float = 3.1416               # rad, rotation U(-turn, turn) about z [code]; a quarter where the range lies ahead of the car only [ours]
     crop_h: int = 224                  # px, what a camera's picture is cut and resized to; 224 [code], small 128 [ours]
     crop_w: int = 416                  # px; 416 [code], small 224 [ours]
+    enlarge: float = 1.0               # pictures are read at the data set's size times this, then cut; 1 [ours] D10
     crop_least: float = 0.3            # least share of the picture that is kept, in area [code]
     crop_points: int = 1024            # a cut that shows fewer points is drawn again, unless it has three quarters; 1024 [code], small 256 [ours]
     # networks
@@ -104,8 +107,8 @@ class Config:
     without: Literal["", "replacement", "codebook", "specific"] = ""  # the paper's ablations
 
 
-SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8, pairs=1024, codes=64,
-             momentum=0.99, queries=1024)                           # explained in Config
+SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, lr_end=0, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8, pairs=1024,
+             codes=64, momentum=0.99, queries=1024)                 # explained in Config
 
 
 def check(cfg):
@@ -115,6 +118,7 @@ def check(cfg):
                          f"--crop-h {cfg.crop_h} --crop-w {cfg.crop_w}: masks are whole cells, give multiples of {STRIDE}"),
                         (not 0 < cfg.crop_least <= 1, f"--crop-least {cfg.crop_least}: expected more than 0 and at most 1"),
                         (not 0 <= cfg.hide_cells <= 1 or not 0 <= cfg.hide_pictures <= 1, "--hide-cells and --hide-pictures are shares: 0 to 1"),
+                        (cfg.enlarge <= 0 or not 0 <= cfg.lr_end <= 1, f"--enlarge {cfg.enlarge} starts above 0, --lr-end {cfg.lr_end} lies in 0 to 1"),
                         (cfg.codes < 2, f"--codes {cfg.codes}: at least 2, or --without codebook"),
                         (cfg.teacher == "moco" and cfg.resnet != 50,
                          f"--teacher moco is a ResNet-50, --resnet is {cfg.resnet}: give --resnet 50, or --teacher none or WEIGHTS"),
@@ -488,8 +492,9 @@ def train(rank, world, cfg):
         load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
     device = start(cfg, rank, world)
     views = Views(dataset.grid, cfg)
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views)
-    held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=views).begin_at(0), BATCHES))    # the same on every process
+    size = tuple(round(cfg.enlarge * n) for n in dataset.grid.image)
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views, image=size)
+    held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=views, image=size).begin_at(0), BATCHES))    # the same on every process
     model.to(device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
@@ -507,11 +512,14 @@ def train(rank, world, cfg):
     for step, batch in log.batches(loader, first):
         if step % cfg.eval_every == 0:
             log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device))
+        lr = cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * cosine(step, 0, steps))
+        for group in opt.param_groups:
+            group["lr"] = lr
         loss, terms = net(batch)
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
-        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr)                            # raises before the update if one is not finite
+        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)                                # raises before the update if one is not finite
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):

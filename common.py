@@ -13,8 +13,8 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
-                  resume, save, load_units, load_resnet, Log, profile, write_text,
-                  figure, loss_curves
+                  resume, save, load_units, load_resnet, Log, profile, written,   
+                  write_text, figure, loss_curves
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
