@@ -857,7 +857,7 @@ def commit():
     """The checkout's commit, with '+' where files differ from it; 'unknown' outside a checkout."""
     def git(*words):
         return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")) if shutil.which("git") and git("rev-parse", "HEAD") else "unknown"
+    return (git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!tests/results") else "")) if shutil.which("git") and git("rev-parse", "HEAD") else "unknown"
 
 
 def first_line(error):
