@@ -13,8 +13,8 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
-                  resume, save, load_units, load_resnet, Log, profile, written,   
-                  write_text, figure, loss_curves
+                  resume, save, read_units, load_units, load_resnet, Log, profile,
+                  written, write_text, figure, loss_curves, join
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -801,11 +801,8 @@ def launch(train, cfg):
     os._exit(0)                         # gloo's threads may abort a finished interpreter on its way out
 
 
-def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every", "profile")):
-    """Device, process group and run folder: config.json, source copies, provenance. -> device.
-
-    A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
-    """
+def join(cfg, world):
+    """This process's device, made ready; with several processes their group."""
     cuda = torch.cuda.is_available() and cfg.gpus != 0
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -816,6 +813,15 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     if world > 1 and not torch.distributed.is_initialized():
         from datetime import timedelta
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT), device_id=device if cuda else None)
+    return device
+
+
+def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every", "profile", "export")):
+    """Device, process group and run folder: config.json, source copies, provenance. -> device.
+
+    A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
+    """
+    device = join(cfg, world)
     if cfg.profile:
         return device
     out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0)
@@ -856,8 +862,8 @@ def keep_large_buffers():
 def commit():
     """The checkout's commit, with '+' where files differ from it; 'unknown' outside a checkout."""
     def git(*words):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!tests/results") else "")) if shutil.which("git") and git("rev-parse", "HEAD") else "unknown"
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--", ".", ":!tests/results")) or "unknown"
 
 
 def first_line(error):
@@ -974,17 +980,22 @@ def save(cfg, step, model, opts, units, grid):
         torch.save(dict(step=step, config=json.dumps(described(cfg, processes())), model=state, optimizers=[opt.state_dict() for opt in opts]), part)
 
 
-def load_units(run, model, wanted, possible, grid, rank):
-    """Copy units of run/backbones.safetensors into the model, strictly. wanted: names, or () for all of `possible` that the run holds -> names of the tensors."""
+def read_units(run):
+    """run/backbones.safetensors -> path, header, {name: tensor}."""
     from safetensors import SafetensorError, safe_open
     path = Path(run) / "backbones.safetensors"
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; --init names the folder that a pre-training run wrote, or none")
     try:
         with safe_open(path, "pt") as file:
-            header, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            return path, file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise SystemExit(f"{path}: not a whole safetensors file ({error}), {path.stat().st_size} bytes; copy it again or repeat the pre-training") from error
+
+
+def load_units(run, model, wanted, possible, grid, rank):
+    """Copy units of run/backbones.safetensors into the model, strictly. wanted: names, or () for all of `possible` that the run holds -> names of the tensors."""
+    path, header, stored = read_units(run)
     there, then = header["units"].split(","), json.loads(header["config"])
     units = wanted or [unit for unit in possible if unit in there]
     if not units or set(units) - set(there):

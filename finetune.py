@@ -3,6 +3,7 @@
     python finetune.py --init runs/clap                       # what the pre-training is worth with 5 % of the labels
     python finetune.py --init none --out runs/none            # the baseline: the same labels, the same steps
     python finetune.py --eval-only runs/finetune              # predict and score again
+    python finetune.py --export openpcdet --init runs/clap --out clap.pth     # its LiDAR network for OpenPCDet; torchvision: its image network
 
 Read with: common.py §3 trunk; data.py Batch, warp_boxes. Everything pre-trained on the trunk is loaded, the fusion layer too; the head is new.
 Source: CenterPoint (Yin et al., CVPR 2021, arXiv 2006.11275). [code] marks its released code and OpenPCDet's, [ours] our choice.
@@ -32,8 +33,8 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, cosine, figure, half, launch, load_units, loss_curves, mean_over_ranks, parse, processes, profile, resume, run_config, save, share_buffers,
-                    start, trunk, wrap, write_text)
+from common import (Log, cosine, figure, half, join, launch, load_units, loss_curves, mean_over_ranks, parse, processes, profile, read_units, resume, run_config, save,
+                    share_buffers, start, trunk, wrap, write_text, written)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
@@ -56,6 +57,7 @@ class Config:
     save_every: int = 500              # steps between checkpoints; 500, small 60 [ours]
     profile: int = 0                   # steps to time instead of training; 0: train [ours]
     eval_only: str = ""                # a run folder: predict and score it again, train nothing
+    export: Literal["", "openpcdet", "torchvision"] = ""  # write the network of --init to the file --out (.pth) as that project loads it, train nothing
     # what is learned from
     init: str = "none"                 # a pre-training run folder, or none
     use: tuple[str, ...] = ()          # units to load from it; default: every unit that it holds and the modality has
@@ -721,7 +723,7 @@ def train(rank, world, cfg):
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, [opt], ("lidar", "camera.resnet", "camera.neck", "fuse", "neck", "shared", "heads"), dataset.grid)
+            save(cfg, step + 1, model, [opt], [*possible, "neck", "shared", "heads"], dataset.grid)
         if stop and step + 1 < steps:
             print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(143)
@@ -736,13 +738,61 @@ def rescore(rank, world, cfg):
     """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder."""
     kept = {k: v for k, v in run_config(cfg.eval_only).items() if k in Config.__dataclass_fields__}
     run = replace(Config(**kept | dict(use=tuple(kept["use"]))), gpus=cfg.gpus, workers=cfg.workers, eval_only="")
-    device = torch.device("cuda", rank) if torch.cuda.is_available() and cfg.gpus != 0 else torch.device("cpu")
-    dataset = data.open_dataset(run.data, run.preset)
+    device, dataset = join(cfg, world), data.open_dataset(run.data, run.preset)
     model = Detector(run, dataset.grid).to(device)
     if not resume(cfg.eval_only, model):
         raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
     finish(model, run, cfg.eval_only, data.loader(dataset, "val", run.batch, rank, world, run.seed, workers=run.workers), device, rank)
 
 
+# ---- weights for other projects --------------------------------------------------------------------------------------------------
+
+def openpcdet_names(state):
+    """VoxelNet's tensors {name: tensor} as OpenPCDet's VoxelResBackBone8x under backbone_3d names and shapes them. Source: its spconv_backbone.py, spconv 2.
+
+    A convolution (27, in, out), offsets z slowest, becomes (out, 3, 3, 3, in) with z, y, x in the middle; those of the residual blocks have a bias there: zeros.
+    Strides, paddings, spatial shape and the batch norms' eps are the same; the norms' momentum is 0.1 here and 0.01 there, which training alone reads.
+    """
+    out = {}
+    for name, value in state.items():
+        name = "backbone_3d." + name.replace(".conv.", ".0.").replace(".bn.", ".1.")
+        out[name] = value.unflatten(0, (3, 3, 3)).permute(4, 0, 1, 2, 3).contiguous() if value.dim() == 3 else value
+        if name.endswith((".conv1.weight", ".conv2.weight")):
+            out[name.removesuffix("weight") + "bias"] = value.new_zeros(value.shape[2])
+    return out
+
+
+def export(cfg):
+    """--export PROJECT --init RUN --out FILE: the network in RUN/backbones.safetensors as PROJECT loads it, float32 on the CPU.
+
+    openpcdet    {"model_state": {name: tensor}, "epoch", "it", "optimizer_state", "version"}, for its --pretrained_model. Its conv_out, which the trunk
+                 here has not, stays as it was initialised there. The points must be Frame.points, the boxes in their frame: OpenPCDet's nuScenes reader leaves
+                 x to the right, y ahead and intensity up to 255; its KITTI reader gives four features, for which it leaves the first convolution out;
+                 the fifth of its Waymo reader is elongation. It means over at most 5 or 10 points a voxel, we over all.
+    torchvision  {name: tensor} of resnet18 or resnet50 without fc; images RGB, normalised as ResNet.stages does.
+    """
+    unit, target = dict(openpcdet="lidar", torchvision="camera.resnet")[cfg.export], Path(cfg.out)
+    if target.suffix != ".pth":
+        raise SystemExit(f"--out {target}: --export writes one file; expected a name that ends in .pth")
+    path, header, stored = read_units(cfg.init)
+    state = {name.removeprefix(unit + "."): value for name, value in stored.items() if name.startswith(unit + ".")}
+    if not state:
+        raise SystemExit(f"{path} holds {header['units'].replace(',', ', ')}; --export {cfg.export} wants {unit}, which this run has not trained")
+    told = f"torchvision's resnet{json.loads(header['config'])['resnet']} with fc = Identity()"
+    if cfg.export == "openpcdet":
+        width = state["conv_input.conv.weight"].shape[2]
+        state = dict(model_state=openpcdet_names(state), epoch=0, it=int(header["step"]), optimizer_state=None, version=f"lidar-camera {header['commit']}")
+        told = ("OpenPCDet's VoxelResBackBone8x, --pretrained_model. Not in it: conv_out, which starts from nothing there.\n"
+                "It wants points as here: x forward, y left, z up (m), intensity 0 to 1, seconds before the key sweep. OpenPCDet's readers give others: "
+                "nuScenes x right, y forward, intensity to 255; KITTI four features; Waymo elongation")
+        if width != 16:
+            told += f".\nThis run is {width} wide, OpenPCDet's network 16: it would leave out every tensor of another shape. Narrow it, or pre-train with --width 16"
+    with written(target) as part:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, part)
+    print(f"{target}: {unit} of {cfg.init}, step {header['step']}, for {told}.", flush=True)
+
+
 if __name__ == "__main__":
-    launch(train, parse(Config, SMALL))
+    cfg = parse(Config, SMALL)
+    export(cfg) if cfg.export else launch(train, cfg)

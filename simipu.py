@@ -36,6 +36,7 @@ Departures:
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -315,11 +316,11 @@ class SimIPU(nn.Module):
     @torch.no_grad()
     def pair(self, moved, l_beta, id_alpha, id_beta):
         """Pairs within each frame. moved, l_beta (B, p, 3), ids (B, p): the same for the same point -> j (B p,) row of l_beta for each row of moved."""
-        found = []
-        for a, b, id_a, id_b in zip(*(part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta))):
-            j = pair_points(a, b, id_a, id_b) if self.cfg.match == "hungarian" else greedy_pairs(a, b)
-            found.append(torch.as_tensor(j, device=moved.device) + len(found) * len(a))
-        return torch.cat(found)
+        def of_frame(a, b, id_a, id_b):
+            return pair_points(a, b, id_a, id_b) if self.cfg.match == "hungarian" else greedy_pairs(a, b)
+        with ThreadPoolExecutor() as threads:                       # scipy lets the others run: a batch takes as long as its slowest frame
+            found = list(threads.map(of_frame, *(part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta))))
+        return torch.as_tensor(np.concatenate([j + n * len(j) for n, j in enumerate(found)]), device=moved.device)
 
     def image_features(self, images):
         """images (B K, 3, H, W) uint8 -> C5 (B K, C, h, w), size (2,) px that it is of: that of the batch, up to whole cells of stride 32."""
