@@ -519,6 +519,7 @@ def test_bad_frames_give_a_finite_loss_and_gradient(batch, model, trouble):
 
 # ---- learning and runs ----
 
+@pytest.mark.slow
 def test_one_frame_can_be_learned(batch, model):
     opt = torch.optim.AdamW(model.parameters(), lr=5e-3)
     first = None
