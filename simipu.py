@@ -130,15 +130,12 @@ def farthest_points(xyz, count):
     It does not mind turning, mirroring or scaling the cloud, and the first k of it are the k-point choice, from the cloud as from any larger choice.
     """
     planes, chosen = np.ascontiguousarray(xyz.T, np.float32), np.zeros(count, np.int64)
-    nearest, square, part = np.full(len(xyz), np.inf, np.float32), *np.empty((2, len(xyz)), np.float32)
+    nearest, square, parts = np.full(len(xyz), np.inf, np.float32), np.empty(len(xyz), np.float32), np.empty_like(planes)
     for i in range(1, count):
-        at = planes[:, chosen[i - 1]]
-        np.subtract(planes[0], at[0], out=square)
-        np.multiply(square, square, out=square)
-        for plane, value in zip(planes[1:], at[1:]):
-            np.subtract(plane, value, out=part)
-            np.multiply(part, part, out=part)
-            np.add(square, part, out=square)
+        np.subtract(planes, planes[:, chosen[i - 1], None], out=parts)
+        np.multiply(parts, parts, out=parts)
+        np.add(parts[0], parts[1], out=square)
+        np.add(square, parts[2], out=square)
         np.minimum(nearest, square, out=nearest)
         chosen[i] = nearest.argmax()
     return chosen
