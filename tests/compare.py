@@ -104,12 +104,21 @@ def keep(key, argv, out, seconds, threads, runs):
     print(json.dumps(row), flush=True)
 
 
+def needed(key, needs):
+    """The rows that one row needs: its pre-training, and for its learning rate the three of the spare seed with theirs. -> set of keys."""
+    first = {needs[key]} - {None}
+    if key.startswith("finetune/"):
+        name = key.split("/")[1]
+        first |= {f"rate/{ABLATIONS[name][0] if name in ABLATIONS else name}/{lr:g}" for lr in RATES}
+    return first.union(*(needed(k, needs) for k in first))
+
+
 def work(jobs, minutes, only, runs):
     """Run what is missing, `jobs` at a time, each on its share of the cores."""
-    rows, order, begun = done(), plan(), time.monotonic()
-    needs, running, threads = dict(order), {}, max((os.cpu_count() or 1) // jobs, 1)
-    wanted = [key for key, _ in order] if only is None else [key for key in (needs[only], only) if key]
-    todo = [key for key in wanted if key not in rows or key == only]
+    rows, needs, begun = done(), dict(plan()), time.monotonic()
+    running, threads = {}, max((os.cpu_count() or 1) // jobs, 1)
+    wanted = needs if only is None else needed(only, needs) | {only}
+    todo = [key for key in needs if key in wanted and (key not in rows or key == only)]
     runs.mkdir(parents=True, exist_ok=True)
     data.open_dataset("")                                           # written once, before two processes want it
     while todo or running:
@@ -121,7 +130,7 @@ def work(jobs, minutes, only, runs):
                 raise SystemExit(f"{key}: exit status {process.returncode}; its output is in {out}.txt")
             keep(key, argv, out, time.monotonic() - since, threads, runs)
             rows = done()
-        ready = [key for key in todo if (needs[key] is None or needs[key] in rows) and (not key.startswith("finetune/") or best_rate(key.split("/")[1], rows))]
+        ready = [key for key in todo if needed(key, needs) <= rows.keys()]
         if minutes and time.monotonic() - begun > 60 * minutes:
             for process, *_ in running.values():
                 process.send_signal(signal.SIGTERM)                 # saves; the next time it goes on from there
@@ -130,7 +139,7 @@ def work(jobs, minutes, only, runs):
             return print(f"{len(todo) + len(running)} rows are left", flush=True)
         if ready and len(running) < jobs:
             key = ready[0]
-            todo.remove(key)
+            todo.remove(key)                                        # a run that is there and finished is scored again, nothing more
             argv, out = command(key, rows, runs)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
             process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
