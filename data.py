@@ -1075,15 +1075,16 @@ class Waymo:
                     raise DataError(f"{name}: {path} has {kind} in column {column}; expected version 2 of the data set: download it again")
             chosen = [("key.frame_timestamp_micros", "==", frame.time)] if frame.time and not all_times else None
             table = parquet.read_table(path, columns=list(full.values()), filters=chosen)
+            values = [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
         except FileNotFoundError as error:
             raise DataError(f"{name}: {path} is missing; download the component {component} of this segment") from error
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             size = os.path.getsize(path)
             raise DataError(f"{name}: {path} is not a whole parquet file ({str(error)[:120]}), {size} bytes; download it again") from error
         for column in columns:
             if table[full[column]].null_count and not column.startswith(("beam_inclination", "difficulty", "num_lidar", "speed")):
                 raise DataError(f"{name}: {path} has rows without {column}; download it again")
-        return [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
+        return values
 
     @staticmethod
     def fits(column, kind):
@@ -1125,8 +1126,9 @@ class Waymo:
     def matrix(self, rows, who):
         """A (4, 4) float64 from one row of 16 numbers."""
         values = np.array(rows, np.float64)
-        if values.shape != (16,) or not np.isfinite(values).all():
-            raise DataError(f"{who} is {str(rows)[:80]}, expected 16 finite numbers; download it again")
+        turn = values.reshape(4, 4)[:3, :3] if values.shape == (16,) else np.zeros((3, 3))
+        if not np.allclose(turn @ turn.T, np.eye(3), atol=1e-3) or not (abs(values) < 1e8).all():        # NaN is not
+            raise DataError(f"{who} is {str(rows)[:80]}, expected 16 finite numbers, a rotation and a shift; download it again")
         return values.reshape(4, 4)
 
     def pose(self, frame):
@@ -1158,6 +1160,9 @@ class Waymo:
             if not distance.max(initial=0) < 300:                                                    # NaN too
                 raise DataError(f"{name}: ranges of laser {laser} go up to {distance.max()}, expected finite ones below 300 m; download lidar again")
             xyz, row, column = range_image_points(distance, extrinsic, inclinations, poses.get(laser), vehicle2world)
+            if not (abs(xyz) < 300).all():                                                           # NaN too
+                raise DataError(f"{name}: points of laser {laser} lie up to {abs(xyz).max()} m away, expected finite ones within 300 m; "
+                                "download lidar_calibration and lidar_pose again")
             clouds.append(np.column_stack([xyz, np.tanh(np.nan_to_num(image[row, column, 1]).clip(0)), np.full(len(xyz), 0 if laser == TOP else ELSEWHERE)]))
             origin = extrinsic[:3, 3] if laser == TOP else origin
         if origin is None:
@@ -1207,7 +1212,11 @@ class Waymo:
             if number not in pictures or number not in cameras:
                 raise DataError(f"{name}: no {'picture' if number not in pictures else 'calibration'} of camera {number} ({camera}) in this frame, "
                                 f"only of {sorted(set(pictures) & set(cameras))}; download camera_image and camera_calibration of this segment again")
-            transform, width, height, f_u, f_v, c_u, c_v, *distortion = cameras[number]
+            transform, *lens = cameras[number]
+            if not (np.abs(lens) < 1e5).all() or not min(lens[:4]) > 0:                              # NaN is not
+                raise DataError(f"{name}: camera_calibration of {camera} has {lens}, expected finite numbers, of them a width, height and focal lengths above 0; "
+                                "download it again")
+            width, height, f_u, f_v, c_u, c_v, *distortion = lens
             K = np.array([[f_u, 0, c_u], [0, f_v, c_v], [0, 0, 1]], np.float64)
             size = min(H, round(W * height / width)), W
             pixels, crop = decode(pictures[number][0], f"picture of camera {number}", size, name, (int(width), int(height)))
