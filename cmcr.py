@@ -50,8 +50,8 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, VoxelNet, cosine, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks, parse,
-                    perplexity, profile, project, resume, sample_image, save, segment_sum, share_buffers, start, wrap, write_text)
+from common import (Log, ResNet, VoxelNet, cosine, evaluate, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks,
+                    parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -202,6 +202,11 @@ def hide_cells(cameras, shape, cfg, generators):
     return torch.cat(hidden).view(-1, *shape)
 
 
+def pixels_of(cells):
+    """cells (B K, h, w) of stride 32 -> their pixels (B K, 1, H, W)."""
+    return cells.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
+
+
 # ---- the codebook shared by both modalities --------------------------------------------------------------------------------------
 
 class Codebook(nn.Module):
@@ -284,9 +289,8 @@ class Cmcr(nn.Module):
 
     def images_2d(self, images, hidden):
         """images (B K, 3, H, W), hidden (B K, h, w) -> shared head's map (B K, D, h, w), cells F^2D (B K h w, D) of unit length, G^2D likewise or None."""
-        pixels = hidden.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), half(images.device):
-            c5 = self.teacher.stages(images.masked_fill(pixels, 0))[-1].float()            # (B K, C, h, w); hidden pixels are black [code]
+            c5 = self.teacher.stages(images.masked_fill(pixels_of(hidden), 0))[-1].float()            # (B K, C, h, w); hidden pixels are black [code]
         shared = self.shared_2d(c5)
         specific = None if self.cfg.without == "specific" else self.specific_2d(c5).permute(0, 2, 3, 1).flatten(0, 2)
         return shared, F.normalize(shared.permute(0, 2, 3, 1).flatten(0, 2), dim=1), specific
@@ -327,9 +331,7 @@ class Cmcr(nn.Module):
         shared, F_2D, G_2D = self.images_2d(batch.images, hidden)                          # (B K, D, h, w), (B K h w, D) each
 
         # 2 what points and visible pixels share: contrast, codebook
-        point, image, uv, _ = project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)         # (P,) pairs
-        v, u = (uv[:, 1] / STRIDE).long(), (uv[:, 0] / STRIDE).long()
-        cell = (image * h + v) * w + u                                                     # (P,)
+        point, image, uv, cell = self.pairs(batch)                                         # (P,) each, uv (P, 2)
         i = self.draw(~hidden.flatten()[cell], generators[0])                              # (M,) visible pairs      D3
         p = F_3D.index_select(0, point[i])                                                 # (M, D); brackets would add up gradients in any order
         q = F.normalize(sample_image(shared, image[i], uv[i], batch.images.shape[-2:]), dim=1)                          # (M, D)
@@ -347,7 +349,7 @@ class Cmcr(nn.Module):
         # 3 what each alone knows: hidden pixels from codes of both, occupancy and intensity from points
         rebuilt, covered = self.rebuild(hidden, F_2D, G_2D, F_3D, point, cell)             # (n, 3, H, W)            D2
         some = hidden.flatten(1).any(1)
-        pixels = hidden[some].repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
+        pixels = pixels_of(hidden[some])
         error = (rebuilt - batch.images[some].float() / 255).square() * pixels
         L_rec = mean_over_ranks(error.sum() / 3, int(pixels.sum()))                                                     # [figure]  D5
         out, query = self.occupied(Z_3D, batch)                                            # (E, 2), (E,)            D6
@@ -366,6 +368,12 @@ class Cmcr(nn.Module):
             self.codebook.update(p.detach(), q.detach(), a, b)
         return L, terms
 
+    def pairs(self, batch):
+        """Every pair of a point and a picture that shows it: point (P,), picture (P,), uv (P, 2) px, cell (P,) into (B K h w)."""
+        point, image, uv, _ = project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
+        u, v = (uv / STRIDE).long().unbind(1)
+        return point, image, uv, (image * (self.cfg.crop_h // STRIDE) + v) * (self.cfg.crop_w // STRIDE) + u
+
     def draw(self, which, generator):
         """A random `pairs` of the rows where which (P,) is true, in order."""
         rows = which.nonzero()[:, 0]
@@ -380,29 +388,17 @@ def load_teacher(name, resnet, rank, cache):
         return load_resnet(name, resnet, rank)
     url, digest = MOCO
     path = cache / "teachers" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with data.locked(path):                                         # one process fetches it, the others wait
         try:
-            torch.hub.download_url_to_file(url, str(path.with_name(path.name + ".part")), progress=rank == 0)
-            path.with_name(path.name + ".part").replace(path)
+            if not path.is_file():
+                torch.hub.download_url_to_file(url, str(path), progress=rank == 0)         # aside, then renamed
         except OSError as error:
             raise SystemExit(f"--teacher moco: {url} could not be fetched ({error}). Put that file at {path}, or give --teacher WEIGHTS, or --teacher none") from error
     found = hashlib.md5(path.read_bytes()).hexdigest()
     if not found.startswith(digest):
         raise SystemExit(f"{path}: its MD5 begins with {found[:8]}, expected {digest}; delete it and run again, or fetch {url} yourself")
     load_resnet(path, resnet, rank, prefix="module.encoder_q.")
-
-
-# ---- held-out terms --------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def evaluate(model, batches, device):
-    """Mean of every term over the held-out batches, the same frames, cuts, masks and queries every time. -> {name: float}."""
-    share_buffers(model)
-    model.eval()
-    rows = [model(batch.to(device))[1] for batch in batches]
-    model.train()
-    return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
@@ -416,14 +412,13 @@ def draw(model, batch, out):
     hidden = hide_cells(K, (h, w), cfg, frame_generators(batch.seeds, batch.points.device))
     F_3D, Z_3D, _ = model.points_3d(batch)
     _, F_2D, G_2D = model.images_2d(batch.images, hidden)
-    point, image, uv, _ = project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
-    cell = (image * h + (uv[:, 1] / STRIDE).long()) * w + (uv[:, 0] / STRIDE).long()
+    point, image, uv, cell = model.pairs(batch)
     rebuilt, _ = model.rebuild(hidden, F_2D, G_2D, F_3D, point, cell)
     masked = hidden.flatten(1).any(1).nonzero()[:, 0]
     panels = []
     for n, k in enumerate(masked[:3].tolist()):
         truth = batch.images[k].permute(1, 2, 0).cpu()
-        cover = hidden[k].repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[..., None].cpu()
+        cover = pixels_of(hidden)[k].permute(1, 2, 0).cpu()
         panels += [(f"picture {k}: truth", truth), ("what the teacher saw", truth * ~cover),
                    ("hidden cells rebuilt", torch.where(cover, (rebuilt[n].permute(1, 2, 0).cpu() * 255).byte(), truth))]
     if panels:

@@ -13,8 +13,8 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
-                  resume, save, read_units, load_units, load_resnet, Log, profile,
-                  written, write_text, figure, loss_curves, join
+                  resume, save, read_units, load_units, load_resnet, Log, evaluate,
+                  profile, written, write_text, figure, loss_curves, join
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -55,7 +55,6 @@ TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))           # s, how lo
 
 # ---- §0 processes ----------------------------------------------------------------------------------------------------------------
 # What is summed over the processes of a run. Each works without a process group too. A collective is called by every process or by none.
-# Used by clap, and by batch norm below.
 
 def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
     """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
@@ -99,7 +98,6 @@ class SumOverRanks(torch.autograd.Function):
 
 # ---- §1 geometry -----------------------------------------------------------------------------------------------------------------
 # Where cells are, multilinear interpolation, the pinhole camera, the volume's box. Source: textbook.
-# Used by clap (rays, lift, field query).
 
 class Cells(NamedTuple):
     """Where the cells of one resolution are: the only definition, shared by sparse levels, camera lift and field query."""
@@ -229,7 +227,6 @@ def inside_boxes(xyz, b, boxes, b_boxes):
 
 # ---- §2 matching -----------------------------------------------------------------------------------------------------------------
 # One-to-one pairs of two point sets. Source: the Hungarian method, scipy's.
-# Used by simipu.
 
 def pair_points(a, b, id_a, id_b):
     """The one-to-one pairs with the least sum of Euclidean distances. a, b (n, 3) arrays, id_a, id_b (n,) int: equal for the same point -> (n,) row of b for each of a.
@@ -255,7 +252,6 @@ def pair_points(a, b, id_a, id_b):
 
 # ---- §3 networks -----------------------------------------------------------------------------------------------------------------
 # The fusion trunk: sparse voxel encoder, image network with lift, fusion. Source: shapes of OpenPCDet's VoxelResBackBone8x and of BEVFusion; [ours] the lift.
-# Used by clap, and later by the detector: what is pre-trained is what is loaded.
 
 def segment_sum(values, index, n):
     """Sum of the rows of each segment. values (N, C), index (N,) int64 in [0, n) -> (n, C). torch-scatter where installed (its sum is pure torch, any device)."""
@@ -648,7 +644,6 @@ def trunk(grid, resnet, width, bins):
 
 # ---- §4 rendering ----------------------------------------------------------------------------------------------------------------
 # NeuS opacity along rays and where to place samples. Source: NeuS (Wang et al. 2021) for opacity and up-sampling.
-# Used by clap.
 
 def neus_weights(sdf, h):
     """Weights of the sections between consecutive samples of a ray.
@@ -681,7 +676,6 @@ def importance(depth, weights, u):
 
 # ---- §5 contrast -----------------------------------------------------------------------------------------------------------------
 # InfoNCE, and how many codes are in use. Source: CPC (van den Oord et al. 2018).
-# Used by simipu, cmcr; perplexity by clap, cmcr.
 
 def info_nce(queries, keys, tau):
     """-log of the softmax share of each row's own key among all keys, of unit features, in float32. queries, keys (M, C) -> (M,).
@@ -700,7 +694,6 @@ def perplexity(assigned, n):
 
 # ---- §6 curvature ----------------------------------------------------------------------------------------------------------------
 # Surface variation of a point cloud. Source: Pauly et al. 2002. In the loader's workers: numpy in, numpy out.
-# Used by clap.
 
 def smallest_eigenvalue(xx, xy, xz, yy, yz, zz):
     """Smallest eigenvalue of symmetric 3 x 3 matrices, trigonometric form, float64. Each argument and the result (N,)."""
@@ -737,7 +730,6 @@ def surface_variation(queries, cloud, k=32):
 
 # ---- §7 runs ---------------------------------------------------------------------------------------------------------------------
 # Flags, processes, checkpoints, logs, figures. All randomness of a run is a function of (seed, epoch, frame), so there is no random state to restore.
-# Used by clap.
 
 def parse(config, small):
     """Command line -> config. Defaults are the class's (the paper's), or `small`'s values where --preset small: the default of --init's run, else without --data."""
@@ -824,7 +816,7 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     device = join(cfg, world)
     if cfg.profile:
         return device
-    out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0)
+    out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0, mmap=True)
     if state:
         before = json.loads(state["config"])
         changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
@@ -929,17 +921,17 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def checkpoint(out, aloud=False):
+def checkpoint(out, aloud=False, mmap=False):
     """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict, or None where there is neither. None of them whole is an error.
 
-    aloud: say when it is not last.pt, and move an unreadable last.pt out of the way.
+    aloud: say when it is not last.pt, and move an unreadable last.pt out of the way. mmap: leave the tensors on the disk until they are looked at.
     """
     last, previous, bad = Path(out) / "last.pt", Path(out) / "previous.pt", []
     for path in (last, previous):
         if not path.exists():
             continue
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if state.keys() != {"step", "config", "model", "optimizers"}:
                 raise ValueError(f"it holds {', '.join(map(str, state))[:100]}")
         except Exception as error:                  # a cut archive, a pickle that wants more than tensors, another program's file
@@ -1030,7 +1022,7 @@ def load_resnet(source, resnet, rank, prefix=""):
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path}: no readable weights ({type(error).__name__}: {error}); give a .pth or .safetensors file of tensors, or a run folder") from error
+        raise SystemExit(f"{path}: no readable weights ({first_line(error)}); give a .pth or .safetensors file of tensors, or a run folder") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not k.removeprefix(prefix).startswith("fc.")}
     own = resnet.state_dict()
@@ -1118,6 +1110,16 @@ class Log:
             self.board.close()
 
 
+@torch.no_grad()
+def evaluate(model, batches, device):
+    """Mean of every term over held-out batches, in eval mode; their random streams are their frames' own, so every call asks the same. -> {name: float}."""
+    share_buffers(model)
+    model.eval()
+    rows = [model(batch.to(device))[1] for batch in batches]
+    model.train()
+    return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
+
+
 def profile(cfg, net, loader, opts, device, rank, **parts):
     """--profile N: where the time of N training steps goes, printed; nothing is written. parts: name=(object, "method") of the model, timed within its forward."""
     spent = dict.fromkeys(("wait for data", "transfer", *parts, "rest of forward", "backward", "optimiser"), 0.0)
@@ -1173,12 +1175,11 @@ def profile(cfg, net, loader, opts, device, rank, **parts):
         for name, seconds in (("wait for data", got - asked), ("transfer", begun - got), ("backward", backward - forward), ("optimiser", done - backward),
                               ("rest of forward", forward - begun - sum(spent[name] for name in parts) + within)):
             spent[name] += seconds
-    n, a = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    a = torch.ones(n, n, dtype=a, device=device)
-    rates = []
+    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    square, rates = torch.ones(n, n, dtype=kind, device=device), []
     for _ in range(5):
         begin = now()
-        a @ a
+        square @ square
         rates.append(2 * n ** 3 / (now() - begin))
     if rank:
         return
@@ -1188,7 +1189,7 @@ def profile(cfg, net, loader, opts, device, rank, **parts):
     for name, seconds in spent.items():
         print(f"{name:18}{1e3 * seconds / cfg.profile:10.1f} ms a step{seconds / total:8.1%}")
     print(f"{'in all':18}{1e3 * total / cfg.profile:10.1f} ms a step, {cfg.profile * frames / total:.2f} frames/s, peak memory of a process {memory:.1f} GiB")
-    print(f"matrix products and convolutions: {flops / 1e9:.0f} GFLOP a step, at the {max(rates) / 1e9:.0f} GFLOP/s of one large {str(a.dtype)[6:]} product here "
+    print(f"matrix products and convolutions: {flops / 1e9:.0f} GFLOP a step, at the {max(rates) / 1e9:.0f} GFLOP/s of one large {str(kind)[6:]} product here "
           f"{flops / max(rates) * cfg.profile / total:.0%} of the time")
     full = PAPER_FRAMES[loader.grid.dataset]
     if type(cfg)().epochs:

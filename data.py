@@ -413,10 +413,12 @@ class Table:
             raise DataError(f"{self.path}: this table is missing; extract the metadata archive of {folder.name} again")
         try:        # rows become tuples as they are parsed: whole rows of the 2.6 million in sample_data would need gigabytes
             rows = json.loads(self.path.read_bytes(), object_hook=lambda row: self.pick(row) if keep is None or keep(row) else ())
-            if type(rows) is not list or any(type(row) is not tuple for row in rows):
-                raise ValueError("not a JSON list of rows")
+        except DataError:                                                                            # pick's own; a DataError is a ValueError
+            raise
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.path}: not a JSON list of rows ({error}); extract the metadata archive again") from error
+        if type(rows) is not list or any(type(row) is not tuple for row in rows):
+            raise DataError(f"{self.path}: not a JSON list of rows; extract the metadata archive again")
         rows = [row for row in rows if row]
         self.data = dict(zip(self.columns, zip(*rows))) if rows else {column: () for column in self.columns}
         for column in set(self.columns) & TEXTS:
@@ -503,8 +505,9 @@ def official_splits(folder):
     if (folder / "splits.json").is_file():
         try:
             lists = json.loads((folder / "splits.json").read_bytes())
-            assert type(lists) is dict and all(type(scene) is str for scenes in lists.values() for scene in scenes)
-        except (ValueError, TypeError, AssertionError) as error:
+            if not all(type(scene) is str for scenes in lists.values() for scene in scenes):
+                raise TypeError("a name is no text")
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'splits.json'}: not a JSON list of scene names for each split ({error}); get the file again") from error
     else:
         from nuscenes.utils.splits import create_splits_scenes  # slow to import, and needed only here

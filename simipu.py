@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse,
-                    profile, project, resume, sample_image, save, share_buffers, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, evaluate, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, mlp, pair_points,
+                    parse, profile, project, resume, sample_image, save, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
@@ -401,18 +401,6 @@ def shared(ids):
 def spread_of(z):
     """Standard deviation of the unit features over rows, mean over dimensions: 0.088 for 128 that are spread evenly, near 0 if all collapse."""
     return F.normalize(z, dim=1).std(0, correction=0).mean() if len(z) else z.new_zeros(())
-
-
-# ---- held-out terms --------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def evaluate(model, batches, device):
-    """Mean of every term over the held-out batches, the same frames, views and pictures every time. -> {name: float}."""
-    share_buffers(model)
-    model.eval()
-    rows = [model(batch.to(device))[1] for batch in batches]
-    model.train()
-    return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------------

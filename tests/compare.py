@@ -49,11 +49,13 @@ def plan():
         rows += [(f"pretrain/{method}/{seed}", None) for method in METHODS]
         if seed == 0:
             rows += [(f"rate/{init}/{lr:g}", None if init == "none" else f"pretrain/{init}/0") for init, lr in product(("none", *METHODS), RATES)]
-        for fraction, init in product(FRACTIONS, ("none", *METHODS)):
-            finetune(init, fraction, "fusion", seed)
-        for modality, inits in (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu"))):
-            for init in inits:
-                finetune(init, FRACTIONS[0], modality, seed)
+        for init in ("none", *METHODS):
+            finetune(init, FRACTIONS[0], "fusion", seed)
+    for seed, init in product(SEEDS, ("none", *METHODS)):
+        finetune(init, FRACTIONS[1], "fusion", seed)
+    for seed, (modality, inits) in product(SEEDS, (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu")))):
+        for init in inits:
+            finetune(init, FRACTIONS[0], modality, seed)
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
         finetune(name, FRACTIONS[0], modality, seed)

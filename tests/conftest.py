@@ -1,5 +1,6 @@
 """Fixtures: a tiny embedded world, a fabricated KITTI folder, the real frames where there are any."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from scipy.spatial.transform import Rotation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def run(script, out, *flags):
+    """A script as it is run, a narrow trunk and one frame a step. -> subprocess.CompletedProcess"""
+    command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small", "--batch", "1", "--width", "4", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -661,6 +661,11 @@ def children(pid):
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+def ranks_of(launcher):
+    """{RANK: pid} of the processes that a launcher has started."""
+    return {dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair).get("RANK"): pid for pid in children(launcher)}
+
+
 def begun(world, out, *more):
     """A run that has finished at least one step, and its output so far."""
     command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(out), "--width", "4", "--rays", "64", "--pixels", "16",
@@ -676,11 +681,7 @@ def begun(world, out, *more):
 
 def test_a_dead_process_ends_the_job_and_is_named(world, tmp_path):
     process, _ = begun(world, tmp_path / "run", "--gpus", "2", "--batch", "1", "--steps", "500")
-    ranks = {}
-    for pid in children(process.pid):
-        environment = dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)
-        ranks[environment.get("RANK")] = pid
-    os.kill(ranks["1"], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)["1"], signal.SIGKILL)
     died = time.monotonic()
     rest, _ = process.communicate(timeout=60)
     assert time.monotonic() - died < 30 and process.returncode == 1

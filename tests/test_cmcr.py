@@ -3,10 +3,7 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +13,9 @@ import torch.nn.functional as F
 import cmcr
 import common
 import data
+from conftest import run
 from cmcr import SMALL, Cmcr, Codebook, Config, Views, hide_cells, occupancy_queries, orthogonality, random_cut
 
-ROOT = Path(__file__).resolve().parent.parent
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{**SMALL, "width": 4, "crop_h": 64, "crop_w": 96, "crop_points": 60, "codes": 16, "pairs": 200, "queries": 90, "hide_pictures": 0.7})
 VIEWS = Views(GRID, TINY)
@@ -471,11 +468,6 @@ def test_the_published_teacher_is_checked_and_its_absence_explained(tmp_path, mo
 
 
 # ---- the script ----
-
-def run(script, out, *flags):
-    command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small", "--batch", "1", "--width", "4", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
 
 def test_the_script_and_what_is_built_on_it(three_frames, tmp_path):
     flags = ("--data", str(three_frames), "--teacher", "none", "--crop-h", "64", "--crop-w", "96", "--crop-points", "60", "--pairs", "200", "--queries", "90",

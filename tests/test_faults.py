@@ -41,6 +41,7 @@ import clap
 import common
 import data
 import finetune
+from test_clap import frames_on_two, ranks_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -413,22 +414,6 @@ def test_a_learning_rate_of_1e20_is_noticed(folders, tmp_path):
 
 # ---- 10, 12: one process has nothing, the other everything ----
 
-def detector_on_two(rank, folder, cases):
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = []
-    for model, batches in cases:
-        net = common.wrap(model, torch.device("cpu"), 2)                            # kept until the gradients are averaged
-        loss, _ = net(batches[rank])
-        loss.backward()
-        results.append((loss.detach(), {k: p.grad for k, p in model.named_parameters()}))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
-
-
 def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empty(three_frames, tmp_path):
     """Loss and gradient of two frames at once and of one on each process; then one process's frame has neither point nor box, and batch norm trains."""
     dataset = data.open_dataset(three_frames, "small")
@@ -439,9 +424,9 @@ def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empt
     apart = [[data.collate([frame], [n]) for n, frame in enumerate(pair)] for pair in (frames, (frames[0], bare))]
     together = [data.collate(pair, [0, 1]) for pair in (frames, [frames[0], bare])]
     cases = [*((copy.deepcopy(model), pair) for pair in apart), (copy.deepcopy(model).train(), apart[1])]
-    torch.multiprocessing.spawn(detector_on_two, (str(tmp_path), cases), nprocs=2)
+    torch.multiprocessing.spawn(frames_on_two, (str(tmp_path), cases), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for joined, (loss, gradient), (other, same) in zip(together, *parts):
+    for joined, (loss, _, gradient), (other, _, same) in zip(together, *parts):
         one = copy.deepcopy(model)
         whole, _ = one(joined)
         whole.backward()
@@ -450,7 +435,7 @@ def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empt
         for name, p in one.named_parameters():
             torch.testing.assert_close(gradient[name], p.grad, rtol=1e-4, atol=tiny, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(gradient[name], same[name]), name
-    assert all(part[2][0].isfinite() and all(g.isfinite().all() for g in part[2][1].values()) for part in parts)
+    assert all(part[2][0].isfinite() and all(g.isfinite().all() for g in part[2][2].values()) for part in parts)
 
 
 # ---- 14, 24, 25: several processes ----
@@ -493,10 +478,7 @@ def test_a_process_that_hangs_ends_the_job_whatever_port_is_taken(three_frames, 
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
         try:
             assert any(line.startswith("step ") for line in process.stdout)
-            ranks = {}
-            for child in [int(c) for task in Path(f"/proc/{process.pid}/task").iterdir() for c in (task / "children").read_text().split()]:
-                pairs = dict(pair.split("=", 1) for pair in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in pair)
-                ranks[pairs.get("RANK")] = child
+            ranks = ranks_of(process.pid)
             os.kill(ranks["1"], signal.SIGSTOP)
             rest, _ = process.communicate(timeout=90)
         finally:

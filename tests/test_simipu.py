@@ -2,10 +2,7 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +16,9 @@ from torchvision.models import resnet18
 import common
 import data
 import simipu
+from conftest import run
 from simipu import SMALL, Config, SimIPU, TwoViews, ball_query, farthest_features, farthest_points, greedy_pairs, random_transform
 
-ROOT = Path(__file__).resolve().parent.parent
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{**SMALL, "points": 256, "width": 4, "zoom_low": 0.515, "zoom_high": 1.92})
 VIEWS = TwoViews(GRID, TINY.points, TINY.turn, TINY.scale, (0.6, 1.2))
@@ -404,11 +401,6 @@ def test_floors_count_the_rows_that_share(batch):
 
 
 # ---- the script ----
-
-def run(script, out, *flags):
-    command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small", "--batch", "1", "--width", "4", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
 
 def test_a_run_s_weights_fit_torchvision_and_the_detector(three_frames, tmp_path):
     torch.manual_seed(0)

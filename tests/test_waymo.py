@@ -156,46 +156,30 @@ def test_a_truncated_file_is_named(broken, tag):
 
 
 def test_what_a_file_lacks_is_named(broken):
-    folder = broken / "training"
+    import pyarrow
 
-    def fails(told):
+    def lacks(tag, change, told):
+        path = broken / "training" / tag / SEGMENT
+        kept = path.read_bytes()
+        rewrite(path, change)
         with pytest.raises(data.DataError, match=told):
             data.open_dataset(broken).load(0)
+        path.write_bytes(kept)
 
-    def without(tag, mask):
-        rewrite(folder / tag / SEGMENT, lambda table: table.filter(mask(table)))
-    kept = {tag: (folder / tag / SEGMENT).read_bytes() for tag in ("camera_image", "lidar", "lidar_calibration", "camera_calibration", "lidar_box")}
-    without("camera_image", lambda t: [n != 4 for n in t["key.camera_name"].to_pylist()])
-    fails(r"no picture of camera 4 \(SIDE_LEFT\) in this frame, only of \[1, 2, 3, 5\]")
-    (folder / "camera_image" / SEGMENT).write_bytes(kept["camera_image"])
-    without("camera_calibration", lambda t: [n != 2 for n in t["key.camera_name"].to_pylist()])
-    fails(r"no calibration of camera 2 \(FRONT_LEFT\)")
-    (folder / "camera_calibration" / SEGMENT).write_bytes(kept["camera_calibration"])
-    without("lidar", lambda t: [n != 1 for n in t["key.laser_name"].to_pylist()])
-    fails(r"no image of TOP \(laser 1\), only of \[2\]")
-    (folder / "lidar" / SEGMENT).write_bytes(kept["lidar"])
-    without("lidar_calibration", lambda t: [n != 2 for n in t["key.laser_name"].to_pylist()])
-    fails(r"lidar_calibration has no laser 2, only \[1\]")
-    (folder / "lidar_calibration" / SEGMENT).write_bytes(kept["lidar_calibration"])
-    rewrite(folder / "lidar" / SEGMENT, lambda t: t.rename_columns([c.replace("return1.values", "return1.numbers") for c in t.column_names]))
-    fails("has no column range_image_return1.values, only key.segment_context_name")
-    (folder / "lidar" / SEGMENT).write_bytes(kept["lidar"])
+    def without(column, number):
+        return lambda table: table.filter([n != number for n in table[column].to_pylist()])
 
-    def short(table):
-        import pyarrow
-        column = "[LiDARComponent].range_image_return1.values"
-        return table.set_column(table.column_names.index(column), column, pyarrow.array([v[:-4] for v in table[column].to_pylist()], pyarrow.list_(pyarrow.float32())))
-    rewrite(folder / "lidar" / SEGMENT, short)
-    fails("lidar of laser 1 has 28796 values for the shape .24, 300, 4., expected H x W x 4")
-    (folder / "lidar" / SEGMENT).write_bytes(kept["lidar"])
-
-    def no_place(table):
-        import pyarrow
-        column = "[LiDARBoxComponent].box.center.x"
-        return table.set_column(table.column_names.index(column), column, pyarrow.array([None] * len(table), pyarrow.float64()))
-    rewrite(folder / "lidar_box" / SEGMENT, no_place)
-    fails("lidar_box.*has rows without box.center.x")
-    (folder / "lidar_box" / SEGMENT).write_bytes(kept["lidar_box"])
+    def replaced(column, change, kind):
+        return lambda table: table.set_column(table.column_names.index(column), column, pyarrow.array([change(v) for v in table[column].to_pylist()], kind))
+    lacks("camera_image", without("key.camera_name", 4), r"no picture of camera 4 \(SIDE_LEFT\) in this frame, only of \[1, 2, 3, 5\]")
+    lacks("camera_calibration", without("key.camera_name", 2), r"no calibration of camera 2 \(FRONT_LEFT\)")
+    lacks("lidar", without("key.laser_name", 1), r"no image of TOP \(laser 1\), only of \[2\]")
+    lacks("lidar_calibration", without("key.laser_name", 2), r"lidar_calibration has no laser 2, only \[1\]")
+    lacks("lidar", lambda t: t.rename_columns([c.replace("return1.values", "return1.numbers") for c in t.column_names]),
+          "has no column range_image_return1.values, only key.segment_context_name")
+    lacks("lidar", replaced("[LiDARComponent].range_image_return1.values", lambda v: v[:-4], pyarrow.list_(pyarrow.float32())),
+          "lidar of laser 1 has 28796 values for the shape .24, 300, 4., expected H x W x 4")
+    lacks("lidar_box", replaced("[LiDARBoxComponent].box.center.x", lambda v: None, pyarrow.float64()), "lidar_box.*has rows without box.center.x")
     data.open_dataset(broken).load(0)
 
 
