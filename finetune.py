@@ -555,7 +555,7 @@ def finish_nuscenes(held_out, frames, out):
     found = dict(mAP=official["mean_ap"], NDS=official["nd_score"], mAP_present=mean_of(official["mean_dist_aps"], present), reach=reach,
                  mAP_reach=mean_of(near["mean_dist_aps"], near_present), NDS_reach=near["nd_score"], errors=official["tp_errors"], AP=official["mean_dist_aps"],
                  AP_reach={name: near["mean_dist_aps"][name] for name in near_present}, absent=absent, frames=len(frames))
-    write_text(out / "metrics.json", json.dumps(found, indent=1))
+    write_text(out / "metrics.json", strict(found))
     draw_curves(curves, present, out)
     print(f"{'class':22}{'AP':>8}{f'AP within {reach:g} m':>18}")
     for name in grid.classes:
@@ -570,7 +570,7 @@ def finish_nuscenes(held_out, frames, out):
 def finish_kitti(held_out, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the scores of the README row."""
     found = kitti_score(held_out.dataset, frames, out / "kitti")
-    write_text(out / "metrics.json", json.dumps(found | dict(frames=len(frames)), indent=1))
+    write_text(out / "metrics.json", strict(found | dict(frames=len(frames))))
     print(f"{'':12}{'AP|R40':>24}{'AP|R11':>24}\n{'':12}{'easy  moderate    hard':>24}{'easy  moderate    hard':>24}")
     for kind, classes in found.items():
         for name, ap in classes.items():
@@ -581,7 +581,7 @@ def finish_kitti(held_out, frames, out):
 def finish_waymo(held_out, frames, out):
     """metrics.json, the table -> the scores of the README row."""
     found = waymo_score(held_out.dataset, frames)
-    write_text(out / "metrics.json", json.dumps(found | dict(frames=len(frames)), indent=1))
+    write_text(out / "metrics.json", strict(found | dict(frames=len(frames))))
     print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}   (our implementation, not the official server)")
     for name, levels in found.items():
         print(f"{name:12}" + "".join(f"{v:8.2f}" for level in ("L1", "L2") for v in levels[level]))
@@ -589,11 +589,29 @@ def finish_waymo(held_out, frames, out):
     return f"L2 mAP {mean[0]:.2f} | L2 mAPH {mean[1]:.2f}"
 
 
+def strict(found):
+    """A table as JSON text, null where a class has no truth: JSON has no NaN."""
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None), indent=1)
+
+
 def mean_of(table, names):
     return sum(table[name] for name in names) / max(len(names), 1)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
+
+def birds_eye(ax, frame, shown, grid):
+    """A frame from above, ahead is up: points grey, its boxes green, shown (n, 9) red, a stroke to the front of each."""
+    ax.scatter(-frame.points[:, 1], frame.points[:, 0], 0.2, "0.7")
+    for group, colour in ((frame.boxes, "C2"), (shown, "C3")):
+        for box in group:
+            x, y, _ = data.box_corners(box)[[0, 2, 6, 4, 0]].T
+            ax.plot(-y, x, colour, lw=1)
+            ax.plot([-box[1], -(y[2] + y[3]) / 2], [box[0], (x[2] + x[3]) / 2], colour, lw=1)
+    ax.set_xlim(-grid.high[1], -grid.low[1])
+    ax.set_ylim(grid.low[0], grid.high[0])
+    ax.set_aspect("equal")
+
 
 def draw(held_out, frames, out):
     """figures/bev.png and images.png of frames spread over the held-out split."""
@@ -605,17 +623,7 @@ def draw(held_out, frames, out):
         boxes, labels, scores, _ = frames[names[i]]
         shown = boxes[scores > SCORE_SHOWN]
 
-        def picture(ax, frame=frame, shown=shown):
-            ax.scatter(-frame.points[:, 1], frame.points[:, 0], 0.2, "0.7")
-            for group, colour in ((frame.boxes, "C2"), (shown, "C3")):
-                for box in group:
-                    x, y, _ = data.box_corners(box)[[0, 2, 6, 4, 0]].T
-                    ax.plot(-y, x, colour, lw=1)
-                    ax.plot([-box[1], -(y[2] + y[3]) / 2], [box[0], (x[2] + x[3]) / 2], colour, lw=1)              # heading
-            ax.set_xlim(-grid.high[1], -grid.low[1])
-            ax.set_ylim(grid.low[0], grid.high[0])
-            ax.set_aspect("equal")
-        bev.append((f"{frame.name.split('/', 1)[1][:28]}: truth green, score > {SCORE_SHOWN} red", picture))
+        bev.append((f"{frame.name.split('/', 1)[1][:28]}: truth green, score > {SCORE_SHOWN} red", partial(birds_eye, frame=frame, shown=shown, grid=grid)))
         image, matrix = frame.images[0].transpose(1, 2, 0), frame.lidar2img[0]
 
         def overlay(ax, image=image, matrix=matrix, frame=frame, shown=shown):

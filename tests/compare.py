@@ -4,7 +4,7 @@
     python tests/compare.py --minutes 60        # the same, but what is not done after an hour is saved and left for the next time
     python tests/compare.py --only finetune/clap/0.05/fusion/0     # this row (and what it needs), also when it is there already
     python tests/compare.py --table             # means, deviations and paired differences of the rows that are there; compare.md
-    python tests/compare.py --figures           # label_efficiency.png, curves.png, bev.png
+    python tests/compare.py --figures           # label_efficiency.png, curves.png; bev.png where seed 0's run folders are
 
 Protocol. Each seed has a pre-training run of its own (`python METHOD.py --seed S`, all defaults of the small preset), a label draw and initial weights of its own. Every
 fine-tuning run has the same 60 steps of two frames. The learning rate is chosen for each init, `none` included, by mAP on a spare seed (9, from the pre-training of
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from common import commit, figure  # noqa: E402
+import finetune  # noqa: E402
+from common import commit, figure, resume, run_config  # noqa: E402
 
 RESULTS = ROOT / "tests" / "results"
 METHODS, SEEDS, FRACTIONS, RATES, SPARE = ("clap", "cmcr", "simipu"), range(5), (0.05, 0.2), (4e-4, 1e-3, 3e-3), 9
+SHOWN = 0.2                                                         # least score of a box in bev.png
 ABLATIONS = {   # name: method, flags, the modality that it can change
     "clap_uniform": ("clap", ("--sampler", "uniform"), "fusion"), "clap_sdf": ("clap", ("--sampler", "sdf"), "fusion"),
     "clap_no_prototypes": ("clap", ("--without", "prototypes"), "fusion"), "simipu_greedy": ("simipu", ("--match", "greedy"), "camera"),
@@ -182,8 +185,8 @@ def table():
     print("\n".join(lines))
 
 
-def figures():
-    """label_efficiency.png (fusion), curves.png (held-out and training terms over the seeds as a band)."""
+def figures(runs):
+    """label_efficiency.png (fusion), curves.png (held-out and training terms over the seeds as a band), bev.png."""
     rows = done()
 
     def efficiency(name):
@@ -214,6 +217,23 @@ def figures():
                     ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.25)
             panels.append((f"{method}: {name}, {len(runs)} seeds", curve))
     figure(RESULTS / "curves.png", panels, 4, (3.2, 2.2))
+    folders = {init: runs / f"finetune_{init}_{FRACTIONS[0]:g}_fusion_0" for init in ("none", *METHODS)}
+    if all((folder / "last.pt").is_file() for folder in folders.values()):
+        birds_eyes(folders)
+
+
+def birds_eyes(folders):
+    """bev.png: two held-out frames, at one and two thirds of the split, as the detector of seed 0 sees them from each init."""
+    dataset, panels = data.open_dataset("", "small"), []
+    held_out = dataset.split("val")
+    frames = [dataset.load(int(held_out[n * len(held_out) // 3]), dataset.grid.image) for n in (1, 2)]
+    for init, folder in folders.items():
+        model = finetune.Detector(finetune.Config(**run_config(folder)), dataset.grid)
+        resume(folder, model)
+        for frame, (boxes, _, scores) in zip(frames, model.eval().predict(data.collate(frames, [0, 1]))):
+            shown = boxes[scores > SHOWN].numpy()
+            panels.append((f"{init}: {len(shown)} boxes, score > {SHOWN}", partial(finetune.birds_eye, frame=frame, shown=shown, grid=dataset.grid)))
+    figure(RESULTS / "bev.png", panels[::2] + panels[1::2], len(folders), (3.2, 3.2))
 
 
 def main():
@@ -225,11 +245,12 @@ def main():
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--figures", action="store_true")
     asked = parser.parse_args()
+    runs = asked.runs or data.cache_dir() / "compare"
     if asked.only and asked.only not in dict(plan()):
         parser.error(f"no row {asked.only}; there are {', '.join(key for key, _ in plan()[:30])}, ...")
     if asked.table or asked.figures:
-        return [job() for job, wanted in ((table, asked.table), (figures, asked.figures)) if wanted]
-    return work(asked.jobs, asked.minutes, asked.only, asked.runs or data.cache_dir() / "compare")
+        return [job() for job, wanted in ((table, asked.table), (lambda: figures(runs), asked.figures)) if wanted]
+    return work(asked.jobs, asked.minutes, asked.only, runs)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ def test_a_detector_is_trained_and_scored_on_kitti(kitti, tmp_path, capsys):
     cfg = finetune.Config(preset="small", **tiny, data=str(kitti), out=str(tmp_path / "run"), gpus=0, fraction=1.)
     finetune.train(0, 1, cfg)
     last = capsys.readouterr().out.splitlines()[-1]
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert None in (ap for one in found["3d"].values() for ap in one["R40"])                        # a class without truth
     assert set(found) == {"2d", "bev", "3d", "frames"} and found["frames"] == 1 and "3D AP|R40 moderate Car" in last
     lines = (tmp_path / "run" / "kitti" / "000007.txt").read_text().splitlines()
     assert lines and all(len(line.split()) == 16 and line.split()[0] in ("Car", "Pedestrian", "Cyclist") for line in lines)
