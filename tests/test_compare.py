@@ -1,0 +1,63 @@
+"""compare.py: what a row needs and runs, and the table's statistics against scipy's paired test."""
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import compare
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Made-up rows of every learning rate and of five seeds: clap better than none by about 0.05, cmcr not."""
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    rng, rows = np.random.default_rng(0), []
+    for init, best in (("none", 1e-3), ("clap", 4e-4), ("cmcr", 3e-3)):
+        rows += [dict(key=f"rate/{init}/{lr:g}", mAP=0.1 if lr == best else 0.05) for lr in compare.RATES]
+        rows += [dict(key=f"finetune/{init}/0.05/fusion/{seed}", **{name: rng.normal(0.1 + 0.05 * (init == "clap"), 0.01) for name in ("mAP", "NDS", "mAP_reach")})
+                 for seed in compare.SEEDS if (init, seed) != ("cmcr", 4)]
+    rows.append(rows[3] | dict(mAP=0.123))                          # a row that was run again: the newest counts
+    (tmp_path / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {row["key"]: row for row in rows}
+
+
+def test_the_table_is_the_paired_comparison(results, tmp_path, capsys):
+    compare.table()
+    table = (tmp_path / "compare.md").read_text()
+    assert table.strip() == capsys.readouterr().out.strip()
+    lines = {cells[3]: cells for cells in (re.split(r" *\| *", line.strip("| ")) for line in table.splitlines()[2:]) if len(cells) > 8}
+    assert list(lines) == ["none", "clap", "cmcr"] and [lines[init][4] for init in lines] == ["0.001", "0.0004", "0.003"]
+    for init in lines:
+        for n, name in enumerate(("mAP", "NDS", "mAP_reach")):
+            mine, base = ([results[f"finetune/{of}/0.05/fusion/{seed}"][name] for seed in range(4 if init == "cmcr" else 5)] for of in (init, "none"))
+            assert lines[init][6 + n] == f"{np.mean(mine):.3f} ± {stats.tstd(mine):.3f}"
+            if init != "none" and n < 2:
+                low, high = stats.ttest_rel(mine, base).confidence_interval(0.95)
+                assert lines[init][9 + n] == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}", (init, name)
+    assert "clap" in lines and float(lines["clap"][9].split(" ± ")[0]) > float(lines["clap"][9].split(" ± ")[1])
+
+
+def test_a_row_brings_what_it_needs_and_all_is_planned_before_it(tmp_path):
+    plan = compare.plan()
+    needs, place = dict(plan), {key: n for n, (key, _) in enumerate(plan)}
+    assert len(place) == len(plan)
+    for key in place:
+        assert all(place[before] < place[key] for before in compare.needed(key, needs)), key
+    assert compare.needed("finetune/cmcr_no_codebook/0.05/lidar/2", needs) == {
+        "pretrain/cmcr_no_codebook/2", "pretrain/cmcr/0", "rate/cmcr/0.0004", "rate/cmcr/0.001", "rate/cmcr/0.003"}
+    assert compare.needed("finetune/none/0.2/fusion/1", needs) == {"rate/none/0.0004", "rate/none/0.001", "rate/none/0.003"}
+
+
+def test_a_row_s_command_has_its_own_pre_training_and_the_chosen_rate(results, tmp_path):
+    def flags(key):
+        script, *rest = compare.command(key, results, tmp_path)[0]
+        return script, dict(zip(rest[::2], rest[1::2]))
+    script, asked = flags("finetune/clap/0.2/lidar/3")
+    assert script == "finetune.py" and asked["--init"] == str(tmp_path / "pretrain_clap_3") and asked["--seed"] == "3"
+    assert asked["--lr"] == asked["--lr-init"] == "0.0004" and asked["--fraction"] == "0.2" and asked["--modality"] == "lidar" and "--steps" not in asked
+    assert flags("longer/none/0.05/fusion/1")[1].items() >= {"--init": "none", "--steps": "240", "--lr": "0.001"}.items()
+    _, asked = flags("rate/cmcr/0.003")
+    assert asked["--init"] == str(tmp_path / "pretrain_cmcr_0") and asked["--seed"] == "9" and asked["--lr"] == "0.003"
+    assert flags("pretrain/clap_sdf/2") == ("clap.py", {"--seed": "2", "--sampler": "sdf", "--out": str(tmp_path / "pretrain_clap_sdf_2")})
