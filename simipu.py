@@ -10,15 +10,16 @@ What is kept is the image network: finetune.py --init RUN --modality camera, or 
 
     paper                  here                        meaning
     p^alpha, p^beta        alpha, beta                 the cloud as recorded, and moved by T; (B, n, 4) x, y, z, intensity
-    T                      a2b                         turn, scale, mirror as one 4 x 4 matrix                  Eq. 1
+    T                      T; a2b in the batch         turn, scale, mirror as one 4 x 4 matrix                  Eq. 1
     F_P; l, f              points; l_*, f_*            point network; its points' places and features           Eq. 2
     M_1                    i, j                        Hungarian pairs of T(l_alpha) with l_beta                Eq. 3
     F_I                    camera.resnet               ResNet, last stage (C5)                                  Eq. 5
-    f^gamma, M_2           f_image                     C5 where l_alpha is projected to                         Eq. 6
+    M_2; f^gamma           k, image, uv; f_image       points that a picture sees, and C5 where they are seen   Eq. 6
     lambda, mu, tau        w_intra, w_inter, tau       weights of the two losses, temperature                   Eq. 8, 4
 
 Without the inter-modal loss the image network learns nothing (the paper's row "w/o inter" is its row "scratch"); without the intra-modal one it matches a random,
-frozen point network. The points of a frame fall on few cells of stride 32, so L_inter cannot fall below about the mean log of the pairs in one cell; it is logged.
+frozen point network. The points of a frame fall on few cells of stride 32: cell_inter, the mean log of the pairs in one cell, is where L_inter would stop if
+features were read from the nearest cell. They are interpolated, so it can go below, but the network has no more than those cells to say it with.
 
 Departures:
   D1  Eq. 7 as printed: points ask, images answer, and f_alpha is cut *before* its head, which therefore learns. The code asks from the image and cuts after the
@@ -28,10 +29,12 @@ Departures:
   D4  The last sampling takes half of the points from the feature-sampled block and half from the distance-sampled one, split at their border, as 3DSSD means it;
       the code's split is a left-over of other sizes.
   D5  Sampling of C5 divides by the size of the padded batch, in the area convention; a point that no camera sees makes no pair. The code divides by each image's
-      own size and lets unseen points read zeros.
-  D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change.
-  D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one.
+      own size and lets unseen points read zeros. Smaller pictures of a batch are padded with black, where the code pads with the mean colour.
+  D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change. Batch norms over points and pairs
+      count every process's rows (the code's only their own); on CUDA the image network runs in bfloat16.
+  D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
   D8  At most 4096 pairs a process: the paper's number is the code's 4 frames of 1024; negatives are those of the same process.
+  D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
 """
 import json
 import math
@@ -89,7 +92,7 @@ class Config:
     reach: float = 1.0                 # factor of RADII; 1 [code], small 2 [ours]: the embedded LiDAR is a third as dense
     dims: int = 128                    # of what is compared [paper]
     # losses
-    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: the paper's ablation
+    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: row by row, as the code has it and never calls it [code]; Table 5's is not described
     pairs: int = 4096                  # most pairs of either loss a process [paper] D8
     tau: float = 0.07                  # temperature [code]
     w_intra: float = 1.0               # lambda [code]; 0 leaves the point network as it was drawn: the paper's ablation
@@ -280,7 +283,7 @@ class PointEncoder(nn.Module):
 # ---- matching --------------------------------------------------------------------------------------------------------------------
 
 def greedy_pairs(a, b):
-    """Row by row the nearest that is still free: the paper's Table 5 ablation. a, b (n, 3) -> (n,) rows of b."""
+    """Row by row the nearest that is still free [code]. a, b (n, 3) -> (n,) rows of b."""
     from scipy.spatial.distance import cdist
     cost, pairs = cdist(a, b), np.zeros(len(a), np.int64)
     for i in range(len(a)):
@@ -294,9 +297,9 @@ def greedy_pairs(a, b):
 class SimIPU(nn.Module):
     """Both losses of a batch. camera.resnet is what is kept; the point network and the heads are thrown away."""
 
-    def __init__(self, cfg, grid):
+    def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.grid = cfg, grid
+        self.cfg = cfg
         self.points, self.camera = PointEncoder(cfg.width, cfg.reach), ResNet(cfg.resnet)
         P, C = self.points.channels, self.camera.widths[-1]
         self.head_intra, self.head_point, self.head_image = (nn.Sequential(mlp(c, c, c, cfg.dims), BatchNorm(cfg.dims)) for c in (P, P, C))
@@ -364,7 +367,7 @@ class SimIPU(nn.Module):
         # 3 inter-modal: where each point lands, what the image says there; only the image network learns
         c5, padded = self.image_features(batch.images)                                     # (B K, C, h, w)          Eq. 5
         k, image, uv = self.in_images(l_alpha, batch)                                      # (M',) into (B p)        Eq. 6
-        kept = self.at_most(torch.arange(len(k), device=k.device), batch)
+        kept = self.at_most(alive[k].nonzero()[:, 0], batch)
         k, image, uv = k[kept], image[kept], uv[kept]
         f_image = sample_image(c5, image, uv, padded)                                      # (M', C)                 Eq. 6  D5
         z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])                       # (M', 128)               D1
@@ -378,7 +381,7 @@ class SimIPU(nn.Module):
             terms = dict(L_intra=L_intra, L_inter=L_inter, matched_median=quantile(distance, 0.5), matched_p90=quantile(distance, 0.9),
                          chance_intra=math.log(max(len(i), 1)), chance_inter=math.log(max(len(k), 1)),
                          floor_intra=shared(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
-                         floor_inter=shared((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
+                         cell_inter=shared((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
                          std_alpha=spread_of(z_alpha), std_point=spread_of(z_point), std_image=spread_of(z_image))
         return L, terms
 
@@ -462,10 +465,11 @@ def train(rank, world, cfg):
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
     dataset = data.open_dataset(cfg.data, cfg.preset)
+    dataset.grid = replace(dataset.grid, sweeps=1)                  # TwoViews keeps no other; D7
     augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
     held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=augment).begin_at(0), BATCHES))  # the same on every process
-    model = SimIPU(cfg, dataset.grid)
+    model = SimIPU(cfg)
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     model.to(device)
@@ -493,7 +497,7 @@ def train(rank, world, cfg):
             opt.zero_grad()
         loss, terms = net(batch)
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])       # a loss of weight 0 trains nothing
         log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr * factor)                   # raises before the update if one is not finite
         for opt in opts:
             opt.step()
@@ -508,10 +512,10 @@ def train(rank, world, cfg):
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
         draw(model, held_out[0].to(device), cfg.out)
-        loss_curves(cfg.out, {"L" + kind: (found["chance" + kind], found["floor" + kind]) for kind in ("_intra", "_inter")})
+        loss_curves(cfg.out, {"L_intra": (found["chance_intra"], found["floor_intra"]), "L_inter": (found["chance_inter"], found["cell_inter"])})
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_intra {found['L_intra']} (chance {found['chance_intra']}, floor {found['floor_intra']}), "
-              f"L_inter {found['L_inter']} (chance {found['chance_inter']}, floor {found['floor_inter']})")
+              f"L_inter {found['L_inter']} (chance {found['chance_inter']}, one cell {found['cell_inter']})")
     log.close()
 
 

@@ -38,9 +38,13 @@ import pytest
 import torch
 
 import clap
+import cmcr
 import common
 import data
 import finetune
+import simipu
+import test_cmcr
+import test_simipu
 from test_clap import frames_on_two, ranks_of
 
 ROOT = Path(__file__).parent.parent
@@ -436,6 +440,27 @@ def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empt
             torch.testing.assert_close(gradient[name], p.grad, rtol=1e-4, atol=tiny, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(gradient[name], same[name]), name
     assert all(part[2][0].isfinite() and all(g.isfinite().all() for g in part[2][2].values()) for part in parts)
+
+
+@pytest.mark.parametrize("method", [simipu, cmcr])
+def test_contrast_on_two_processes_goes_on_when_one_has_no_point(method, three_frames, tmp_path):
+    """Negatives are each process's own, so the loss is not that of the joined batch; it is finite, both end with the same gradient, and its mean is the full frame's."""
+    of = {simipu: test_simipu, cmcr: test_cmcr}[method]
+    dataset, rng = data.open_dataset(three_frames, "small"), np.random.default_rng(0)
+    frames = [dataset.load(i) for i in range(2)]
+    full, bare = of.VIEWS(frames[0], rng), of.VIEWS(replace(frames[1], points=frames[1].points[:0]), rng)
+    torch.manual_seed(0)
+    model = simipu.SimIPU(of.TINY) if method is simipu else cmcr.Cmcr(of.TINY, dataset.grid, False)
+    model.eval()
+    apart = [data.collate([frame], [n]) for n, frame in enumerate((full, bare))]
+    torch.multiprocessing.spawn(frames_on_two, (str(tmp_path), [(copy.deepcopy(model), apart), (copy.deepcopy(model).train(), apart)]), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for (loss, _, gradient), (other, _, same) in zip(*parts):
+        assert loss.isfinite() and other.isfinite() and all(g.isfinite().all() and torch.equal(g, same[name]) for name, g in gradient.items())
+    contrast = "L_intra" if method is simipu else "L_NCE"
+    alone = method.SimIPU(of.TINY).eval() if method is simipu else cmcr.Cmcr(of.TINY, dataset.grid, False).eval()
+    alone.load_state_dict(model.state_dict())
+    torch.testing.assert_close((parts[0][0][1][contrast] + parts[1][0][1][contrast]) / 2, alone(apart[0])[1][contrast].detach())
 
 
 # ---- 14, 24, 25: several processes ----
