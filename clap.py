@@ -7,16 +7,17 @@ Read with: common.py §1 project, rays; §3 VoxelNet, CameraNet, FusionNet; §4 
 One optimiser, one checkpoint: both branches and their fusion learn jointly. Later: finetune.py --init RUN.
 
 No code of the authors is public. [paper] marks what the paper's public text states (second-hand in part: a reading note, the reviews, the summaries of v1),
-[sister] the same authors' TREND, [code X] the ingredient's released code, [ours] what none of them says. Equations have no public numbers; sections stand instead.
+[sister] the same authors' TREND, [code X] the ingredient's released code, [ours] what none of them says. Few equation numbers are public (4, 13 and 14,
+from a review); elsewhere stands what the equation is about.
 
     paper                  here                        meaning
     P, I, T                batch.points, .images, .lidar2img
     P^, I^                 lidar, image                volumes of the two branches, (B, C, Z, Y, X)
-    F^, F~                 fused, field features       f_fusion(concat(P^, I^)); f^3D(F^), trilinear in F~
+    F^, F~                 fused; shallow, table       f_fusion(concat(P^, I^)); f^3D(F^), its cells as rows, trilinear between them
     f^SDF, s               Field.sdf                   signed distance at a point, scaled units
-    n~, c, omega           sdf_curvature               unit normal, its derivative, its norm: the sampling weight
+    n~, omega              sdf_curvature               unit normal; the norm of its derivative: the sampling weight
     alpha, t, w, h         neus_weights                opacity, transmittance, weight; learnable sharpness
-    r~, c~                 rendered range, colour      against r, c of a LiDAR point, of a pixel
+    r~, c~                 r_hat, c_hat                against r, c of a LiDAR point, of a pixel
     K, N_K, d_K            Prototypes.K                512 learnable prototypes of 128 numbers, not normalised
     S, Q                   scores, codes               embeddings against prototypes; their Sinkhorn assignment
     omega_r ... omega_GMM  w_* in Config               loss weights
@@ -26,7 +27,8 @@ Departures and readings:
       SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times).
   D2  The image branch is a ResNet whose hidden pixels take the mean colour (no mask token), with a lift by pulling: depth probability times the number of
       bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
-  D3  The colour head does not see the SDF's gradient (UniPAD's does): no second-order derivatives in the render path.
+  D3  The colour head is three plain layers on feature, geometry and view: no SDF gradient (no second-order derivatives in the render path) and no position, which
+      UniPAD's four layers have; the SDF's feature enters before its five hidden layers, UniPAD's also before the output.
   D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
   D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
       renormalised, as printed.
@@ -34,6 +36,9 @@ Departures and readings:
   D7  Prototypes meet cells that hold a point left visible and that some camera sees, at most 8192 a frame; the paper does not say which. (The sparse
       encoder's last sites are five times as many: strided convolutions spread each point over its neighbours.)
   D8  Sinkhorn runs in the log domain (exp(S / 0.05) overflows) and counts every process's cells; L_GMM is linear and signed, as printed.
+  D9  Finer samples follow the weights of the coarse ones at h = 64, drawn independently; NeuS estimates them from the steepest of neighbouring sections, UniPAD draws
+      evenly spread ones.
+  D10  The fusion is a 1 x 1 x 1 and a 3 x 3 x 3 convolution to 4 times the first width, the detector's own; the paper does not say.
 """
 import json
 import math
@@ -50,13 +55,13 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, box_exit, conv3d, corners, cosine, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
-                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, share_buffers, start, stratified,
+from common import (Log, box_exit, conv3d, corners, cosine, evaluate, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
+                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, start, stratified,
                     surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
-NEAR, CLOSE = 1.0, 3.0                                              # m, first sample of a ray [ours]; nearer LiDAR points are no targets [code UniPAD]
+NEAR, CLOSE = 1.0, 3.0                                              # m, first sample of a ray; nearer LiDAR points are no targets [code UniPAD, there in the plane]
 
 
 @dataclass
@@ -79,14 +84,14 @@ class Config:
     warmup: int = 500                  # steps from lr / 3; 500 [code UniPAD], small 50 [ours]
     weight_decay: float = 0.01         # prototypes included [code UniPAD, PonderV2]
     clip: float = 35.0                 # gradient norm [code UniPAD, OpenPCDet]
-    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code UniPAD, 22.5 deg]
-    scale: float = 0.05                # scaling U(1 - scale, 1 + scale); x and y flip with probability 1/2 [code UniPAD], on KITTI y only [code OpenPCDet]
+    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z, 22.5 degrees [code UniPAD: 0.3925]
+    scale: float = 0.05                # scaling U(1 - scale, 1 + scale); 0.05 [code UniPAD]; x and y flip with probability 1/2, on KITTI y only [code OpenPCDet]
     # networks
     resnet: Literal[18, 50] = 50       # image backbone, random initial weights; 50, small 18 [ours] D2
-    width: int = 16                    # first sparse stage; volume, image, fusion, field have 8, 5, 4, 2 times that; 16 [code OpenPCDet]: 128, 80, 64, 32; small 8 [ours]
+    width: int = 16                    # first sparse stage, small 8; volume, image, fusion, field: 8, 5, 4, 2 times that [code OpenPCDet, BEVFusion, D10, UniPAD]
     bins: int = 118                    # depth bins of the lift; 118 [code BEVFusion], small 36 [ours]
     # masking
-    hide_points: float = 0.9           # share of 8 x 8 x 8 voxel blocks [sister]
+    hide_points: float = 0.9           # share of the blocks, 0.9 [sister]; a block is 8 x 8 x 8 voxels [code UniPAD]
     hide_pixels: float = 0.3           # share of 32 x 32 patches [code UniPAD]
     # curvature sampling
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
@@ -173,7 +178,7 @@ def pca_curvature(xyz, b, pca, sdf, step):
 
 
 def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
-    """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s||, by central differences of `step`: 19 distinct values of the field a point. [paper §2] D1
+    """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s||, by central differences of `step`: 19 distinct values of the field a point. [paper, curvature sampling] D1
 
     A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R.
     """
@@ -198,7 +203,7 @@ SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weigh
 
 
 def sane(weights):
-    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero unless all were. weights (M,) -> (M,)."""
+    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero, all 1 if none is positive. weights (M,) -> (M,)."""
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
         return torch.ones_like(weights)
@@ -227,7 +232,7 @@ def pixel_weights(weights, xyz, b, batch, blur):
     kernel = torch.exp(-0.5 * (tap / (0.3 * ((blur - 1) / 2 - 1) + 0.8)) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
-    return F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0]
+    return F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0] * below_sky(batch, 0)                 # none in the padding
 
 
 def below_sky(batch, sky):
@@ -253,9 +258,9 @@ def draw_pixels(weights, n, size, generators):
 # ---- the neural field and its rendering ------------------------------------------------------------------------------------------
 
 class Field(nn.Module):
-    """f^SDF and f^RGB on trilinear features of the volume. Sizes of [code UniPAD]; coordinates, distances and h in the scene scaled to +-1.
+    """f^SDF and f^RGB on trilinear features of the volume. Widths of [code UniPAD], D3; coordinates, distances and h in the scene scaled to +-1.
 
-    The scaled point enters the first layer, the feature is added before every layer. No geometric initialisation.
+    The scaled point enters the first layer, the feature is added before each of the five. No geometric initialisation.
     """
 
     def __init__(self, channels, cells, scale, hidden=16, depth=5):
@@ -283,12 +288,12 @@ class Field(nn.Module):
         return s[:, 0], geometry, feature
 
     def render(self, table, origin, direction, b, far, jitter, u, colour):
-        """Range and, if asked, colour along rays [paper §3]. origin, direction (R, 3), b (R,), far (R,) m, jitter (R, S), u (R, S') in [0, 1)
+        """Range and, if asked, colour along rays [paper, rendering]. origin, direction (R, 3), b (R,), far (R,) m, jitter (R, S), u (R, S') in [0, 1)
         -> range (R,) m, colour (R, 3) on black or None. Samples lie between NEAR and far, where the ray leaves the volume's box."""
         def at(depth):
             return (origin[:, None] + direction[:, None] * depth[..., None]).view(-1, 3), b.repeat_interleave(depth.shape[1])
 
-        with torch.no_grad():                                                              # where to look closer: one NeuS up-sampling step at h = 64 [code UniPAD]
+        with torch.no_grad():                                                              # where to look closer, h = 64 [code NeuS, UniPAD]  D9
             depth = stratified(far.new_full((), NEAR).expand_as(far), far, jitter)         # (R, S)
             s = self.sdf(table, *at(depth))[0].view_as(depth)
             depth = torch.cat([depth, importance(depth, neus_weights(s, 64.0), u)], 1).sort(1).values                   # (R, S + S')
@@ -314,13 +319,13 @@ def sinkhorn(scores, epsilon, iterations):
     log_q = scores / epsilon
     for _ in range(iterations):
         top = over_ranks(F.pad(log_q, (0, 0, 0, 1), value=-1e9).amax(0), torch.distributed.ReduceOp.MAX)                # (N_K,)
-        log_q = log_q - (over_ranks((log_q - top).exp().sum(0)).log() + top)               # prototypes
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)                                   # samples; constants cancel in the next line
+        log_q = log_q - (over_ranks((log_q - top).exp().sum(0)).log() + top)               # prototypes; a constant cancels below
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)                                   # samples
     return log_q.exp()
 
 
 class Prototypes(nn.Module):
-    """One set of prototypes that cells of both modalities are assigned to [paper §4]."""
+    """One set of prototypes that cells of both modalities are assigned to [paper, prototype learning]."""
 
     def __init__(self, cfg, lidar_width, image_width):
         super().__init__()
@@ -331,14 +336,14 @@ class Prototypes(nn.Module):
     def forward(self, lidar, image):
         """lidar (N, C), image (N, C') features of the same N cells -> L_SwAV, L_EM, L_GMM, {monitor: ()}."""
         cfg, K, N = self.cfg, self.K, len(lidar)
-        S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()                           # (N, N_K)
-        S_I = F.normalize(self.head_image(image), dim=1) @ K.t()                           # (N, N_K)
+        S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()                           # (N, N_K)            Eq. 13
+        S_I = F.normalize(self.head_image(image), dim=1) @ K.t()                           # (N, N_K)            Eq. 14
         Q_P, Q_I = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn), sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)                   # no gradient
-        p_P, p_I = F.log_softmax(S_P / cfg.tau, 1), F.log_softmax(S_I / cfg.tau, 1)        # log p               D6
-        L_SwAV = mean_over_ranks(-(Q_I * p_P + Q_P * p_I).sum(), N) / cfg.prototypes       # [paper §4, swapped prediction]
-        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / cfg.prototypes    # [paper §4, EM]
+        log_P, log_I = F.log_softmax(S_P / cfg.tau, 1), F.log_softmax(S_I / cfg.tau, 1)    # (N, N_K)            D6
+        L_SwAV = mean_over_ranks(-(Q_I * log_P + Q_P * log_I).sum(), N) / cfg.prototypes   # [paper, swapped prediction]
+        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / cfg.prototypes    # [paper, EM]
         G = K @ K.t()                                                                      # (N_K, N_K)
-        L_GMM = (G.sum() - G.diagonal().sum()) / (len(K) * (len(K) - 1))                   # [paper §4, Gram]     D8
+        L_GMM = (G.sum() - G.diagonal().sum()) / (len(K) * (len(K) - 1))                   # [paper, Gram]         D8
         with torch.no_grad():
             best_P, best_I = S_P.argmax(1), S_I.argmax(1)
             monitors = dict(perplexity_P=perplexity(best_P, len(K)), perplexity_I=perplexity(best_I, len(K)), perplexity_Q=perplexity(Q_P.argmax(1), len(K)),
@@ -389,14 +394,16 @@ class Clap(nn.Module):
         return rows, away[rows] / r[rows, None], r[rows]
 
     def render(self, table, origin, direction, b, generators, colour):
-        """Rays in frame order, random numbers from each ray's frame; rays that leave the box before NEAR are dropped first.
+        """Rays in frame order, random numbers from each ray's frame; rays that leave the box before NEAR are dropped first. Without gradient 8192 at a time.
         -> range (R',) m, colour (R', 3) or None, valid (R,) with R' true."""
         cfg, far = self.cfg, box_exit(origin, direction, self.grid.low, self.grid.high)
         counts = torch.bincount(b, minlength=len(generators)).tolist()
         noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
         valid = far > NEAR
         jitter, u = noise[valid].split([cfg.samples, cfg.finer], 1)
-        return *self.field.render(table, origin[valid], direction[valid], b[valid], far[valid], jitter, u, colour), valid
+        chunks = zip(*(x.split(len(b) or 1 if torch.is_grad_enabled() else 8192) for x in (origin[valid], direction[valid], b[valid], far[valid], jitter, u)))
+        r, c = zip(*(self.field.render(table, *chunk, colour) for chunk in chunks))
+        return torch.cat(r), torch.cat(c) if colour else None, valid
 
     def forward(self, batch, uniform=False):
         """-> L (), {name: ()}. uniform: sample uniformly for now, while the SDF is noise."""
@@ -422,20 +429,20 @@ class Clap(nn.Module):
         _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (N_C', 3)
         c = (batch.images[at, :, v, u].float() / 255)[valid]                               # (N_C', 3)
         scale = self.field.scale
-        L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper §3]
-        L_surface = mean_over_ranks(s.abs().sum(), len(s))                                                              # [paper §3]
-        L_colour = mean_over_ranks((c - c_hat).abs().sum() / 3, len(c))                                                 # [paper §3]
-        L_rend = L_range + cfg.w_surface * L_surface + cfg.w_colour * L_colour                                          # [paper §3]
+        L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper, rendering]
+        L_surface = mean_over_ranks(s.abs().sum(), len(s))                                                              # [paper, rendering]
+        L_colour = mean_over_ranks((c - c_hat).abs().sum() / 3, len(c))                                                 # [paper, rendering]
+        L_rend = L_range + cfg.w_surface * L_surface + cfg.w_colour * L_colour                                          # [paper, rendering]
         terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface, L_colour=L_colour, h=self.field.h)
 
         # 4 prototypes: the same cells seen by both modalities, each predicts the other's code
-        L = cfg.w_rend * L_rend                                                                                         # [paper §5]
+        L = cfg.w_rend * L_rend                                                                                         # [paper Eq. 4]
         if self.proto is not None:
             cell = self.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)               # (N_3D,) into the sparse level  D7
             b_, z, y, x = lidar.coords[cell].unbind(1)
-            L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper §4]
-            L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper §4]
-            L = L + cfg.w_proto * L_proto                                                                               # [paper §5]
+            L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper, prototypes]
+            L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper, prototypes]
+            L = L + cfg.w_proto * L_proto                                                                               # [paper Eq. 4]
             terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM, cells=float(len(cell)), **monitors)
         return L, terms | self.shares(batch, xyz, b)
 
@@ -483,22 +490,13 @@ class Clap(nn.Module):
 # ---- held-out errors -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, loader, device, uniform):
-    """Mean of every term over the held-out batches, the same frames and masks every time, sampled as training is. -> {name: float}."""
-    share_buffers(model)
-    model.eval()
-    rows = [model(batch.to(device), uniform)[1] for batch in loader.once()]
-    model.train()
-    return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
-
-
-@torch.no_grad()
 def examine(model, loader, device):
     """What the volume knows of held-out frames under the training mask. -> {name: float}, ranges in metres, colours in [0, 1], all mean absolute errors.
 
     range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range of the ray's own beam over these very
-    frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of another frame went in.
-    range_all is over the same rays. colour / colour_blind: pixels drawn as in training, with the images and with black ones. None where no ray is left.
+    frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of the other held-out frame of its batch went
+    in, often one of the same scene. range_all is over the same rays. colour / colour_blind: pixels drawn as in training, hidden or not, with the training mask and
+    with every pixel hidden; colour_mean: of their mean colour. None where no ray is left.
     """
     model.eval()
     cfg, ray, colour = model.cfg, [], []
@@ -509,8 +507,7 @@ def examine(model, loader, device):
         rows, direction, r = model.targets(batch)
         b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
         swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
-        blind = replace(batch, images=torch.zeros_like(batch.images))
-        given, other, dark = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped, blind))
+        given, other, dark = (model.encode(x, hidden, px)[0] for x, px in ((batch, hidden_px), (swapped, hidden_px), (batch, torch.ones_like(hidden_px))))
         r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
         r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
@@ -519,14 +516,15 @@ def examine(model, loader, device):
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
         lit, unlit = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)[1:] for t in (given, dark))
         c = (batch.images[at, :, v, u].float() / 255)[lit[1]]
-        colour.append(torch.stack([(c - lit[0]).abs().mean(1), (c - unlit[0]).abs().mean(1)], 1))
+        colour.append(torch.cat([(c - lit[0]).abs().mean(1, keepdim=True), (c - unlit[0]).abs().mean(1, keepdim=True), c], 1))
     model.train()
     elevation, r, hid, error, error_other, error_near = torch.cat(ray).cpu().double().unbind(1)
     _, beam, count = torch.unique((elevation.rad2deg() * 2).round(), return_inverse=True, return_counts=True)           # half-degree bins
     mean = torch.zeros(len(count), dtype=r.dtype).index_add_(0, beam, r) / count
-    hid, colour, both = hid.bool(), torch.cat(colour).cpu().double().mean(0), error_other.isfinite()
+    hid, both, (lit, unlit, c) = hid.bool(), error_other.isfinite(), torch.cat(colour).cpu().double().split([1, 1, 3], 1)
     found = dict(range_hidden=error[hid].mean(), range_visible=error[~hid].mean(), beam_mean=(r - mean[beam])[hid].abs().mean(),
-                 nearest_ray=error_near[hid].nanmean(), range_all=error[both].mean(), range_swapped=error_other[both].mean(), colour=colour[0], colour_blind=colour[1])
+                 nearest_ray=error_near[hid].nanmean(), range_all=error[both].mean(), range_swapped=error_other[both].mean(),
+                 colour=lit.mean(), colour_blind=unlit.mean(), colour_mean=(c - c.mean(0)).abs().mean())
     return {k: round(float(v), 4) if v.isfinite() else None for k, v in found.items()}
 
 
@@ -564,9 +562,8 @@ def draw(model, batch, out, stride=2):
         v, u = torch.meshgrid(torch.arange(0, h, stride, device=r.device), torch.arange(0, w, stride, device=r.device), indexing="ij")
         origin, away = rays(torch.stack([u, v], -1).view(-1, 2) + 0.5, torch.full((v.numel(),), k, device=r.device), batch.lidar2img)
         rendered, zeros = torch.zeros_like(origin), torch.zeros(len(origin), dtype=torch.int64, device=r.device)
-        for i in torch.arange(len(origin), device=r.device).split(8192):
-            _, c, valid = model.render(table, origin[i], away[i], zeros[i], generators, colour=True)
-            rendered[i[valid]] = c
+        _, c, valid = model.render(table, origin, away, zeros, generators, colour=True)
+        rendered[valid] = c
         truth = batch.images[k, :, :h, :w].permute(1, 2, 0).cpu()
         panels += [(f"camera {k}: truth", truth), ("visible", truth * ~hidden_px[k, :h, :w, None].cpu()),
                    ("rendered, black above the volume", rendered.view(*v.shape, 3).cpu())]
@@ -636,7 +633,7 @@ def train(rank, world, cfg):
     augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
-    held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # spread over the split
+    held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # every n-th of the split
     model = Clap(cfg, loader.grid).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
@@ -652,7 +649,7 @@ def train(rank, world, cfg):
     for step, batch in log.batches(loader, first):
         uniform = cfg.sampler == "sdf" and step < cfg.warm_epochs * loader.steps_per_epoch
         if step % cfg.eval_every == 0:
-            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device, uniform))
+            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out.once(), device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)
         for group in opt.param_groups:
             group["lr"] = lr

@@ -1122,11 +1122,11 @@ class Log:
 
 
 @torch.no_grad()
-def evaluate(model, batches, device):
-    """Mean of every term over held-out batches, in eval mode; their random streams are their frames' own, so every call asks the same. -> {name: float}."""
+def evaluate(model, batches, device, *more):
+    """Mean of every term of model(batch, *more) over held-out batches, in eval mode; random streams are the frames' own: every call asks the same. -> {name: float}."""
     share_buffers(model)
     model.eval()
-    rows = [model(batch.to(device))[1] for batch in batches]
+    rows = [model(batch.to(device), *more)[1] for batch in batches]
     model.train()
     return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 

@@ -683,7 +683,7 @@ def sample_with(sampler, run, rounds):
 
 def bench_samplers(run, rounds):
     """Ratios to uniform sampling; the weights of `sdf` come from the run's own field."""
-    print(f"{run}, {rounds} training steps on held-out frames, 1 thread")
+    print(f"{run}, {rounds} passes forward and backward over held-out frames, 1 thread")
     print(f"{'sampler':10}{'on boxes':>10}{'on ground':>11}{'ms a step':>11}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}")
     rows = {}
     for sampler in ("uniform", "pca", "sdf"):

@@ -166,7 +166,7 @@ def test_sdf_curvature_asks_for_19_values_a_point():
 
 
 def test_pca_orders_edges_before_faces():
-    """A box on a plane: weight on the edges > on the faces > none."""
+    """A box: the weight is on its edge, hardly any on its faces."""
     g = np.random.default_rng(0)
     top = np.concatenate([g.uniform(-1, 1, (3000, 2)), np.ones((3000, 1))], 1)
     side = np.stack([np.ones(3000), g.uniform(-1, 1, 3000), g.uniform(0, 1, 3000)], 1)
@@ -221,6 +221,10 @@ def test_pixel_weights_stay_near_points(batch):
     assert ((maps.double() - expected).abs() < 1e-4).double().mean() > 0.999            # fp32 may floor a point to the next pixel
     assert (maps[F.max_pool2d(hit[:, None].float(), 9, 1, 4)[:, 0] == 0] == 0).float().mean() > 0.999
     assert maps.sum() > 0.9 * hit.sum()                                                 # the rest was blurred over the border
+    smaller = batch.hw.clone()
+    smaller[1] = torch.tensor([H // 2, W - 30])                                         # padded below and on the right
+    padded = clap.pixel_weights(weights, xyz, b, replace(batch, hw=smaller), 9)
+    assert padded[1, H // 2:].sum() == padded[1, :, W - 30:].sum() == 0 and padded[1].sum() > 0 and torch.equal(padded[2], maps[2])
 
 
 def test_pixels_without_weight_are_not_drawn():
@@ -228,6 +232,24 @@ def test_pixels_without_weight_are_not_drawn():
     weights[0, 3, 4] = 1.0
     image, v, u = clap.draw_pixels(weights, 20, 2, [torch.Generator(), torch.Generator()])
     assert (image.tolist(), v.tolist(), u.tolist()) == ([0], [3], [4])
+
+
+def test_pixels_are_drawn_by_weight():
+    weights, generator = torch.zeros(1, 2, 3), torch.Generator().manual_seed(0)
+    weights[0, 0, 1], weights[0, 0, 2], weights[0, 1, 0], weights[0, 1, 2] = 1, 2, 4, 8
+    count = torch.zeros(2, 3)
+    for _ in range(4000):
+        _, v, u = clap.draw_pixels(weights, 1, 1, [generator])
+        count[v, u] += 1
+    torch.testing.assert_close(count / 4000, weights[0] / 15, atol=0.025, rtol=0)
+
+
+def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path, monkeypatch):
+    """--sampler sdf: uniform for warm_epochs epochs, held-out terms likewise; a step an epoch here."""
+    asked, forward = [], clap.Clap.forward
+    monkeypatch.setattr(clap.Clap, "forward", lambda self, batch, uniform=False: asked.append((self.training, uniform)) or forward(self, batch, uniform))
+    clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=3, warm_epochs=2, eval_every=1))
+    assert [uniform for training, uniform in asked if training] == [True, True, False] == [uniform for training, uniform in asked if not training]
 
 
 def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monkeypatch):
@@ -436,6 +458,9 @@ def test_what_is_hidden_stays_hidden(batch, model):
     _, which = block.unique(dim=0, return_inverse=True)
     assert 0.85 < hidden[inside].float().mean() < 0.95 and 0.15 < hidden_px.float().mean() < 0.45
     assert all(len(hidden[inside][which == i].unique()) == 1 for i in range(int(which.max()) + 1))
+    patches = hidden_px[:, :32].unflatten(2, (4, 32))                                   # of 48 x 128 pixels: a whole row of patches and half a row
+    assert (patches.flatten(3).any(3) == patches.flatten(3).all(3)).all() and torch.equal(patches.all(3).all(1), patches[:, 0, :, 0])
+    assert (patches[:, 0, 1:, 0] != patches[:, 0, :-1, 0]).any() and (hidden_px[:, 32] != hidden_px[:, 31]).any()
 
 
 def test_prototypes_meet_cells_that_hold_a_point_and_that_a_camera_sees(batch, model):
@@ -541,6 +566,42 @@ def run(world, out, *more, wait=True):
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=out.parent)
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=out.parent)
+
+
+def test_held_out_errors_written_out(batch, model, monkeypatch):
+    """A volume that renders 7 m everywhere, 9 with the other frame's cloud; grey 7 / 20, with every pixel hidden 5 / 20. Slow loops."""
+    def encode(x, hidden, hidden_px):
+        return (torch.tensor(9.0 if not torch.equal(x.b_points, batch.b_points) else 5.0 if hidden_px.all() else 7.0),)
+
+    def render(table, origin, direction, b, generators, colour):
+        return table.expand(len(b)), (table / 20).expand(len(b), 3), torch.ones(len(b), dtype=torch.bool)
+    drawn, original = [], clap.draw_pixels
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(model, "render", render)
+    monkeypatch.setattr(clap, "draw_pixels", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    found = clap.examine(model, SimpleNamespace(once=lambda: [batch]), CPU)
+    hidden = model.hide(batch, clap.frame_generators(batch.seeds, CPU))[0]
+    targets = []                                                                        # frame, direction, range, hidden
+    for n, (x, y, z, _, age) in enumerate(batch.points.double().tolist()):
+        r = math.sqrt(x * x + y * y + z * z)
+        if r > 3 and age == 0 and -25.6 <= x < 25.6 and -25.6 <= y < 25.6 and -3 <= z < 1:
+            targets.append((int(batch.b_points[n]), np.array([x, y, z]) / r, r, bool(hidden[n])))
+    beams, near = {}, []
+    for _, ray, r, _ in targets:
+        beams.setdefault(round(2 * math.degrees(math.asin(ray[2]))), []).append(r)
+    for frame, ray, r, hid in targets:
+        if hid:
+            shown = [(ray @ other, r_) for b, other, r_, hid_ in targets if b == frame and not hid_]
+            near.append(abs(r - max(shown, key=lambda pair: pair[0])[1]))
+    image, v, u = drawn[0]
+    c = batch.images[image, :, v, u].double() / 255
+    expected = dict(range_hidden=np.mean([abs(r - 7) for *_, r, hid in targets if hid]), range_visible=np.mean([abs(r - 7) for *_, r, hid in targets if not hid]),
+                    beam_mean=np.mean([abs(r - np.mean(beams[round(2 * math.degrees(math.asin(ray[2])))])) for _, ray, r, hid in targets if hid]),
+                    nearest_ray=np.mean(near), range_all=np.mean([abs(r - 7) for *_, r, _ in targets]), range_swapped=np.mean([abs(r - 9) for *_, r, _ in targets]),
+                    colour=float((c - 0.35).abs().mean()), colour_blind=float((c - 0.25).abs().mean()), colour_mean=float((c - c.mean(0)).abs().mean()))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=2e-3, rel=1e-3), name
 
 
 def test_a_run_leaves_what_it_should(three_frames, tmp_path):
