@@ -359,11 +359,15 @@ def strided_map(coords, shape, pad):
     return unravel(unique, out_shape), KernelMap.of(source.index_select(0, order), outs.index_select(0, order), ends, len(coords), len(unique), False)
 
 
-def convolve(x, weight, kmap):
-    """x (V, C), weight (27, C, C') -> (V', C'): gather, grouped matrix product, sum over the pairs of each output. Repeatable bit by bit: nothing is added atomically."""
+def gather(x, rows):
+    """x (V, C), rows (P,) -> (P, C up to a multiple of 8): grouped_mm wants rows of a multiple of 16 bytes."""
+    return F.pad(x, (0, -x.shape[1] % 8)).index_select(0, rows)
+
+
+def multiply(pairs, weight, kmap):
+    """Grouped matrix product, sum over the pairs of each output: nothing is added atomically, so repeatable bit by bit. pairs (P, C), weight (27, C, C') -> (V', C')."""
     C, out = weight.shape[1:]
-    x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()   # grouped_mm wants rows of a multiple of 16 bytes
-    products = F.grouped_mm(x.index_select(0, kmap.ins), weight, offs=kmap.ends)           # (P, C')
+    products = F.grouped_mm(pairs, F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous(), offs=kmap.ends)                # (P, C')
     return F.embedding_bag(kmap.order, products, kmap.first, mode="sum", include_last_offset=True)[:, :out]
 
 
@@ -374,17 +378,19 @@ class SparseConvolution(torch.autograd.Function):
     def forward(ctx, x, weight, kmap):
         ctx.save_for_backward(x, weight)
         ctx.kmap = kmap
-        return convolve(x, weight, kmap)
+        return multiply(gather(x, kmap.ins), weight, kmap)
 
     @staticmethod
     def backward(ctx, grad):
         (x, weight), kmap = ctx.saved_tensors, ctx.kmap
         C, out = weight.shape[1:]
-        grad_x = None
+        ins, outs = (kmap.outs, kmap.ins) if kmap.same else (kmap.ins, kmap.outs)          # submanifold: offset 26 - t has the pairs of t exchanged,
+        weight = weight.flip(0) if kmap.same else weight                                   # so one gather of grad serves both products below
+        grads, grad_x = gather(grad, outs), None
         if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
-            grad_x = convolve(grad, weight.flip(0).transpose(1, 2), kmap) if kmap.same else convolve(grad, weight.transpose(1, 2), kmap.reversed())
-        rows, grads = F.pad(x, (0, -C % 8)).index_select(0, kmap.ins), F.pad(grad, (0, -out % 8)).index_select(0, kmap.outs)
-        return grad_x, F.grouped_mm(rows.t(), grads, offs=kmap.ends)[:, :C, :out], None
+            grad_x = multiply(grads, weight.transpose(1, 2), kmap if kmap.same else kmap.reversed())
+        grad_w = F.grouped_mm(gather(x, ins).t(), grads, offs=kmap.ends)[:, :C, :out]
+        return grad_x, grad_w.flip(0) if kmap.same else grad_w, None
 
 
 class SparseConv(nn.Module):

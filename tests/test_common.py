@@ -117,7 +117,7 @@ def test_a_linear_field_survives_trunk_lift_and_query():
     level = common.Level(every, net.cells[0].centres("cpu") @ slope[:, None] + 0.3, net.cells[0])
     for pad, below in zip(net.pads, net.cells[1:]):                                     # means over full 3 x 3 x 3 neighbourhoods, down the trunk
         coords, kmap = common.strided_map(level.coords, level.cells.shape, pad)
-        mean = common.convolve(level.features, torch.full((27, 1, 1), 1 / 27), kmap)
+        mean = common.SparseConvolution.apply(level.features, torch.full((27, 1, 1), 1 / 27), kmap)
         full = torch.bincount(kmap.outs, minlength=len(coords)) == 27
         level = common.Level(coords, coords.new_zeros(len(coords), 1).float(), below)
         torch.testing.assert_close(mean[full, 0], (level.centre() @ slope + 0.3)[full], atol=1e-4, rtol=1e-4)
@@ -174,7 +174,7 @@ def test_sparse_convolution_is_conv3d_on_occupied_sites(kind):
     pull = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad((ours * pull).sum(), (x, weight)), torch.autograd.grad((expected * pull).sum(), (x, weight))):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
-    rough = common.convolve(x.bfloat16(), weight.bfloat16(), kmap)                      # as on CUDA
+    rough = common.SparseConvolution.apply(x.bfloat16(), weight.bfloat16(), kmap)                      # as on CUDA
     torch.testing.assert_close(rough.double(), expected, atol=0.15, rtol=0.05)
 
 

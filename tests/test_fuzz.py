@@ -103,7 +103,7 @@ def test_sparse_convolutions_of_any_sites_are_dense_ones(taken, strided, seed):
     kernel = weight.view(3, 3, 3, 2, 3).permute(4, 3, 0, 1, 2)
     out, kmap = common.strided_map(coords, shape, (1, 1, 1)) if strided else (coords, common.submanifold_map(coords, shape))
     dense = F.conv3d(volume, kernel, padding=1, stride=2 if strided else 1).permute(0, 2, 3, 4, 1)
-    torch.testing.assert_close(common.convolve(x, weight, kmap), dense[tuple(out.t())], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(common.SparseConvolution.apply(x, weight, kmap), dense[tuple(out.t())], atol=1e-4, rtol=1e-4)
     left = dense.clone()
     left[tuple(out.t())] = 0
     assert not strided or not left.any()                                                # every site that receives anything is there
