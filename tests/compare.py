@@ -123,6 +123,13 @@ def needed(key, needs):
     return first.union(*(needed(k, needs) for k in first))
 
 
+def stopped(out, since):
+    """Leave beside a run's folder how long it took so far, for when it is taken up again. -> s."""
+    seconds = time.monotonic() - since
+    Path(f"{out}.seconds").write_text(f"{seconds:.0f}")
+    return seconds
+
+
 def work(jobs, minutes, only, runs):
     """Run what is missing, `jobs` at a time, each on its share of the cores."""
     rows, needs, begun = done(), dict(plan()), time.monotonic()
@@ -136,16 +143,18 @@ def work(jobs, minutes, only, runs):
             if process.poll() is None:
                 continue
             del running[key]
+            seconds = stopped(out, since)
             if process.returncode:
                 raise SystemExit(f"{key}: exit status {process.returncode}; its output is in {out}.txt")
-            keep(key, argv, out, time.monotonic() - since, threads, runs)
+            keep(key, argv, out, seconds, threads, runs)
             rows = done()
         ready = [key for key in todo if needed(key, needs) <= rows.keys()]
         if minutes and time.monotonic() - begun > 60 * minutes:
             for process, *_ in running.values():
                 process.send_signal(signal.SIGTERM)                 # saves; the next time it goes on from there
-            for process, *_ in running.values():
+            for process, _, out, since in running.values():
                 process.wait()
+                stopped(out, since)
             return print(f"{len(todo) + len(running)} rows are left", flush=True)
         if ready and len(running) < jobs:
             key = ready[0]
@@ -153,7 +162,8 @@ def work(jobs, minutes, only, runs):
             argv, out = command(key, rows, runs)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
             process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
-            running[key] = process, argv, out, time.monotonic()
+            spent = Path(f"{out}.seconds")
+            running[key] = process, argv, out, time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
             continue
         time.sleep(1)
     return None
