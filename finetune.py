@@ -744,10 +744,15 @@ def train(rank, world, cfg):
     log.close()
 
 
+def config_of(folder):
+    """The Config that a run folder was made with."""
+    kept = {k: v for k, v in run_config(folder).items() if k in Config.__dataclass_fields__}
+    return Config(**kept | dict(use=tuple(kept["use"])))
+
+
 def rescore(rank, world, cfg):
     """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder."""
-    kept = {k: v for k, v in run_config(cfg.eval_only).items() if k in Config.__dataclass_fields__}
-    run = replace(Config(**kept | dict(use=tuple(kept["use"]))), gpus=cfg.gpus, workers=cfg.workers, eval_only="")
+    run = replace(config_of(cfg.eval_only), gpus=cfg.gpus, workers=cfg.workers, eval_only="")
     device, dataset = join(cfg, world), data.open_dataset(run.data, run.preset)
     model = Detector(run, dataset.grid).to(device)
     if not resume(cfg.eval_only, model):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import finetune  # noqa: E402
-from common import commit, figure, resume, run_config  # noqa: E402
+from common import commit, figure, resume  # noqa: E402
 
 RESULTS = ROOT / "tests" / "results"
 METHODS, SEEDS, FRACTIONS, RATES, SPARE = ("clap", "cmcr", "simipu"), range(5), (0.05, 0.2), (4e-4, 1e-3, 3e-3), 9
@@ -98,7 +98,7 @@ def command(key, rows, runs):
 
 
 def keep(key, argv, out, seconds, threads, runs):
-    """Append the row of a finished run; of a pre-training run also its curve, every fourth step."""
+    """Append the row of a finished run; of a pre-training run also its curve, every fourth step and the held-out terms."""
     found = json.loads((out / "metrics.json").read_text())
     scores = {name: found[name] for name in ("mAP", "NDS", "mAP_reach")} if "NDS" in found else {k: v for k, v in found.items() if isinstance(v, (int, float))}
     told = " ".join(["python", *argv]).replace(str(runs) + os.sep, "runs/")
@@ -108,7 +108,7 @@ def keep(key, argv, out, seconds, threads, runs):
     if key.startswith("pretrain/"):
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         kept = [{k: float(f"{v:.4g}") if k != "step" else v for k, v in line.items() if k == "step" or k.startswith(("L_", "val_L_"))}
-                for line in lines if line["step"] % 4 == 0]
+                for line in lines if line["step"] % 4 == 0 or any(k.startswith("val_") for k in line)]
         (RESULTS / "curves").mkdir(exist_ok=True)
         (RESULTS / "curves" / f"{key.split('/')[1]}_{key.split('/')[2]}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     print(json.dumps(row), flush=True)
@@ -221,19 +221,20 @@ def figures(runs):
 
     panels = []
     for method, names in dict(clap=("L_range", "L_surface", "L_colour", "L_SwAV"), cmcr=("L_NCE", "L_rec", "L_occ", "L_orth"), simipu=("L_intra", "L_inter")).items():
-        runs = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted((RESULTS / "curves").glob(f"{method}_[0-9].jsonl"))]
-        for name in names if runs else ():
-            def curve(ax, runs=runs, name=name):
+        logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted((RESULTS / "curves").glob(f"{method}_[0-9].jsonl"))]
+        for name in names if logs else ():
+            def curve(ax, logs=logs, name=name):
                 for key, colour in ((name, "C0"), ("val_" + name, "C3")):
-                    both = [{row["step"]: row[key] for row in run if key in row} for run in runs]
+                    both = [{row["step"]: row[key] for row in log if key in row} for log in logs]
                     steps = sorted(set.intersection(*(set(values) for values in both)))
                     values = np.array([[one[step] for step in steps] for one in both])
                     if key == name:                                 # single batches: a running median of nine
                         values = np.array([[np.median(one[max(i - 4, 0):i + 5]) for i in range(len(one))] for one in values])
                     ax.plot(steps, values.mean(0), colour, marker="." if key != name else "")
                     ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.25)
-            panels.append((f"{method}: {name}, {len(runs)} seeds", curve))
-    figure(RESULTS / "curves.png", panels, 4, (3.2, 2.2))
+            panels.append((f"{method}: {name}, {len(logs)} seeds", curve))
+    if panels:
+        figure(RESULTS / "curves.png", panels, 4, (3.2, 2.2))
     folders = {init: runs / f"finetune_{init}_{FRACTIONS[0]:g}_fusion_0" for init in ("none", *METHODS)}
     if all((folder / "last.pt").is_file() for folder in folders.values()):
         birds_eyes(folders)
@@ -245,7 +246,7 @@ def birds_eyes(folders):
     held_out = dataset.split("val")
     frames = [dataset.load(int(held_out[n * len(held_out) // 3]), dataset.grid.image) for n in (1, 2)]
     for init, folder in folders.items():
-        model = finetune.Detector(finetune.Config(**run_config(folder)), dataset.grid)
+        model = finetune.Detector(finetune.config_of(folder), dataset.grid)
         resume(folder, model)
         for frame, (boxes, _, scores) in zip(frames, model.eval().predict(data.collate(frames, [0, 1]))):
             shown = boxes[scores > SHOWN].numpy()

@@ -61,3 +61,12 @@ def test_a_row_s_command_has_its_own_pre_training_and_the_chosen_rate(results, t
     _, asked = flags("rate/cmcr/0.003")
     assert asked["--init"] == str(tmp_path / "pretrain_cmcr_0") and asked["--seed"] == "9" and asked["--lr"] == "0.003"
     assert flags("pretrain/clap_sdf/2") == ("clap.py", {"--seed": "2", "--sampler": "sdf", "--out": str(tmp_path / "pretrain_clap_sdf_2")})
+
+
+def test_figures_are_drawn_from_what_is_there(results, tmp_path):
+    (tmp_path / "curves").mkdir()
+    for seed in range(2):
+        lines = [{"step": n, "L_intra": 3 - n / 9, "L_inter": 4.0, **({"val_L_intra": 3.0} if n % 4 == 0 else {})} for n in range(9)]
+        (tmp_path / "curves" / f"simipu_{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare.figures(tmp_path / "no runs")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("label_efficiency.png", "curves.png")) and not (tmp_path / "bev.png").exists()
