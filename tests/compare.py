@@ -170,9 +170,9 @@ def work(jobs, minutes, only, runs):
 
 
 def interval(values):
-    """Mean and half of its 95 % interval (Student)."""
+    """Mean of two or more and half of its 95 % interval (Student)."""
     n = len(values)
-    return np.mean(values), stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
+    return np.mean(values), stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5
 
 
 def table():
@@ -189,11 +189,10 @@ def table():
     for modality, fraction, kind, init in sorted(settings, key=lambda s: (s[0] != "fusion", s[0], float(s[1]), s[2], order[s[3]])):
         mine, base = settings[modality, fraction, kind, init], settings.get((modality, fraction, kind, "none"), {})
         scores = [[row[name] for row in mine.values()] for name in ("mAP", "NDS", "mAP_reach")]
-        cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1) if len(v) > 1 else np.nan:.3f}" for v in scores]
+        cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in scores]
         for name in ("mAP", "NDS"):
             gaps = [mine[seed][name] - base[seed][name] for seed in mine if seed in base]
-            mean, half = interval(gaps) if init != "none" and gaps else (np.nan, np.nan)
-            cells.append("" if init == "none" else f"{mean:+.3f} ± {half:.3f}")
+            cells.append("" if init == "none" or len(gaps) < 2 else "{:+.3f} ± {:.3f}".format(*interval(gaps)))
         steps = LONGER if kind == "longer" else finetune.SMALL["steps"]
         lines.append(f"| {modality} | {float(fraction):.0%} | {steps} | {init} | {best_rate(init, rows):g} | {len(mine)} | {' | '.join(cells)} |")
     cost = {name: [row["seconds"] for key, row in rows.items() if key.startswith(f"pretrain/{name}/")] for name in (*METHODS, *ABLATIONS)}

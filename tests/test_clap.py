@@ -589,10 +589,9 @@ def test_held_out_errors_written_out(batch, model, monkeypatch):
     beams, near = {}, []
     for _, ray, r, _ in targets:
         beams.setdefault(round(2 * math.degrees(math.asin(ray[2]))), []).append(r)
-    for frame, ray, r, hid in targets:
-        if hid:
-            shown = [(ray @ other, r_) for b, other, r_, hid_ in targets if b == frame and not hid_]
-            near.append(abs(r - max(shown, key=lambda pair: pair[0])[1]))
+    for frame in range(2):
+        shown = np.array([[*other, r_] for b, other, r_, hid in targets if b == frame and not hid])
+        near += [abs(r - shown[(shown[:, :3] @ ray).argmax(), 3]) for b, ray, r, hid in targets if b == frame and hid]
     image, v, u = drawn[0]
     c = batch.images[image, :, v, u].double() / 255
     expected = dict(range_hidden=np.mean([abs(r - 7) for *_, r, hid in targets if hid]), range_visible=np.mean([abs(r - 7) for *_, r, hid in targets if not hid]),

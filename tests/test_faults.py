@@ -293,7 +293,7 @@ def test_a_finished_run_is_left_as_it_is(folders, tmp_path):
     assert all(after[name] == before[name] for name in ("last.pt", "previous.pt", "backbones.safetensors", "log.jsonl", "metrics.json"))
     rates = [json.loads(line)["lr"] for line in (out / "log.jsonl").read_text().splitlines()]
     lr = config("finetune", "", "").lr
-    np.testing.assert_allclose(rates, [lr / 3, lr * 2 / 3, lr, lr / 2], atol=1e-7)  # two steps of warm-up from a third, then half a cosine over two
+    np.testing.assert_allclose(rates, [lr / 3, lr, lr * 3 / 4, lr / 4], atol=1e-7)  # a quarter of the steps warms up from a third, then half a cosine over three
 
 
 # ---- 4, 18: checkpoints that are cut, empty, foreign or hostile ----
