@@ -401,7 +401,8 @@ class Clap(nn.Module):
         noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
         valid = far > NEAR
         jitter, u = noise[valid].split([cfg.samples, cfg.finer], 1)
-        chunks = zip(*(x.split(len(b) or 1 if torch.is_grad_enabled() else 8192) for x in (origin[valid], direction[valid], b[valid], far[valid], jitter, u)))
+        most = max(len(b), 1) if torch.is_grad_enabled() else 8192
+        chunks = zip(*(x.split(most) for x in (origin[valid], direction[valid], b[valid], far[valid], jitter, u)))
         r, c = zip(*(self.field.render(table, *chunk, colour) for chunk in chunks))
         return torch.cat(r), torch.cat(c) if colour else None, valid
 

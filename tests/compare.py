@@ -48,24 +48,24 @@ def plan():
     """
     rows = []
 
-    def finetune(init, fraction, modality, seed, kind="finetune"):
+    def add(init, fraction, modality, seed, kind="finetune"):
         rows.append((f"{kind}/{init}/{fraction:g}/{modality}/{seed}", None if init == "none" else f"pretrain/{init}/{seed}"))
     for seed in SEEDS:
         rows += [(f"pretrain/{method}/{seed}", None) for method in METHODS]
         if seed == 0:
             rows += [(f"rate/{init}/{lr:g}", None if init == "none" else f"pretrain/{init}/0") for init, lr in product(("none", *METHODS), RATES)]
         for init in ("none", *METHODS):
-            finetune(init, FRACTIONS[0], "fusion", seed)
+            add(init, FRACTIONS[0], "fusion", seed)
     for seed, init in product(range(3), ("none", *METHODS)):
-        finetune(init, FRACTIONS[0], "fusion", seed, "longer")
+        add(init, FRACTIONS[0], "fusion", seed, "longer")
     for seed, init in product(SEEDS, ("none", *METHODS)):
-        finetune(init, FRACTIONS[1], "fusion", seed)
+        add(init, FRACTIONS[1], "fusion", seed)
     for seed, (modality, inits) in product(SEEDS, (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu")))):
         for init in inits:
-            finetune(init, FRACTIONS[0], modality, seed)
+            add(init, FRACTIONS[0], modality, seed)
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
-        finetune(name, FRACTIONS[0], modality, seed)
+        add(name, FRACTIONS[0], modality, seed)
     return rows
 
 
@@ -236,7 +236,8 @@ def figures(runs):
         figure(RESULTS / "curves.png", panels, 4, (3.2, 2.2))
     folders = {init: runs / f"finetune_{init}_{FRACTIONS[0]:g}_fusion_0" for init in ("none", *METHODS)}
     if all((folder / "last.pt").is_file() for folder in folders.values()):
-        birds_eyes(folders)
+        return birds_eyes(folders)
+    return print(f"bev.png left as it is: it wants the folders {', '.join(folder.name for folder in folders.values())} in {runs}")
 
 
 def birds_eyes(folders):
