@@ -56,8 +56,6 @@ def plan():
             rows += [(f"rate/{init}/{lr:g}", None if init == "none" else f"pretrain/{init}/0") for init, lr in product(("none", *METHODS), RATES)]
         for init in ("none", *METHODS):
             add(init, FRACTIONS[0], "fusion", seed)
-    for seed, init in product(range(3), ("none", *METHODS)):
-        add(init, FRACTIONS[0], "fusion", seed, "longer")
     for seed, init in product(SEEDS, ("none", *METHODS)):
         add(init, FRACTIONS[1], "fusion", seed)
     for seed, (modality, inits) in product(SEEDS, (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu")))):
@@ -66,6 +64,8 @@ def plan():
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
         add(name, FRACTIONS[0], modality, seed)
+    for seed, init in product(range(3), ("none", *METHODS)):
+        add(init, FRACTIONS[0], "fusion", seed, "longer")
     return rows
 
 
