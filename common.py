@@ -20,6 +20,7 @@ Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
 """
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -845,6 +846,7 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
+        claim(out)
         write_text(out / "config.json", json.dumps(asked, indent=1))
         starts = json.loads((out / "provenance.json").read_text()) if state and (out / "provenance.json").exists() else []
         starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
@@ -856,6 +858,17 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     if world > 1:
         torch.distributed.barrier()
     return device
+
+
+def claim(out):
+    """Take a run folder for this process, however that ends. One that another process is writing is refused: the two would mix their logs and checkpoints."""
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)            # not closed: the lock would be gone
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # not flock, which a killed run's loader workers would go on holding
+    except (BlockingIOError, PermissionError) as error:
+        raise SystemExit(f"{out}: another process is writing this run. Wait for it or end it, then the same command goes on; or give another --out.") from error
+    except OSError:
+        pass                                                        # a file system without locks
 
 
 def keep_large_buffers():

@@ -138,35 +138,36 @@ def work(jobs, minutes, only, runs):
     todo = [key for key in needs if key in wanted and (key not in rows or key == only)]
     runs.mkdir(parents=True, exist_ok=True)
     data.open_dataset("")                                           # written once, before two processes want it
-    while todo or running:
-        for key, (process, argv, out, since) in list(running.items()):
-            if process.poll() is None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        while (todo or running) and not (minutes and time.monotonic() - begun > 60 * minutes):
+            for key, (process, argv, out, since) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[key]
+                seconds = stopped(out, since)
+                if process.returncode:
+                    raise SystemExit(f"{key}: exit status {process.returncode}; its output is in {out}.txt")
+                keep(key, argv, out, seconds, threads, runs)
+                rows = done()
+            ready = [key for key in todo if needed(key, needs) <= rows.keys()]
+            if ready and len(running) < jobs:
+                key = ready[0]
+                todo.remove(key)                                    # a run that is there and finished is scored again, nothing more
+                argv, out = command(key, rows, runs)
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+                process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
+                spent = Path(f"{out}.seconds")
+                running[key] = process, argv, out, time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
                 continue
-            del running[key]
-            seconds = stopped(out, since)
-            if process.returncode:
-                raise SystemExit(f"{key}: exit status {process.returncode}; its output is in {out}.txt")
-            keep(key, argv, out, seconds, threads, runs)
-            rows = done()
-        ready = [key for key in todo if needed(key, needs) <= rows.keys()]
-        if minutes and time.monotonic() - begun > 60 * minutes:
-            for process, *_ in running.values():
-                process.send_signal(signal.SIGTERM)                 # saves; the next time it goes on from there
-            for process, _, out, since in running.values():
-                process.wait()
-                stopped(out, since)
-            return print(f"{len(todo) + len(running)} rows are left", flush=True)
-        if ready and len(running) < jobs:
-            key = ready[0]
-            todo.remove(key)                                        # a run that is there and finished is scored again, nothing more
-            argv, out = command(key, rows, runs)
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-            process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
-            spent = Path(f"{out}.seconds")
-            running[key] = process, argv, out, time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
-            continue
-        time.sleep(1)
-    return None
+            time.sleep(1)
+    finally:                                                        # whatever ends this, what runs is saved and goes on from there the next time
+        for process, *_ in running.values():
+            process.terminate()
+        for process, _, out, since in running.values():
+            process.wait()
+            stopped(out, since)
+    print(f"{len(todo) + len(running)} rows are left", flush=True)
 
 
 def interval(values):

@@ -1,6 +1,9 @@
 """compare.py: what a row needs and runs, and the table's statistics against scipy's paired test."""
 import json
+import os
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +64,26 @@ def test_a_row_s_command_has_its_own_pre_training_and_the_chosen_rate(results, t
     _, asked = flags("rate/cmcr/0.003")
     assert asked["--init"] == str(tmp_path / "pretrain_cmcr_0") and asked["--seed"] == "9" and asked["--lr"] == "0.003"
     assert flags("pretrain/clap_sdf/2") == ("clap.py", {"--seed": "2", "--sampler": "sdf", "--out": str(tmp_path / "pretrain_clap_sdf_2")})
+
+
+def test_whatever_ends_it_what_runs_is_asked_to_save_and_its_time_is_kept(results, tmp_path, monkeypatch):
+    run = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: (pathlib.Path(sys.argv[1] + '.saved').touch(), sys.exit(143)))\n" \
+          "pathlib.Path(sys.argv[1] + '.begun').touch(); time.sleep(60)"
+    monkeypatch.setattr(compare, "command", lambda key, rows, runs: (["-c", run, str(runs / key.replace("/", "_"))], runs / key.replace("/", "_")))
+    monkeypatch.setattr(compare.data, "open_dataset", lambda root: None)
+    sleep = time.sleep
+
+    def interrupted(seconds):
+        sleep(0.05)
+        if len(list(tmp_path.glob("runs/*.begun"))) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(compare.time, "sleep", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        compare.work(2, None, None, tmp_path / "runs")
+    signal.signal(signal.SIGTERM, before)
+    assert {path.name for path in tmp_path.glob("runs/*.saved")} == {"pretrain_clap_0.saved", "pretrain_cmcr_0.saved"}
+    assert len(list(tmp_path.glob("runs/*.seconds"))) == 2
 
 
 def test_figures_are_drawn_from_what_is_there(results, tmp_path):

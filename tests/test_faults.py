@@ -221,6 +221,29 @@ def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(server, folde
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), (seed, name)
 
 
+def wait_for(module, gate):
+    """Fault: every step waits until this file exists."""
+    stopping = common.Log.stopping
+
+    def held(log):
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        return stopping(log)
+    common.Log.stopping = held
+
+
+def test_a_folder_that_a_running_process_writes_is_refused_to_a_second_one(server, folders, three_frames, tmp_path):
+    cfg, gate = config("clap", three_frames, tmp_path / "run"), tmp_path / "gate"
+    first = Run(server, "clap", cfg, wait_for, gate)
+    first.until(lambda: "step 1/" in first.said())
+    before = files(tmp_path / "run")
+    code, said = run(server, "clap", cfg, said=tmp_path / "second.said")
+    assert code == 1 and "run: another process is writing this run" in said and "another --out" in said, said
+    assert files(tmp_path / "run") == before
+    gate.touch()
+    assert first.end()[0] == 0 and folders.same("clap", tmp_path / "run")
+
+
 def killed_while_saving(module, moment):
     """Fault: SIGKILL in the third save: half of the checkpoint written, or between the two renames."""
     torch_save, move, saves = torch.save, os.replace, itertools.count(1)
