@@ -56,11 +56,12 @@ def plan():
             rows += [(f"rate/{init}/{lr:g}", None if init == "none" else f"pretrain/{init}/0") for init, lr in product(("none", *METHODS), RATES)]
         for init in ("none", *METHODS):
             add(init, FRACTIONS[0], "fusion", seed)
-    for seed, init in product(SEEDS, ("none", *METHODS)):
-        add(init, FRACTIONS[1], "fusion", seed)
-    for seed, (modality, inits) in product(SEEDS, (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu")))):
-        for init in inits:
-            add(init, FRACTIONS[0], modality, seed)
+    for seed in SEEDS:
+        for init in ("none", *METHODS):
+            add(init, FRACTIONS[1], "fusion", seed)
+        for modality, inits in (("lidar", ("none", "clap", "cmcr")), ("camera", ("none", "clap", "simipu"))):
+            for init in inits:
+                add(init, FRACTIONS[0], modality, seed)
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
         add(name, FRACTIONS[0], modality, seed)
