@@ -644,7 +644,8 @@ def train(rank, world, cfg):
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
-        write_text(Path(cfg.out) / "frames.txt", "".join(dataset.names[i] + "\n" for i in loader.indices))                # for fine-tuning: what was seen
+        names = dataset.names                                       # of every frame: made once
+        write_text(Path(cfg.out) / "frames.txt", "".join(names[i] + "\n" for i in loader.indices))                        # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
 
     for step, batch in log.batches(loader, first):

@@ -333,17 +333,18 @@ def inside(root, file, who):
 def split_frames(who, split_of, name):
     """Rows where split_of (n,) bytes is `name`, "train", "val" or "test" -> (m,) int64: the data set's own split.
 
-    If train or val has no frame on disk, both come from all frames there, cut 80/20 in their order:
-    taking only the empty one from there would put the same frames into both.
+    If train or val has no frame on disk, both come from all frames there but those of test, which have no labels (from these only if there is nothing else),
+    cut 80/20 in their order: taking only the empty one from there would put the same frames into both.
     """
     if name not in ("train", "val", "test"):
         raise DataError(f"{who}: no split {name!r}; there are train, val and test")
-    everything, cut = np.arange(len(split_of)), max(1, len(split_of) * 4 // 5)
-    indices = everything[split_of == name.encode()]
+    indices = np.flatnonzero(split_of == name.encode())
     if name != "test" and not ((split_of == b"train").any() and (split_of == b"val").any()):
+        pool = np.flatnonzero(split_of != b"test") if (split_of != b"test").any() else np.arange(len(split_of))
+        cut = max(1, len(pool) * 4 // 5)
         say(f"{who}: {(split_of == b'train').sum()} train and {(split_of == b'val').sum()} val frames on disk; "
-            f"all {len(split_of)} frames are cut in time order: the first {cut} are train, the other {len(split_of) - cut} val")
-        indices = everything[:cut] if name == "train" else everything[cut:]
+            f"{len(pool)} of its {len(split_of)} frames are cut in their order: the first {cut} are train, the other {len(pool) - cut} val")
+        indices = pool[:cut] if name == "train" else pool[cut:]
     if not len(indices):
         raise DataError(f"{who}: its {len(split_of)} frames on disk leave none for {name}; extract more of them")
     return indices
@@ -863,7 +864,7 @@ class Kitti:
 
     def find_object_frames(self):
         """Frames of training/ and testing/ by number; splits from ImageSets/ where it is."""
-        split_of, listed, frames = {}, 0, []
+        split_of, frames = {}, []
         for split in ("train", "val", "test"):
             path = Path(self.root, "ImageSets", f"{split}.txt")
             for number, line in enumerate(path.read_text(errors="replace").split() if path.is_file() else (), 1):
@@ -883,9 +884,9 @@ class Kitti:
                         raise DataError(f"{name}: {os.path.join(self.root, file)} is missing, while other files of this frame are there; extract it again")
                 split = split_of.get((folder, number), "" if split_of else "test" if folder == "testing" else "train")
                 frames.append(KittiFile(name, split, files[0], files[1], (files[2],), files[3] if labelled else ""))
-        listed = len(split_of) - sum(frame.split != "" for frame in frames if split_of)
-        if listed and split_of:
-            say(f"{self.root}: {listed} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
+        absent = len(split_of) - sum(frame.split != "" for frame in frames)
+        if split_of and absent:
+            say(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
         return frames
 
     def find_raw_frames(self, places):

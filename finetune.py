@@ -716,7 +716,8 @@ def train(rank, world, cfg):
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
-    describe_draw([dataset.names[i] for i in drawn], cfg, cfg.out, rank)
+    names = dataset.names
+    describe_draw([names[i] for i in drawn], cfg, cfg.out, rank)
     if rank == 0:
         print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "

@@ -491,7 +491,7 @@ def test_an_empty_split_makes_both_from_all_frames(world, tmp_path, capsys):
     edit(root, "splits", lambda lists: {"own_val": [scene for scenes in lists.values() for scene in scenes]})
     dataset = data.NuScenes(root, "small")
     train, val = dataset.split("train"), dataset.split("val")
-    assert "cut in time order" in capsys.readouterr().out
+    assert "cut in their order" in capsys.readouterr().out
     assert train.tolist() + val.tolist() == list(range(len(dataset))) and len(train) == len(dataset) * 4 // 5
     times = [dataset.load(i, (9, 16)).time for i in range(len(dataset))]
     assert max(times[i] for i in train) < min(times[i] for i in val)
@@ -811,11 +811,14 @@ def test_kitti_splits_and_what_is_left_out(kitti, tmp_path, capsys):
     raw = data.open_dataset(raw_root(kitti))
     assert "1 raw frames have only a scan or only a picture" in capsys.readouterr().out
     assert raw.names == [f"kitti/2011_09_26_drive_0009_sync/{n:010d}" for n in (0, 1, 3)] and raw.split("train").tolist() == [0, 1] and raw.split("val").tolist() == [2]
-    assert "cut in time order" in capsys.readouterr().out and [raw.load(i).time for i in range(3)] == pytest.approx([0, 0.1, 0.3])
+    assert "cut in their order" in capsys.readouterr().out and [raw.load(i).time for i in range(3)] == pytest.approx([0, 0.1, 0.3])
     bare = clone(kitti, tmp_path)
     shutil.rmtree(bare / "ImageSets")
     dataset = data.open_dataset(bare)
-    assert dataset.split("train").tolist() == [0, 1, 2] and dataset.split("val").tolist() == [3] or dataset.split("test").tolist() == [3]
+    assert [dataset.split(name).tolist() for name in ("train", "val", "test")] == [[0, 1], [2], [3]]                    # the official download: no lists, testing/ unlabelled
+    shutil.rmtree(bare / "training")
+    with pytest.raises(data.DataError):
+        data.open_dataset(bare).split("val")
 
 
 def test_cropping_to_the_view_keeps_what_a_picture_shows(kitti):

@@ -81,6 +81,12 @@ def test_departures_are_numbered_and_in_the_readme(method):
     assert re.findall(r"^- D(\d+)", section, re.M) == numbered
 
 
+@pytest.mark.parametrize("script", [*METHODS, "finetune"])
+def test_the_list_of_names_is_made_once(script):
+    """.names goes through all frames: asked for each of a full data set's, it took more than an hour before the first step."""
+    assert not re.search(r"\.names\[", SOURCE[script])
+
+
 def test_no_path_of_a_machine_and_no_left_overs():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "README.md", ROOT / "requirements.txt"]:
         text = path.read_text()
