@@ -1037,11 +1037,30 @@ def range_image_points(distance, extrinsic, inclinations, pixel_poses=None, vehi
     return points, row, column
 
 
+def rows_of_time(file, columns, key, time):
+    """The rows of an open parquet file where column `key` is `time` -> a table of these columns.
+
+    Decoded a few rows at a time and no further than needed: a row group of the official files has 256 rows, of pixel poses a whole segment, 800 MB.
+    """
+    import pyarrow
+    times, begin, found = file.read([key], use_threads=False)[key].to_numpy(), 0, []
+    for group in range(file.num_row_groups):
+        wanted, at = np.flatnonzero(times[begin:begin + file.metadata.row_group(group).num_rows] == time), 0
+        for batch in file.iter_batches(4, [group], columns, use_threads=False) if len(wanted) else ():
+            found.append(batch.take(pyarrow.array(wanted[(wanted >= at) & (wanted < at + len(batch))] - at)))
+            at += len(batch)
+            if at > wanted[-1]:
+                break
+        begin += file.metadata.row_group(group).num_rows
+    return pyarrow.Table.from_batches(found, pyarrow.schema([file.schema_arrow.field(column) for column in columns]))
+
+
 class Waymo:
     """Reader of the Waymo Open Dataset v2: <split>/<component>/<segment>.parquet. Needs pyarrow, no TensorFlow and no conversion.
 
-    First returns of all lasers; those of the four short-range ones carry 1 ms of age, since they were not shot from `origin`, where TOP stands. The frame is the
-    vehicle's: x forward, y left, z up from the road. Pictures are freed of their lens distortion after resizing, so that lidar2img is exact for a rigid world.
+    First returns of all lasers outside no-label zones; those of the four short-range ones carry 1 ms of age, since they were not shot from `origin`, where TOP
+    stands. The frame is the vehicle's: x forward, y left, z up from the road. Pictures are freed of their lens distortion after resizing, so that lidar2img is exact
+    for a rigid world.
     .grid  .root  .frames (list of WaymoFrame)  .names  .split(name)  .load(i)
     """
 
@@ -1064,21 +1083,24 @@ class Waymo:
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment, the rows of its time only (time 0 or all_times: every row) -> a list of values for each column.
 
-        columns: "key.x", or "field.subfield" without the component's own prefix. Only the row groups of that time are read and nothing is kept.
+        columns: "key.x", or "field.subfield" without the component's own prefix. Nothing is kept.
         """
         import pyarrow
         import pyarrow.parquet as parquet
-        name, path = self.name_of(frame), inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet", self.what)
+        name, path, key = self.name_of(frame), inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet", self.what), "key.frame_timestamp_micros"
+        one_time = frame.time and not all_times
         try:
-            schema = parquet.read_schema(path)
-            full = {column: next((c for c in schema.names if c == column or c.endswith("]." + column)), None) for column in columns}
-            for column in columns:
-                if full[column] is None:
-                    raise DataError(f"{name}: {path} has no column {column}, only {', '.join(schema.names)[:200]}; expected version 2 of the data set: download it again")
-                if not self.fits(column, kind := schema.field(full[column]).type):
-                    raise DataError(f"{name}: {path} has {kind} in column {column}; expected version 2 of the data set: download it again")
-            chosen = [("key.frame_timestamp_micros", "==", frame.time)] if frame.time and not all_times else None
-            table = parquet.read_table(path, columns=list(full.values()), filters=chosen)
+            with parquet.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                full = {column: next((c for c in schema.names if c == column or c.endswith("]." + column)), None) for column in [*columns, *[key] * bool(one_time)]}
+                for column in full:
+                    if full[column] is None:
+                        raise DataError(f"{name}: {path} has no column {column}, only {', '.join(schema.names)[:200]}; "
+                                        "expected version 2 of the data set: download it again")
+                    if not self.fits(column, kind := schema.field(full[column]).type):
+                        raise DataError(f"{name}: {path} has {kind} in column {column}; expected version 2 of the data set: download it again")
+                chosen = [full[column] for column in columns]
+                table = rows_of_time(file, chosen, key, frame.time) if one_time else file.read(chosen, use_threads=False)
             values = [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
         except FileNotFoundError as error:
             raise DataError(f"{name}: {path} is missing; download the component {component} of this segment") from error
@@ -1160,7 +1182,7 @@ class Waymo:
             if len(inclinations) != H or laser == TOP and (laser not in poses or poses[laser].shape[:2] != image.shape[:2]):
                 raise DataError(f"{name}: laser {laser} has an image of {H} rows, {len(inclinations)} inclinations"
                                 f"{'' if laser != TOP or laser in poses else ', no pixel poses'}; download lidar_calibration and lidar_pose again")
-            distance = image[..., 0].astype(np.float64)
+            distance = np.where(image[..., 3] > 0, -1, image[..., 0]).astype(np.float64)             # nothing is annotated in no-label zones
             if not distance.max(initial=0) < 300:                                                    # NaN too
                 raise DataError(f"{name}: ranges of laser {laser} go up to {distance.max()}, expected finite ones below 300 m; download lidar again")
             xyz, row, column = range_image_points(distance, extrinsic, inclinations, poses.get(laser), vehicle2world)
@@ -1188,6 +1210,7 @@ class Waymo:
         rows["label"] = [self.grid.classes.index(WAYMO_TYPES[int(k)]) if int(k) in WAYMO_TYPES else -1 for k in kind]
         rows["lidar_points"], rows["difficulty"] = (np.nan_to_num(np.array(values, np.float64)) for values in (count, difficulty))        # null: 0
         rows["token"] = token
+        rows["box"][:, 7:9] = rows["box"][:, 7:9] @ self.pose(frame)[:2, :2]         # speeds are the world's
         return rows
 
     def calibrated_by(self, i):

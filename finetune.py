@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.transform import Rotation
 from torch import nn
 
@@ -450,9 +451,11 @@ def kitti_score(dataset, frames, folder):
 
 
 # ---- Waymo's metric --------------------------------------------------------------------------------------------------------------
-# Source: the official definition of AP and APH at two levels of difficulty. Ours, not the official server's: that one matches anew at a set of score cut-offs.
+# Source: the official detection_metrics.cc and metrics_utils.cc with the configuration of compute_detection_metrics_main.cc.
 
 WAYMO_IOU = {"Vehicle": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+WAYMO_CUTOFFS = (np.arange(101) / 100).astype(np.float32)                             # least scores at which detections are matched to the truth anew
+WAYMO_RECALL = 0.05                                                 # the curve is sampled at least so densely
 
 
 def upright_iou(a, b):
@@ -466,36 +469,52 @@ def upright_iou(a, b):
 def waymo_ap(frames, label, least, level):
     """AP and APH in %, level 1 or 2; nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
 
-    Level 2 counts boxes with a point in them, level 1 those with more than 5 that are not marked hard; what lies between is passed over at level 1. In order of
-    score each detection takes the best-overlapping truth that is left. APH weighs a hit by 1 - |turn| / pi.
+    At each score cut-off the detections are assigned to the truths so that the sum of their overlaps is greatest (Hungarian), overlaps below `least` being none.
+    Truths hold at least one point; hard ones are marked so, or unmarked with 5 points or fewer. At level 1 a hard one that is missed does not count, one that is found
+    does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
     """
-    outcomes, total = [], 0
+    hits, weighted, alarms, missed, total = *np.zeros((4, len(WAYMO_CUTOFFS))), 0
     for rows, boxes, labels, scores in frames:
         rows = rows[(rows["label"] == label) & (rows["lidar_points"] > 0)]
         hard = (rows["difficulty"] == 2) | (rows["difficulty"] == 0) & (rows["lidar_points"] <= 5)
-        counts, mine = np.ones(len(rows), bool) if level == 2 else ~hard, np.flatnonzero(labels == label)
+        counts, mine = np.ones(len(rows), bool) if level == 2 else ~hard, labels == label
+        boxes, scores = boxes[mine], scores[mine]
+        iou = upright_iou(boxes, rows["box"])                                                      # (n, truths)
+        iou[iou < least] = 0
+        accuracy = 1 - abs((boxes[:, None, 6] - rows["box"][:, 6] + np.pi) % (2 * np.pi) - np.pi) / np.pi                    # (n, truths)
+        able, before = np.flatnonzero(iou.any(1)), None
+        for n, cutoff in enumerate(WAYMO_CUTOFFS):
+            kept = able[scores[able] >= cutoff]
+            if before is None or len(kept) < before:                # else the same detections as at the last cut-off
+                i, g = linear_sum_assignment(iou[kept], maximize=True)
+                i, g = kept[i][iou[kept[i], g] > 0], g[iou[kept[i], g] > 0]
+                before = len(kept)
+            hits[n] += len(i)
+            weighted[n] += accuracy[i, g].sum()
+            alarms[n] += (scores >= cutoff).sum() - len(i)
+            missed[n] += counts.sum() - counts[g].sum()
         total += counts.sum()
-        mine = mine[np.argsort(-scores[mine], kind="stable")]
-        iou, free = upright_iou(boxes[mine], rows["box"]), np.ones(len(rows), bool)
-        for n, i in enumerate(mine):
-            options = np.flatnonzero(free & (iou[n] >= least))
-            if not len(options):
-                outcomes.append((scores[i], 0, 0.0))
-                continue
-            g = options[iou[n, options].argmax()]
-            free[g] = False
-            if counts[g]:
-                turn = abs((boxes[i, 6] - rows["box"][g, 6] + np.pi) % (2 * np.pi) - np.pi)
-                outcomes.append((scores[i], 1, 1 - turn / np.pi))
     if not total:
         return math.nan, math.nan
-    outcomes = np.array(sorted(outcomes, key=lambda o: -o[0])).reshape(-1, 3)
-    areas = []
-    for hits in (outcomes[:, 1], outcomes[:, 2]):
-        reached, right = hits.cumsum() / total, hits.cumsum() / np.arange(1, len(hits) + 1)
-        best = np.maximum.accumulate(right[::-1])[::-1]
-        areas.append(100 * float((np.diff(reached, prepend=0) * best).sum()))
-    return tuple(areas)
+    recall = hits / np.maximum(hits + missed, 1)
+    return tuple(100 * waymo_area(recall, right / np.maximum(hits + alarms, 1)) for right in (hits, weighted))
+
+
+def waymo_area(recall, precision):
+    """The area under the curve through these points, precision made non-increasing; where recall jumps by more than WAYMO_RECALL the higher point's precision is held."""
+    best = {0.0: 1.0}
+    for r, p in zip(recall, precision):
+        best[r] = max(best.get(r, 0.0), p)
+    curve, most = [], 0.0                                           # from the highest recall down
+    for r in sorted(best, reverse=True):
+        while curve and curve[-1][0] - r > WAYMO_RECALL + 1e-6:
+            curve.append((curve[-1][0] - WAYMO_RECALL, most))
+        most = max(most, best[r])
+        curve.append((r, most))
+    x, y = np.array(curve).T
+    if len(y) > 1:
+        y[-1] = y[-2]                                               # the precision 1 at recall 0 is nobody's
+    return float((-np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
 
 
 def waymo_score(dataset, frames):

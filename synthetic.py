@@ -1030,9 +1030,9 @@ def to_waymo(source, root, beams, azimuths):
             world2vehicle = np.linalg.inv(vehicle2world)
             for kind, instance, centre, size, yaw, points, _, velocity in frame["boxes"]:
                 if kind in WAYMO_TYPE:
-                    heading, speed = (world2vehicle[:3, :3] @ v for v in ([np.cos(yaw), np.sin(yaw), 0], velocity))
+                    heading = world2vehicle[:3, :3] @ [np.cos(yaw), np.sin(yaw), 0]
                     rows["lidar_box"].append((segment, time, instance, *world2vehicle[:3, :3] @ centre + world2vehicle[:3, 3], *size,
-                                              np.arctan2(heading[1], heading[0]), *speed[:2], WAYMO_TYPE[kind], points, 0))
+                                              np.arctan2(heading[1], heading[0]), *velocity[:2], WAYMO_TYPE[kind], points, 0))
         for component, (named, columns) in components.items():
             path = root / dict(train="training", val="validation")[split] / component / f"{segment}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def kitti(tmp_path_factory):
 
 # What the fabricated Waymo segment is made of: a flat road and one parked car, seen from a vehicle that drives and turns while it scans, far from the world's origin.
 WORLD = np.array([12_345.678, -9_876.543, 67.89])                                   # a place on the road
-WAYMO_CAR = dict(centre=np.array([14., 3., 0.9]), size=np.array([4.6, 1.9, 1.8]), yaw=0.4)          # relative to WORLD
+WAYMO_CAR = dict(centre=np.array([14., 3., 0.9]), size=np.array([4.6, 1.9, 1.8]), yaw=0.4, speed=(-1.2, 0.9))          # relative to WORLD, speed along its axes
 TOP2VEHICLE, FRONT2VEHICLE = np.eye(4), np.eye(4)
 TOP2VEHICLE[:3, :3], TOP2VEHICLE[:3, 3] = Rotation.from_euler("zyx", [148, 0.6, -0.4], degrees=True).as_matrix(), (1.43, 0.02, 2.18)
 FRONT2VEHICLE[:3, :3], FRONT2VEHICLE[:3, 3] = Rotation.from_euler("zy", [2, 1], degrees=True).as_matrix(), (4.07, 0, 0.69)
@@ -222,6 +222,7 @@ def waymo(tmp_path_factory):
             for laser, image in ((1, top), (2, front)):
                 extra = np.where(image > 0, np.hypot(*np.indices(image.shape)) % 3, 0)
                 values = np.stack([np.where(image > 0, image, -1), extra, 0 * image, 0 * image - 1], -1).astype(np.float32)
+                values[15:18, 7:19, 3] = 1                                              # a no-label zone
                 rows["lidar"].append((segment, micros, laser, values.ravel(), values.shape, np.full(values.size, -1, np.float32), values.shape))
             angles = Rotation.from_matrix(columns[:, :3, :3]).as_euler("xyz")
             per_pixel = np.broadcast_to(np.concatenate([angles, columns[:, :3, 3]], 1), (len(INCLINATIONS), 300, 6)).astype(np.float32)
@@ -232,7 +233,7 @@ def waymo(tmp_path_factory):
             heading = WAYMO_CAR["yaw"] - Rotation.from_matrix(pose[:3, :3]).as_euler("xyz")[2]
             for kind, name in ((1, "car"), (3, "sign")):                           # with some room
                 count_ = int((hit == 2).sum() + (front_hit == 2).sum())
-                rows["box"].append((segment, micros, name, *centre, *(WAYMO_CAR["size"] + [0.15, 0.15, 0]), heading, 0., 0., kind, count_, 1))
+                rows["box"].append((segment, micros, name, *centre, *(WAYMO_CAR["size"] + [0.15, 0.15, 0]), heading, *WAYMO_CAR["speed"], kind, count_, 1))
             for number, (width, height) in enumerate(WAYMO_SIZES, 1):
                 (f_u, f_v, c_u, c_v), extrinsic = waymo_camera(number)
                 real = np.stack(np.meshgrid((np.arange(width) + 0.5 - c_u) / f_u, (np.arange(height) + 0.5 - c_v) / f_v))

@@ -815,7 +815,7 @@ def test_kitti_splits_and_what_is_left_out(kitti, tmp_path, capsys):
     bare = clone(kitti, tmp_path)
     shutil.rmtree(bare / "ImageSets")
     dataset = data.open_dataset(bare)
-    assert [dataset.split(name).tolist() for name in ("train", "val", "test")] == [[0, 1], [2], [3]]                    # the official download: no lists, testing/ unlabelled
+    assert [dataset.split(name).tolist() for name in ("train", "val", "test")] == [[0, 1], [2], [3]]         # the official download has no lists
     shutil.rmtree(bare / "training")
     with pytest.raises(data.DataError):
         data.open_dataset(bare).split("val")

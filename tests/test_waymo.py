@@ -1,4 +1,5 @@
 """The Waymo reader on a fabricated segment: points on the road and the car they were shot at, pixels through the lens, boxes, and what is wrong with damaged files."""
+import math
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,9 @@ def test_points_lie_where_they_were_shot(dataset):
         np.testing.assert_allclose(frame.lidar2world, pose, atol=1e-9)
         top = frame.points[:, 4] == 0
         assert top.sum() > 3000 and (~top).sum() > 300 and (top.argmin() == top.sum())       # TOP's first
+        image = dataset.arrays(dataset.frames[i], "lidar", ["range_image_return1.values", "range_image_return1.shape"], 4)[1]
+        hit, zone = image[..., 0] > 0, np.s_[15:18, 7:19]                                     # nothing of the no-label zone
+        assert hit[zone].sum() > 10 and top.sum() == hit.sum() - hit[zone].sum()
         assert off_surface(in_world(frame.points, frame.lidar2world)).max() < 1e-3         # pixel poses are float32 at 12 km: up to 0.7 mm
         np.testing.assert_allclose(frame.origin, TOP2VEHICLE[:3, 3], atol=1e-6)
         assert frame.points[:, 3].min() >= 0 and frame.points[:, 3].max() <= np.tanh(3) and len(np.unique(frame.points[:, 3])) > 50
@@ -108,6 +112,8 @@ def test_boxes_are_where_the_car_is(dataset):
         place = in_world(frame.boxes[:, :3], frame.lidar2world)[0]
         np.testing.assert_allclose(place, WORLD + WAYMO_CAR["centre"], atol=2e-3)
         np.testing.assert_allclose(frame.boxes[0, 3:6], WAYMO_CAR["size"] + [0.15, 0.15, 0], rtol=1e-6)
+        heading = np.arctan2(*frame.lidar2world[1::-1, 0])
+        np.testing.assert_allclose(complex(*frame.boxes[0, 7:]), complex(*WAYMO_CAR["speed"]) * np.exp(-1j * heading), atol=1e-3)       # on disk it is the world's
         assert data.inside_box(frame.points[:, :3], rows["box"][0]).sum() >= 0.8 * rows["lidar_points"][0] > 30      # the vehicle pitches, boxes are upright
 
 
@@ -215,8 +221,11 @@ def test_waymo_ap_by_hand():
     assert score(line, [*line, dict(x=-9.)], [*[0.5] * 10, 0.9]) == pytest.approx((100 * 10 / 11,) * 2)                    # the best score is a false alarm
     assert score(line, [dict(r, yaw=np.pi) for r in line], [1] * 10) == pytest.approx((100, 0))
     assert score(line, [dict(r, yaw=2 * np.pi) for r in line], [1] * 10) == pytest.approx((100, 100))
-    halves = score(line, [dict(r, yaw=np.pi if i % 2 else 0.) for i, r in enumerate(line)], np.linspace(1, 0.1, 10))
-    assert halves[0] == pytest.approx(100) and 20 < halves[1] < 50                          # precision and recall both count headings
+    turned = [dict(r, yaw=np.radians(20)) for r in line]                                    # found at IoU 0.5; recall has no heading in it
+    assert finetune.waymo_ap([(truth(*line), truth(*turned)["box"], np.zeros(10, int), np.ones(10))], 0, 0.5, 2) == pytest.approx((100, 100 * 8 / 9))
+    assert score(line, [*line[:9], dict(line[9], yaw=np.pi)], [1] * 10) == pytest.approx((100, 90))
+    assert score(line, [*line, *[dict(x=-9. * i - 9) for i in range(5)]], [*[0.9] * 5, *[0.5] * 10])[0] == pytest.approx(
+        100 * (0.5 * 1 + 0.05 * (1 + 2 / 3) / 2 + 0.45 * 2 / 3))                            # recall jumps from a half to 1: the lower precision is held, then a ramp
     assert score(line, [*line, line[0]], [*[0.5] * 10, 0.4]) == pytest.approx((100, 100))   # a second box on the same vehicle, scored last
     moved = [dict(r, x=r["x"] + 0.9) for r in line]                                         # IoU 3.1 / 4.9
     assert score(line, moved, [1] * 10) == (0, 0) and all(np.isnan(score([], line, [1] * 10)))
@@ -230,58 +239,62 @@ def test_levels_by_points_and_marks():
     for hard in (sparse, marked):
         assert score(line + hard, line, [1] * 10, 1) == pytest.approx((100, 100))
         assert score(line + hard, line, [1] * 10, 2)[0] == pytest.approx(100 * 10 / 15)
-        assert score(line + hard, line + hard, [1] * 15, 1) == pytest.approx((100, 100))    # found, they are passed over
+        assert score(line + hard, line + hard, [1] * 15, 1) == pytest.approx((100, 100))
+        assert score(line + hard, line[:6] + hard, [1] * 11, 1)[0] == pytest.approx(100 * 11 / 15)            # a hard one that is found counts as found
+        assert score(line + hard, line[:6] + hard[:1], [1] * 7, 1)[0] == pytest.approx(100 * 7 / 11)          # one that is missed not as missed
     said = [dict(r, difficulty=1) for r in sparse]                                          # marked easy in spite of few points
     assert score(line + said, line, [1] * 10, 1)[0] == pytest.approx(100 * 10 / 15)
     empty = [dict(r, points=0) for r in sparse]
     assert score(line + empty, line, [1] * 10, 2) == pytest.approx((100, 100))
 
 
+def most_overlap(iou, g, used, least):
+    """The assignment of greatest total overlap by trying all: truths g, g + 1, ... each take a detection that is not used, or none. -> total, [(detection, truth)]."""
+    if g == iou.shape[1]:
+        return 0, []
+    options = [most_overlap(iou, g + 1, used, least)]
+    for i in np.flatnonzero(iou[:, g] >= least):
+        if i not in used:
+            total, pairs = most_overlap(iou, g + 1, used | {i}, least)
+            options.append((total + iou[i, g], [(i, g), *pairs]))
+    return max(options, key=lambda option: option[0])
+
+
+def area(points):
+    """Of (recall, precision) points: precision the greatest from there on, held from the right for as many steps of 0.05 as keep the rest within one, then a ramp."""
+    points, total = sorted({(r, max(p for q, p in points if q >= r)) for r, _ in points if r > 0}), 0.0
+    for (low, p_low), (high, p_high) in zip([(0, points[0][1]), *points] if points else [], points):
+        steps = max(math.ceil((high - low - 1e-6) / 0.05) - 1, 0)
+        total += 0.05 * steps * p_high + (high - low - 0.05 * steps) * (p_low + p_high) / 2
+    return total
+
+
 def test_random_frames_score_as_in_a_transcription():
     rng = np.random.default_rng(0)
     for level in (1, 2):
         frames = []
-        for _ in range(15):
-            rows = truth(*[dict(x=rng.uniform(-40, 40), y=rng.uniform(-40, 40), yaw=rng.uniform(-4, 4), label=int(rng.integers(-1, 3)), points=int(rng.integers(0, 12)),
+        for _ in range(8):
+            rows = truth(*[dict(x=rng.uniform(-9, 9), y=rng.uniform(-9, 9), yaw=rng.uniform(-0.5, 0.5), label=int(rng.integers(-1, 3)), points=int(rng.integers(0, 12)),
                                 difficulty=int(rng.integers(0, 3))) for _ in range(12)])
             at = rng.integers(0, 12, 20)
             boxes = rows["box"][at] + np.c_[rng.normal(0, 0.2, (20, 2)), np.zeros((20, 4)), rng.normal(0, 0.3, 20), np.zeros((20, 2))]
             frames.append((rows, boxes, np.maximum(rows["label"][at], 0), rng.random(20)))
         for label in range(3):
-            ours = finetune.waymo_ap(frames, label, 0.5, level)
-            hits, n = [], 0                                                                 # (score, weight of AP, weight of APH)
-            for rows, boxes, labels, scores in frames:
-                there = [r for r in rows if r["label"] == label and r["lidar_points"] > 0]
-                easy = [r["difficulty"] == 1 or r["difficulty"] == 0 and r["lidar_points"] > 5 for r in there]
-                n += len(there) if level == 2 else sum(easy)
-                taken = set()
-                for i in sorted(range(20), key=lambda i: -scores[i]):
-                    if labels[i] != label:
-                        continue
-                    best, at = 0.5, None
-                    for g, r in enumerate(there):
-                        iou = finetune.upright_iou(boxes[i:i + 1], r["box"][None])[0, 0]
-                        if g not in taken and iou >= best:
-                            best, at = iou, g
-                    if at is None:
-                        hits.append((scores[i], 0, 0))
-                    else:
-                        taken.add(at)
-                        gap = abs(np.angle(np.exp(1j * (boxes[i, 6] - there[at]["box"][6]))))
-                        if level == 2 or easy[at]:
-                            hits.append((scores[i], 1, 1 - gap / np.pi))
-            hits.sort(reverse=True)
-            for which in (1, 2):
-                curve, done = [], 0.0
-                for k, hit in enumerate(hits, 1):
-                    done += hit[which]
-                    curve.append((done / n, done / k))
-                area, last = 0.0, 0.0
-                for k, (recall, _) in enumerate(curve):
-                    area += (recall - last) * max(p for _, p in curve[k:])
-                    last = recall
-                assert ours[which - 1] == pytest.approx(100 * area, abs=1e-9)
-                assert 1 < ours[which - 1] < 99
+            ours, curves = finetune.waymo_ap(frames, label, 0.4, level), ([], [])
+            for cutoff in range(101):
+                hits, weighted, alarms, missed = 0, 0.0, 0, 0
+                for rows, boxes, labels, scores in frames:
+                    there = [r for r in rows if r["label"] == label and r["lidar_points"] > 0]
+                    easy = [r["difficulty"] == 1 or r["difficulty"] == 0 and r["lidar_points"] > 5 for r in there]
+                    kept = boxes[(labels == label) & (scores * 100 >= cutoff)]
+                    iou = finetune.upright_iou(kept, np.array([r["box"] for r in there]).reshape(-1, 9))
+                    _, pairs = most_overlap(iou, 0, frozenset(), 0.4)
+                    hits, alarms = hits + len(pairs), alarms + len(kept) - len(pairs)
+                    weighted += sum(1 - abs(np.angle(np.exp(1j * (kept[i, 6] - there[g]["box"][6])))) / np.pi for i, g in pairs)
+                    missed += sum(level == 2 or easy[g] for g in {*range(len(there))} - {g for _, g in pairs})
+                for curve, right in zip(curves, (hits, weighted)):
+                    curve.append((hits / max(hits + missed, 1), right / max(hits + alarms, 1)))
+            assert ours == pytest.approx([100 * area(curve) for curve in curves], abs=1e-9) and 1 < ours[1] < ours[0] < 99
 
 
 def test_upright_iou():
