@@ -42,7 +42,6 @@ Departures and readings:
 """
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,9 +54,9 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, box_exit, conv3d, corners, cosine, evaluate, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch, loss_curves,
-                    mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, start, stratified,
-                    surface_variation, trunk, wrap, write_text)
+from common import (Log, box_exit, conv3d, corners, cosine, disband, evaluate, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch,
+                    list_frames, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, start,
+                    stratified, surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
@@ -645,7 +644,7 @@ def train(rank, world, cfg):
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
         names = dataset.names                                       # of every frame: made once
-        write_text(Path(cfg.out) / "frames.txt", "".join(names[i] + "\n" for i in loader.indices))                        # for fine-tuning: what was seen
+        list_frames(Path(cfg.out) / "frames.txt", [names[i] for i in loader.indices], first)                               # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
 
     for step, batch in log.batches(loader, first):
@@ -664,10 +663,11 @@ def train(rank, world, cfg):
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, [opt], UNITS, loader.grid)
-        if stop and step + 1 < steps:
-            print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
-            sys.exit(143)
+        if stop:
+            log.leave(step)
 
+    log.close()
+    disband()
     if rank == 0:
         found = examine(model, held_out, device)
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
@@ -678,7 +678,6 @@ def train(rank, world, cfg):
         print(json.dumps(found))
         print(f"{cfg.out}: held-out range error {found['range_hidden']} m where points were hidden (beam mean {found['beam_mean']}, "
               f"nearest visible ray {found['nearest_ray']}), {found['range_visible']} m where visible")
-    log.close()
 
 
 if __name__ == "__main__":

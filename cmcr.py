@@ -43,7 +43,6 @@ Departures:
 import hashlib
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -56,8 +55,8 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, VoxelNet, cosine, evaluate, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, over_ranks,
-                    parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
+from common import (Log, ResNet, VoxelNet, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet, loss_curves,
+                    mean_over_ranks, over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -512,7 +511,7 @@ def train(rank, world, cfg):
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
         names = dataset.names                                       # of every frame: made once
-        write_text(Path(cfg.out) / "frames.txt", "".join(names[i] + "\n" for i in loader.indices))                        # for fine-tuning: what was seen
+        list_frames(Path(cfg.out) / "frames.txt", [names[i] for i in loader.indices], first)                               # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, "
               f"teacher {cfg.teacher}, {device}", flush=True)
 
@@ -531,11 +530,12 @@ def train(rank, world, cfg):
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, [opt], UNITS, dataset.grid)
-        if stop and step + 1 < steps:
-            print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
-            sys.exit(143)
+        if stop:
+            log.leave(step)
 
+    log.close()
     found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
+    disband()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
         draw(model, held_out[0].to(device), cfg.out)
@@ -543,7 +543,6 @@ def train(rank, world, cfg):
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_NCE {found['L_NCE']} (chance {found['chance']}), L_rec {found['L_rec']} (the picture's mean {found['guess_rec']}), "
               f"L_occ {found['L_occ']} (chance {found['chance_occ']})")
-    log.close()
 
 
 if __name__ == "__main__":

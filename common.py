@@ -12,9 +12,10 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §4 rendering  neus_weights, stratified, importance                                clap
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, run_config, launch, start, wrap, frame_generators, cosine,   clap, cmcr, simipu, finetune
-                  resume, save, read_units, load_units, load_resnet, Log, evaluate,
-                  profile, written, write_text, figure, loss_curves, join
+    §7 runs       parse, run_config, launch, disband, start, claim, list_frames,      clap, cmcr, simipu, finetune
+                  wrap, frame_generators, cosine, resume, save, read_units,
+                  load_units, load_resnet, Log, evaluate, profile, written,
+                  write_text, figure, loss_curves, join
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -38,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
@@ -51,7 +53,6 @@ try:                                   # the one optional import: compiled again
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
 
-PAPER_FRAMES = dict(nuscenes=28130, kitti=3712, waymo=158081)        # training frames of the published splits, for --profile
 TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))           # s, how long a process waits for another that says nothing [ours]
 
 
@@ -391,6 +392,8 @@ class SparseConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:                                 # the transpose: pairs exchanged, matrices transposed
             grad_x = multiply(grads, weight.transpose(1, 2), kmap if kmap.same else kmap.reversed())
         grad_w = F.grouped_mm(gather(x, ins).t(), grads, offs=kmap.ends)[:, :C, :out]
+        some = kmap.ends.diff(prepend=kmap.ends.new_zeros(1)) > 0
+        grad_w = torch.where(some[:, None, None], grad_w, 0)        # some GPUs leave the product of no pair unset
         return grad_x, grad_w.flip(0) if kmap.same else grad_w, None
 
 
@@ -804,11 +807,23 @@ def launch(train, cfg):
     if world == 1:
         return train(rank, world, cfg)
     from torch.distributed.elastic.multiprocessing.errors import record
-    record(train)(rank, world, cfg)                     # tells the launcher what went wrong here
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    status = 0
+    try:
+        record(train)(rank, world, cfg)                 # tells the launcher what went wrong here
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:
+            raise
+        status = stop.code                              # asked to stop: all wait below until rank 0 has saved
+    disband()
     sys.stdout.flush()
-    os._exit(0)                         # gloo's threads may abort a finished interpreter on its way out
+    os._exit(status)                    # gloo's threads may abort a finished interpreter on its way out
+
+
+def disband():
+    """The last thing that the processes of a run do together. After it rank 0 may take its time, which the others would not wait for, with figures and scores."""
+    if processes() > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def join(cfg, world):
@@ -834,19 +849,20 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     device = join(cfg, world)
     if cfg.profile:
         return device
-    out, asked, state = Path(cfg.out), described(cfg, world), checkpoint(cfg.out, aloud=rank == 0, mmap=True)
-    if state:
-        before = json.loads(state["config"])
-        changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
-        if changed:
-            told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
-            raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
     if rank == 0:
+        out, asked = Path(cfg.out), described(cfg, world)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
         claim(out)
+        state = checkpoint(out, aloud=True, mmap=True)
+        if state:
+            before = json.loads(state["config"])
+            changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
+            if changed:
+                told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+                raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
         write_text(out / "config.json", json.dumps(asked, indent=1))
         starts = json.loads((out / "provenance.json").read_text()) if state and (out / "provenance.json").exists() else []
         starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
@@ -856,8 +872,18 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
         for file in {Path(sys.modules["__main__"].__file__), Path(__file__), Path(__file__).with_name("data.py")}:
             shutil.copy(file, source)
     if world > 1:
-        torch.distributed.barrier()
+        torch.distributed.barrier()                     # before the others look for a checkpoint
     return device
+
+
+def list_frames(path, names, first):
+    """Rank 0: write the frames of a run, a name a line. A resumed run (first > 0) whose frames have changed since is refused: it would go on with another schedule."""
+    text = "".join(name + "\n" for name in names)
+    if first and path.exists() and (before := path.read_text()) != text:
+        old, new = set(before.split()), set(names)
+        raise SystemExit(f"{path}: this run began with {len(old)} frames; now there are {len(new)}, {len(new - old)} of them new, {len(old - new)} gone "
+                         f"({', '.join(sorted(old ^ new)[:2])}, ...). Bring the data set back to what it was, or give another --out.")
+    write_text(path, text)
 
 
 def claim(out):
@@ -877,8 +903,9 @@ def keep_large_buffers():
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**28)):              # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-                mallopt(option, value)
+            if mallopt(-3, 2**30):                      # M_MMAP_THRESHOLD; glibc before 2.35 refuses it, and is then left to adapt by itself
+                mallopt(-1, 2**31 - 1)                  # M_TRIM_THRESHOLD
+                mallopt(-2, 2**28)                      # M_TOP_PAD
 
 
 def commit():
@@ -913,7 +940,7 @@ def written(path, keep=None):
             if path.exists():
                 os.replace(path, keep)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save tells a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save tells a full disk as a RuntimeError
         with suppress(OSError):
             part.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or first_line(error)
@@ -1004,7 +1031,7 @@ def save(cfg, step, model, opts, units, grid):
 
 def read_units(run):
     """run/backbones.safetensors -> path, header, {name: tensor}."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     path = Path(run) / "backbones.safetensors"
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; --init names the folder that a pre-training run wrote, or none")
@@ -1091,6 +1118,8 @@ class Log:
 
     def stopping(self):
         """Whether any process was asked to stop: the same answer on every rank, so that all leave after the same step."""
+        if processes() == 1:
+            return self.asked > 0                       # no wait for the GPU
         return bool(over_ranks(torch.tensor(float(self.asked > 0), device=self.device), torch.distributed.ReduceOp.MAX))
 
     def batches(self, loader, first):
@@ -1132,7 +1161,14 @@ class Log:
             print(f"step {step + 1}/{self.steps}  {told}  | {done * self.frames / spent:.1f} frames/s, waiting for data {self.waited / spent:.0%}, "
                   f"{memory:.1f} GiB, {spent / done * (self.steps - step - 1) / 60:.0f} min left", flush=True)
 
+    def leave(self, step):
+        """After a stop that was asked for has been saved: exit status 143."""
+        if self.rank == 0:
+            print(f"{self.path.parent}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+
     def close(self):
+        """The end of training: signals mean again what they meant before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.rank == 0:
@@ -1150,8 +1186,11 @@ def evaluate(model, batches, device, *more):
     return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 
 
-def profile(cfg, net, loader, opts, device, rank, **parts):
-    """--profile N: where the time of N training steps goes, printed; nothing is written. parts: name=(object, "method") of the model, timed within its forward."""
+def profile(cfg, net, loader, opts, device, rank, share=1.0, **parts):
+    """--profile N: where the time of N training steps goes, printed; nothing is written.
+
+    share: of the published training split's frames, in an epoch. parts: name=(object, "method") of the model, timed within its forward.
+    """
     spent = dict.fromkeys(("wait for data", "transfer", *parts, "rest of forward", "backward", "optimiser"), 0.0)
 
     def now():
@@ -1221,9 +1260,9 @@ def profile(cfg, net, loader, opts, device, rank, **parts):
     print(f"{'in all':18}{1e3 * total / cfg.profile:10.1f} ms a step, {cfg.profile * frames / total:.2f} frames/s, peak memory of a process {memory:.1f} GiB")
     print(f"matrix products and convolutions: {flops / 1e9:.0f} GFLOP a step, at the {max(rates) / 1e9:.0f} GFLOP/s of one large {str(kind)[6:]} product here "
           f"{flops / max(rates) * cfg.profile / total:.0%} of the time")
-    full = PAPER_FRAMES[loader.grid.dataset]
+    full = round(share * loader.grid.paper_frames)
     if type(cfg)().epochs:
-        print(f"{type(cfg)().epochs} epochs over the {full} training frames of {loader.grid.dataset} would take "
+        print(f"{type(cfg)().epochs} epochs over {full} training frames of {loader.grid.dataset} would take "
               f"{type(cfg)().epochs * full * total / (cfg.profile * frames) / 86400:.2f} days at this speed")
     if device.type == "cuda":
         places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)

@@ -63,6 +63,11 @@ class Grid:
         """Whether x, y may be mirrored: whether the range is symmetric along them."""
         return self.low[0] == -self.high[0], self.low[1] == -self.high[1]
 
+    @property
+    def paper_frames(self):
+        """Training frames of the published split: for --profile."""
+        return dict(nuscenes=28130, kitti=3712, waymo=158081)[self.dataset]
+
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone")
@@ -1335,13 +1340,13 @@ class Loader:
     `indices`, the frames of the split, may be cut down before the first batch.
     """
 
-    def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare):
+    def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop):
         if not 0 <= rank < world or batch < 1 or workers < 0:
             raise ValueError(f"rank {rank} of world {world}, batch {batch}, workers {workers}: "
                              "expected 0 <= rank < world, batch >= 1, workers >= 0")
         self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split)
         self.batch, self.rank, self.world, self.seed, self.workers = batch, rank, world, seed, workers
-        self.image, self.augment, self.prepare = image or dataset.grid.image, augment, prepare
+        self.image, self.augment, self.prepare, self.crop = image or dataset.grid.image, augment, prepare, crop
         if prepare:
             if not re.fullmatch(r"[\w.=,+-]+", prepare.key):
                 raise ValueError(f"prepare.key is {prepare.key!r}, expected letters, digits and _ . = , + - only: it names a folder")
@@ -1358,6 +1363,8 @@ class Loader:
         frame = self.dataset.load(index, self.image)
         if self.prepare:
             frame = replace(frame, extra=prepared(frame, self.prepare, self.folder))
+        if self.crop:
+            frame = crop_to_view(frame)
         if training and self.augment:
             frame = self.augment(frame, np.random.default_rng((self.seed, epoch, index)))
         # the trailing words keep this stream and the order's apart from augment's: numpy pads short seeds with zeros
@@ -1391,17 +1398,18 @@ class Loader:
         return self.batches(mine[i:i + self.batch] for i in range(0, len(mine), self.batch))
 
 
-def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None):
+def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None, crop=False):
     """Loader of `split` of the data set in folder `root` ("": the embedded world; or what open_dataset returned), `batch` frames a rank.
 
     image    (H, W) of the pictures, default the grid's
     augment  augment(frame, rng) -> Frame, in begin_at only; rng is a np.random.Generator of (seed, epoch, index of the frame)
     prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame; computed once, kept under cache_dir(), put into
              frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
+    crop     leave out points that no picture shows, see crop_to_view
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
     """
     dataset = open_dataset(root, preset) if isinstance(root, (str, Path)) else root
-    return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare)
+    return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop)
 
 
 # ---- the doctor: python data.py ROOT ----

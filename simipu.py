@@ -38,7 +38,6 @@ Departures:
 """
 import json
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -51,8 +50,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, evaluate, figure, frame_generators, half, info_nce, launch, load_resnet, loss_curves, mean_over_ranks, mlp, pair_points,
-                    parse, profile, project, resume, sample_image, save, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet, loss_curves, mean_over_ranks,
+                    mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
@@ -484,7 +483,7 @@ def train(rank, world, cfg):
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
         names = dataset.names                                       # of every frame: made once
-        write_text(Path(cfg.out) / "frames.txt", "".join(names[i] + "\n" for i in loader.indices))                        # for fine-tuning: what was seen
+        list_frames(Path(cfg.out) / "frames.txt", [names[i] for i in loader.indices], first)                               # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
               f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled, {device}", flush=True)
 
@@ -505,11 +504,12 @@ def train(rank, world, cfg):
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, opts, UNITS, dataset.grid)
-        if stop and step + 1 < steps:
-            print(f"{cfg.out}: asked to stop, saved after step {step + 1}; the same command goes on from there", flush=True)
-            sys.exit(143)
+        if stop:
+            log.leave(step)
 
+    log.close()
     found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
+    disband()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
         draw(model, held_out[0].to(device), cfg.out)
@@ -517,7 +517,6 @@ def train(rank, world, cfg):
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_intra {found['L_intra']} (chance {found['chance_intra']}, floor {found['floor_intra']}), "
               f"L_inter {found['L_inter']} (chance {found['chance_inter']}, one cell {found['cell_inter']})")
-    log.close()
 
 
 if __name__ == "__main__":

@@ -232,16 +232,17 @@ def wait_for(module, gate):
     common.Log.stopping = held
 
 
-def test_a_folder_that_a_running_process_writes_is_refused_to_a_second_one(server, folders, three_frames, tmp_path):
-    cfg, gate = config("clap", three_frames, tmp_path / "run"), tmp_path / "gate"
-    first = Run(server, "clap", cfg, wait_for, gate)
+def test_a_folder_that_a_running_process_writes_is_refused_to_a_second_one(server, three_frames, tmp_path):
+    cfg = config("finetune", three_frames, tmp_path / "run")
+    first = Run(server, "finetune", cfg, wait_for, tmp_path / "gate")
     first.until(lambda: "step 1/" in first.said())
     before = files(tmp_path / "run")
-    code, said = run(server, "clap", cfg, said=tmp_path / "second.said")
+    code, said = run(server, "finetune", cfg, said=tmp_path / "second.said")
     assert code == 1 and "run: another process is writing this run" in said and "another --out" in said, said
     assert files(tmp_path / "run") == before
-    gate.touch()
-    assert first.end()[0] == 0 and folders.same("clap", tmp_path / "run")
+    first.process.kill()
+    first.process.join()
+    assert run(server, "finetune", cfg, said=tmp_path / "third.said")[0] == 0
 
 
 def killed_while_saving(module, moment):
@@ -546,7 +547,63 @@ def test_more_gpus_than_there_are_is_said(monkeypatch):
             common.launch(None, clap.Config(gpus=1))
 
 
-# ---- 16: resumed with another configuration ----
+def ends(rank, folder, port, asked):
+    """One of two processes: a collective, then an end that takes rank 0 longer than processes wait for each other; or a stop that was asked for."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    common.TIMEOUT = 2
+
+    def train(rank, world, cfg):
+        device = common.join(cfg, world)
+        assert common.over_ranks(torch.ones(1, device=device)) == 2
+        if not asked:
+            common.disband()
+        if rank == 0:
+            time.sleep(0.5 if asked else 4)
+            (folder / "done").touch()
+        if asked:
+            sys.exit(143)
+    common.launch(train, replace(finetune.Config(), gpus=0))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_long_end_of_rank_0_is_not_waited_for_and_its_save_is(server, tmp_path, asked):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [server.Process(target=ends, args=(rank, tmp_path, port, asked)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    both[1].join(60)
+    assert (tmp_path / "done").exists() == asked
+    both[0].join(60)
+    assert [process.exitcode for process in both] == [143 if asked else 0] * 2 and (tmp_path / "done").exists()
+
+
+def test_fine_tuning_on_two_processes_to_the_end_scores_every_frame_once(world, tmp_path):
+    """Three held-out frames on two processes; predicted again by one they are the same."""
+    command = [sys.executable, str(ROOT / "finetune.py"), "--data", str(world), "--out", str(tmp_path / "run"), "--steps", "2", "--gpus", "2", "--preset", "small",
+               "--width", "4", "--bins", "12", "--batch", "1", "--modality", "lidar", "--fraction", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = files(tmp_path / "run")
+    assert json.loads(first["metrics.json"])["frames"] == 3
+    again = subprocess.run([sys.executable, str(ROOT / "finetune.py"), "--eval-only", str(tmp_path / "run"), "--gpus", "0"], capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and "the weights after step 2" in again.stdout, again.stderr[-2000:]
+    assert files(tmp_path / "run")["results_nusc.json"] == first["results_nusc.json"] and files(tmp_path / "run")["metrics.json"] == first["metrics.json"]
+
+
+# ---- 16: resumed with another configuration, or other data ----
+
+@pytest.mark.parametrize("script, listed", [("clap", "frames.txt"), ("finetune", "labels.txt")])
+def test_a_resume_notices_that_the_frames_have_changed(folders, tmp_path, script, listed):
+    out = folders.begun(script, tmp_path)
+    names = (out / listed).read_text()
+    (out / listed).write_text("nuscenes/gone/1\n" + names)
+    before = files(out)
+    code, said = folders.again(script, out)
+    assert code == 1 and f"{listed}: this run began with" in said and "0 of them new, 1 gone (nuscenes/gone/1, ...)" in said, said
+    assert all(files(out)[name] == before[name] for name in ("last.pt", listed))
+
 
 @pytest.mark.parametrize("more, told", [(dict(width=8), "width was 4, is 8"), (dict(lr=5e-4), "lr was 0.001, is 0.0005"), (dict(steps=6), "steps was 4, is 6"),
                                         (dict(seed=1), "seed was 0, is 1")])
@@ -612,6 +669,11 @@ def test_a_run_folder_without_a_readable_configuration_is_named(tmp_path, conten
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(SystemExit, match="config.json: no readable configuration of a run .*give a folder"):
         finetune.train(0, 1, replace(finetune.Config(), eval_only=str(tmp_path)))
+
+
+def test_a_run_of_pre_training_is_not_scored_as_a_detector(folders):
+    with pytest.raises(SystemExit, match="a run of pre-training, which has no detector; expected a folder that finetune.py wrote"):
+        finetune.train(0, 1, replace(finetune.Config(), eval_only=str(folders.whole("clap"))))
 
 
 def test_a_configuration_is_written_as_it_was_asked_for(folders):

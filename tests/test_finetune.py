@@ -34,6 +34,26 @@ def model():
     return Detector(TINY, GRID)
 
 
+# ---- what is learned from ----
+
+def test_boxes_with_a_point_of_any_key_sweep_stay_and_those_without_leave(world):
+    frame = data.open_dataset(world, "small").load(0, (12, 32))
+    boxes = np.array([[x, 0, 0, 2, 2, 2, 0, 0, 0] for x in (10, 20, 30, 40)], np.float32)
+    points = np.array([[10, 0, 0, 0, 0], [20, 0, 0, 0, 0.001], [30, 0, 0, 0, 0.05], [40, 5, 0, 0, 0]], np.float32)      # key sweep, Waymo's other lasers, older, outside
+    frame = replace(frame, points=points, boxes=boxes, labels=np.arange(4))
+    assert finetune.augment(frame, np.random.default_rng(0), 0.0, 0.0, (False, False)).labels.tolist() == [0, 1]
+
+
+def test_kitti_is_learned_and_scored_without_what_no_picture_shows(kitti):
+    dataset = data.open_dataset(kitti)
+    for loader in (data.loader(dataset, split, 1, crop=True) for split in ("train", "val")):
+        batch, full = next(iter(loader.once())), dataset.load(int(loader.indices[0]))
+        kept = data.crop_to_view(full)
+        assert len(batch.points) == len(kept.points) < len(full.points) and torch.equal(batch.points, torch.tensor(kept.points))
+    source = (ROOT / "finetune.py").read_text()
+    assert source.count("data.loader(") == source.count("crop=") == 3
+
+
 # ---- codes, targets, losses ----
 
 def test_decode_undoes_encode_also_after_a_turn_a_flip_a_scale(world):
