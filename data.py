@@ -20,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 cv2.setNumThreads(0)        # its threads do not survive the fork of a worker: resize would wait for them for ever
 
-VERSION = 2         # of everything cached: raise it when the index, or what load() returns for the same files, changes
+VERSION = 3         # of everything cached: raise it when the index, or what load() returns for the same files, changes
 
 
 class DataError(ValueError):
@@ -920,7 +921,8 @@ class Kitti:
 
     def sweep(self, i):
         """Full scan of frame i as it is on disk -> (N, 4) float32: x forward, y left, z up; reflectance 0..1."""
-        file, name = os.path.join(self.root, self.frames[i].cloud), self.frames[i].name
+        name = self.frames[i].name
+        file = inside(self.root, self.frames[i].cloud, name)
         size = os.path.getsize(file) if os.path.isfile(file) else 0
         if size == 0 or size % 16:
             raise DataError(f"{name}: {file} has {size} bytes, expected N x 16 (four float32 a point, N > 0); the file is missing or truncated: extract it again")
@@ -933,7 +935,7 @@ class Kitti:
 
     def calibration(self, i):
         """-> lidar2rect (4, 4), LiDAR to rectified camera 0, where the labels are; rect2img (4, 4), from there to the pixels on disk; both float64."""
-        frame, paths = self.frames[i], [os.path.join(self.root, file) for file in self.frames[i].calibration]
+        frame, paths = self.frames[i], [inside(self.root, file, self.frames[i].name) for file in self.frames[i].calibration]
         if self.layout == "object frames":
             P, R, T = read_calibration(paths[0], {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}, frame.name)
         else:
@@ -947,7 +949,7 @@ class Kitti:
         frame = self.frames[i]
         if not frame.labels:
             return np.zeros(0, KITTI_LABEL)
-        path = Path(self.root, frame.labels)
+        path = Path(inside(self.root, frame.labels, frame.name))
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -974,7 +976,7 @@ class Kitti:
 
     def picture_size(self, i):
         """Width, height of frame i's picture as it is on disk, px: it varies."""
-        with Image.open(os.path.join(self.root, self.frames[i].image)) as picture:
+        with Image.open(inside(self.root, self.frames[i].image, self.frames[i].name)) as picture:
             return picture.size
 
     def calibrated_by(self, i):
@@ -997,7 +999,7 @@ class Kitti:
         """Read frame i -> Frame. image (H, W) is the size of its picture, default the grid's."""
         frame, scan = self.frames[i], self.sweep(i)
         lidar2rect, rect2img = self.calibration(i)
-        pixels, crop = read_image(os.path.join(self.root, frame.image), image or self.grid.image, frame.name)    # sizes vary between recording days
+        pixels, crop = read_image(inside(self.root, frame.image, frame.name), image or self.grid.image, frame.name)    # sizes vary between recording days
         lidar2img = homogeneous(crop) @ rect2img @ lidar2rect
         boxes = labels = None
         if frame.labels:
@@ -1299,18 +1301,20 @@ def open_dataset(root, preset="paper"):
 # ---- loader ----
 
 def prepared(frame, prepare, folder):
-    """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file is written anew."""
-    path = folder / f"{frame.name.replace('/', '_')}.npz"
+    """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file, or one of other points, is written anew."""
+    path, stamp = folder / f"{frame.name.replace('/', '_')}.npz", zlib.crc32(frame.points)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+            extra = dict(stored)
+        if extra.pop("stamp") == stamp:
+            return extra
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, RuntimeError):
         pass                                            # not there yet, or truncated or garbled
     extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
         try:
-            np.savez(aside, **extra)
+            np.savez(aside, **extra, stamp=stamp)
             aside.close()
             os.replace(aside.name, path)
         except BaseException:

@@ -443,7 +443,9 @@ def test_prepare_is_computed_once_and_follows_augmentation(world, new_cache, mon
     files = sorted(new_cache.glob("prepared/*/heights-v1/*.npz"))
     assert len(files) == 2 and not list(new_cache.glob("prepared/**/*.tmp"))
     whole = files[0].read_bytes()
-    for k, damaged in enumerate((whole[:len(whole) // 2], b"", b"garbage" * 99, whole[:-1], whole[:300] + b"\0" * 50 + whole[350:])):
+    encrypted = bytearray(whole)
+    encrypted[whole.index(b"PK\1\2") + 8] ^= 1                                                         # a flag of the first entry
+    for k, damaged in enumerate((whole[:len(whole) // 2], b"", b"garbage" * 99, whole[:-1], whole[:300] + b"\0" * 50 + whole[350:], bytes(encrypted))):
         files[0].write_bytes(damaged)
         for a, b in zip(first, batches()):
             assert_same(a, b)
@@ -452,10 +454,22 @@ def test_prepare_is_computed_once_and_follows_augmentation(world, new_cache, mon
 
     monkeypatch.setattr(Heights, "key", "heights-v2")                                                   # another version: computed anew
     batches()
-    assert Heights.calls == 2 + 5 + 2
+    assert Heights.calls == 2 + 6 + 2
     monkeypatch.setattr(Heights, "key", "../escape")
     with pytest.raises(ValueError, match="names a folder"):
         batches()
+
+
+def test_what_was_prepared_from_other_points_is_computed_anew(kitti, new_cache, tmp_path):
+    """A scan that is overwritten in place changes no folder's time."""
+    root = Path(shutil.copytree(kitti, tmp_path / "kitti"))
+    before = next(data.loader(root, "train", 1, prepare=Heights()).once())
+    file = root / "training/velodyne/000000.bin"
+    scan = np.fromfile(file, np.float32).reshape(-1, 4) + np.array([0, 0, 1, 0], np.float32)
+    with open(file, "r+b") as same:
+        same.write(scan.tobytes())
+    after = next(data.loader(root, "train", 1, prepare=Heights()).once())
+    torch.testing.assert_close(after.extra["points_z"], before.extra["points_z"] + 1)
 
 
 def fail(frame, rng):
@@ -902,6 +916,15 @@ def remove(pattern):
     return lambda root: sorted(root.glob(pattern))[0].unlink()
 
 
+def linked(name):
+    def change(root):
+        target = root.parent / Path(name).name
+        target.write_bytes((root / name).read_bytes())
+        (root / name).unlink()
+        (root / name).symlink_to(target)
+    return change
+
+
 BROKEN_KITTI = {
     "truncated scan": (cut("training/velodyne/*", -7), ["kitti/training/000000", "velodyne/000000.bin", "12793 bytes", "N x 16", "extract"]),
     "empty scan": (cut("training/velodyne/*", 0), ["velodyne/000000.bin", "0 bytes", "N > 0"]),
@@ -920,6 +943,8 @@ BROKEN_KITTI = {
     "a word for a number": (text("training/label_2/*", lambda t: t.replace("Van 0.00", "Van x")), ["label_2/000000.txt", "line 2"]),
     "labels that are no text": (lambda r: put(r / "training/label_2/000000.txt", b"\xff\xfe\x00"), ["label_2/000000.txt", "cannot be read"]),
     "a strange ImageSet": (text("ImageSets/train.txt", lambda t: "0\n" + t), ["ImageSets/train.txt", "entry 1", "'0'", "six digits"]),
+    "a picture linked from elsewhere": (linked("training/image_2/000003.png"), ["kitti/training/000003", "expected a place inside"]),
+    "labels linked from elsewhere": (linked("training/label_2/000003.txt"), ["kitti/training/000003", "expected a place inside"]),
     "a frame in two splits": (text("ImageSets/val.txt", lambda t: t + "000000\n"), ["ImageSets/val.txt", "000000", "train.txt too"]),
 }
 
