@@ -18,8 +18,9 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     rng, rows = np.random.default_rng(0), []
     for init, best in (("none", 1e-3), ("clap", 4e-4), ("cmcr", 3e-3)):
-        rows += [dict(key=f"rate/{init}/{lr:g}", mAP=0.1 if lr == best else 0.05) for lr in compare.RATES]
-        rows += [dict(key=f"finetune/{init}/0.05/fusion/{seed}", **{name: rng.normal(0.1 + 0.05 * (init == "clap"), 0.01) for name in ("mAP", "NDS", "mAP_reach")})
+        rows += [dict(key=f"rate/{init}/{lr:g}", mAP=0.1, NDS=0.1 if lr == best else 0.05) for lr in compare.RATES]
+        rows += [dict(key=f"finetune/{init}/0.05/fusion/{seed}", command=f"python finetune.py --lr {best:g} --out runs/x",
+                      **{name: rng.normal(0.1 + 0.05 * (init == "clap"), 0.01) for name in ("mAP", "NDS", "mAP_reach")})
                  for seed in compare.SEEDS if (init, seed) != ("cmcr", 4)]
     rows.append(rows[3] | dict(mAP=0.123))                          # a row that was run again: the newest counts
     (tmp_path / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,6 +85,24 @@ def test_whatever_ends_it_what_runs_is_asked_to_save_and_its_time_is_kept(result
     signal.signal(signal.SIGTERM, before)
     assert {path.name for path in tmp_path.glob("runs/*.saved")} == {"pretrain_clap_0.saved", "pretrain_cmcr_0.saved"}
     assert len(list(tmp_path.glob("runs/*.seconds"))) == 2
+
+
+def test_a_run_that_ends_becomes_a_row_and_one_that_fails_ends_it_all(results, tmp_path, monkeypatch):
+    ends = "import json, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(); (out / 'metrics.json').write_text(json.dumps(dict(L_NCE=5.5, told='x')))\n" \
+           "(out / 'provenance.json').write_text(json.dumps([dict(commit='a'), dict(commit='a'), dict(commit='b+')]))\n" \
+           "(out / 'log.jsonl').write_text(''.join(json.dumps({'step': n, 'loss': 1, 'L_NCE': 7 - n}) + '\\n' for n in range(6)))"
+    script = {"pretrain/cmcr/3": ends, "pretrain/cmcr/4": "import sys; print('no'); sys.exit(1)"}
+    monkeypatch.setattr(compare, "command", lambda key, rows, runs: (["-c", script[key], str(runs / key.replace("/", "_"))], runs / key.replace("/", "_")))
+    monkeypatch.setattr(compare.data, "open_dataset", lambda root: None)
+    before = signal.getsignal(signal.SIGTERM)
+    compare.work(1, None, "pretrain/cmcr/3", tmp_path / "runs")
+    row = compare.done()["pretrain/cmcr/3"]
+    assert row["commit"] == "a b+" and row["L_NCE"] == 5.5 and "told" not in row and row["command"].endswith("runs/pretrain_cmcr_3")
+    assert [json.loads(line) for line in (tmp_path / "curves" / "cmcr_3.jsonl").read_text().splitlines()] == [{"step": n, "L_NCE": 7 - n} for n in (0, 4)]
+    with pytest.raises(SystemExit, match="pretrain/cmcr/4: exit status 1; its output is in .*pretrain_cmcr_4.txt"):
+        compare.work(1, None, "pretrain/cmcr/4", tmp_path / "runs")
+    assert "pretrain/cmcr/4" not in compare.done() and (tmp_path / "runs/pretrain_cmcr_4.txt").read_text() == "no\n"
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_figures_are_drawn_from_what_is_there(results, tmp_path):
