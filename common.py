@@ -1308,7 +1308,8 @@ def loss_curves(out, levels=None):
             x, y = np.array([(row["step"], row[name]) for row in rows if name in row]).T
             half_width = max(len(y) // 50, 1)
             ax.plot(x, y, color="0.8", lw=0.6)
-            ax.plot(x, [np.median(y[max(i - half_width, 0):i + half_width + 1]) for i in range(len(y))], color="C0", lw=1.2)
+            some = np.unique(np.linspace(0, len(y) - 1, 1000).round().astype(int))
+            ax.plot(x[some], [np.median(y[max(i - half_width, 0):i + half_width + 1]) for i in some], color="C0", lw=1.2)
             held = [(row["step"], row["val_" + name]) for row in rows if "val_" + name in row]
             if held:
                 ax.plot(*np.array(held).T, "C3.", ms=4)

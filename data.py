@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -1051,10 +1052,13 @@ def rows_of_time(file, columns, key, time):
     """
     import pyarrow
     times, begin, found = file.read([key], use_threads=False)[key].to_numpy(), 0, []
+    size = 4 if any(column.endswith(("values", "image")) for column in columns) else 4096
     for group in range(file.num_row_groups):
         wanted, at = np.flatnonzero(times[begin:begin + file.metadata.row_group(group).num_rows] == time), 0
-        for batch in file.iter_batches(4, [group], columns, use_threads=False) if len(wanted) else ():
-            found.append(batch.take(pyarrow.array(wanted[(wanted >= at) & (wanted < at + len(batch))] - at)))
+        for batch in file.iter_batches(size, [group], columns, use_threads=False) if len(wanted) else ():
+            here = wanted[(wanted >= at) & (wanted < at + len(batch))] - at
+            if len(here):
+                found.append(batch.take(pyarrow.array(here)))
             at += len(batch)
             if at > wanted[-1]:
                 break
@@ -1097,7 +1101,7 @@ class Waymo:
         name, path, key = self.name_of(frame), inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet", self.what), "key.frame_timestamp_micros"
         one_time = frame.time and not all_times
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(path, buffer_size=2**20) as file:         # bytes: else a whole column of a row group is held
                 schema = file.schema_arrow
                 full = {column: next((c for c in schema.names if c == column or c.endswith("]." + column)), None) for column in [*columns, *[key] * bool(one_time)]}
                 for column in full:
@@ -1301,25 +1305,32 @@ def open_dataset(root, preset="paper"):
 # ---- loader ----
 
 def prepared(frame, prepare, folder):
-    """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file, or one of other points, is written anew."""
+    """What prepare(frame) returns, as arrays, from its file in `folder` or computed and written there; a damaged file, or one of other points, is written anew.
+
+    Where it cannot be written it is computed each time, with a warning.
+    """
     path, stamp = folder / f"{frame.name.replace('/', '_')}.npz", zlib.crc32(frame.points)
     try:
         with np.load(path, allow_pickle=False) as stored:
             extra = dict(stored)
         if extra.pop("stamp") == stamp:
             return extra
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, RuntimeError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError):
         pass                                            # not there yet, or truncated or garbled
     extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
-        try:
-            np.savez(aside, **extra, stamp=stamp)
-            aside.close()
-            os.replace(aside.name, path)
-        except BaseException:
-            os.unlink(aside.name)
-            raise
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
+            try:
+                np.savez_compressed(aside, **extra, stamp=stamp)
+                aside.close()
+                os.replace(aside.name, path)
+            except BaseException:
+                os.unlink(aside.name)
+                raise
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be written ({error.strerror}): what belongs there is computed anew for every frame. Make room there, or name another "
+                      "folder as LIDAR_CAMERA_CACHE", stacklevel=1)
     return extra
 
 
@@ -1376,12 +1387,16 @@ class Loader:
 
     def jobs_from(self, step):
         size = self.batch * self.world
+        whole = len(self.indices) // size * size or len(self.indices)               # of an epoch; a split smaller than a batch takes several epochs a step
+        epoch = None
         while True:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.indices)
-            order = np.resize(order, max(size, len(order)))                     # a split smaller than a batch is gone through again
-            share = order[within * size:][self.rank * self.batch:(self.rank + 1) * self.batch]
-            yield [(epoch, int(index), True) for index in share]
+            share = []
+            for place in range(step * size + self.rank * self.batch, step * size + (self.rank + 1) * self.batch):
+                if epoch != place // whole:
+                    epoch = place // whole
+                    order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.indices)
+                share.append((epoch, int(order[place % whole]), True))
+            yield share
             step += 1
 
     def batches(self, jobs):

@@ -37,7 +37,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, claim, cosine, disband, figure, half, join, launch, list_frames, load_units, loss_curves, mean_over_ranks, parse, processes, profile,
+from common import (Log, claim, cosine, disband, figure, half, join, launch, list_frames, load_units, loss_curves, mean_over_ranks, over_ranks, parse, processes, profile,
                     read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
@@ -300,7 +300,7 @@ def devkit(version, root):
     return NuScenes(version, root, verbose=False)
 
 
-def nuscenes_score(dataset, path, reach=math.inf):
+def nuscenes_score(dataset, path, tokens, reach=math.inf):
     """nuscenes-devkit's DetectionEval, detection_cvpr_2019, on the frames of a results file: a whole split or not. reach (m) narrows the classes' ranges.
 
     -> its metrics as a dict, its precision-recall data, and the classes that have ground truth after its filters.
@@ -309,7 +309,7 @@ def nuscenes_score(dataset, path, reach=math.inf):
     from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens, load_prediction_of_sample_tokens
     from nuscenes.eval.detection.data_classes import DetectionBox
     from nuscenes.eval.detection.evaluate import DetectionEval
-    official, tokens = devkit(dataset.version, str(dataset.root)), list(json.loads(Path(path).read_text())["results"])
+    official = devkit(dataset.version, str(dataset.root))
     scorer = DetectionEval.__new__(DetectionEval)                                          # its __init__ knows whole official splits only
     scorer.cfg, scorer.verbose, scorer.sample_tokens = config_factory("detection_cvpr_2019"), False, tokens
     scorer.cfg.class_range = {name: min(r, reach) for name, r in scorer.cfg.class_range.items()}
@@ -472,18 +472,19 @@ def upright_iou(a, b):
     return both / np.maximum(a[:, 3:6].prod(1)[:, None] + b[:, 3:6].prod(1) - both, 1e-12)
 
 
-def waymo_ap(frames, label, least, level):
-    """AP and APH in %, level 1 or 2; nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
+def waymo_ap(frames, label, least):
+    """AP and APH in % -> [at level 1, at level 2], nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
 
     At each score cut-off the detections are assigned to the truths so that the sum of their overlaps is greatest (Hungarian), overlaps below `least` being none.
     Truths hold at least one point; hard ones are marked so, or unmarked with 5 points or fewer. At level 1 a hard one that is missed does not count, one that is found
     does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
     """
-    hits, weighted, alarms, missed, total = *np.zeros((4, len(WAYMO_CUTOFFS))), 0
+    hits, weighted, alarms = np.zeros((3, len(WAYMO_CUTOFFS)))
+    missed, total = np.zeros((2, len(WAYMO_CUTOFFS))), np.zeros(2)                         # at level 1 and 2
     for rows, boxes, labels, scores in frames:
         rows = rows[(rows["label"] == label) & (rows["lidar_points"] > 0)]
         hard = (rows["difficulty"] == 2) | (rows["difficulty"] == 0) & (rows["lidar_points"] <= 5)
-        counts, mine = np.ones(len(rows), bool) if level == 2 else ~hard, labels == label
+        counts, mine = np.stack([~hard, np.ones_like(hard)]), labels == label
         boxes, scores = boxes[mine], scores[mine]
         iou = upright_iou(boxes, rows["box"])                                                      # (n, truths)
         iou[iou < least] = 0
@@ -498,12 +499,11 @@ def waymo_ap(frames, label, least, level):
             hits[n] += len(i)
             weighted[n] += accuracy[i, g].sum()
             alarms[n] += (scores >= cutoff).sum() - len(i)
-            missed[n] += counts.sum() - counts[g].sum()
-        total += counts.sum()
-    if not total:
-        return math.nan, math.nan
-    recall = hits / np.maximum(hits + missed, 1)
-    return tuple(100 * waymo_area(recall, right / np.maximum(hits + alarms, 1)) for right in (hits, weighted))
+            missed[:, n] += counts.sum(1) - counts[:, g].sum(1)
+        total += counts.sum(1)
+    found = np.maximum(hits + alarms, 1)
+    return [tuple(100 * waymo_area(hits / np.maximum(hits + lost, 1), right / found) if there else math.nan for right in (hits, weighted))
+            for lost, there in zip(missed, total)]
 
 
 def waymo_area(recall, precision):
@@ -527,11 +527,14 @@ def waymo_score(dataset, frames):
     """-> {class: {"L1": (AP, APH), "L2": (AP, APH)}} in %."""
     number = {name: i for i, name in enumerate(dataset.names)}
     cases = [(dataset.annotations(number[name]), boxes.astype(np.float64), labels, scores) for name, (boxes, labels, scores, _) in frames.items()]
-    return {name: {f"L{level}": waymo_ap(cases, label, WAYMO_IOU[name], level) for level in (1, 2)} for label, name in enumerate(dataset.grid.classes)}
+    return {name: dict(zip(("L1", "L2"), waymo_ap(cases, label, WAYMO_IOU[name]))) for label, name in enumerate(dataset.grid.classes)}
 
 
 def predict_all(model, loader, device):
-    """Boxes of every frame of the split, from all processes. -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))} arrays, in the split's order."""
+    """Boxes of every frame of the split, from all processes, on rank 0 (none on the others), in the split's order.
+
+    -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))} arrays.
+    """
     share_buffers(model)
     model.eval()
     mine = {}
@@ -541,8 +544,10 @@ def predict_all(model, loader, device):
     model.train()
     parts = [mine]
     if processes() > 1:
-        parts = [None] * processes()
-        torch.distributed.all_gather_object(parts, mine)
+        parts = [None] * processes() if loader.rank == 0 else None
+        torch.distributed.gather_object(mine, parts)
+    if loader.rank:
+        return {}
     frames = {name: found for part in parts for name, found in part.items()}
     names = loader.dataset.names
     check_found(frames, [names[i] for i in loader.indices])
@@ -577,8 +582,9 @@ def finish_nuscenes(held_out, frames, out, modality):
     grid = held_out.grid
     write_text(out / "results_nusc.json", json.dumps(nuscenes_results(frames, grid.classes, modality)))
     reach = min(-grid.low[0], -grid.low[1], grid.high[0], grid.high[1])                    # m; the metric measures from the ego vehicle, the range from the LiDAR
-    official, curves, present = nuscenes_score(held_out.dataset, out / "results_nusc.json")
-    near, _, near_present = nuscenes_score(held_out.dataset, out / "results_nusc.json", reach) if reach < 50 else (official, curves, present)     # 50: widest class
+    score = partial(nuscenes_score, held_out.dataset, out / "results_nusc.json", [name.rsplit("/", 1)[1] for name in frames])
+    official, curves, present = score()
+    near, _, near_present = score(reach) if reach < 50 else (official, curves, present)    # m, the widest class range
     absent = [name for name in grid.classes if name not in present]
     found = dict(mAP=official["mean_ap"], NDS=official["nd_score"], mAP_present=mean_of(official["mean_dist_aps"], present), reach=reach,
                  mAP_reach=mean_of(near["mean_dist_aps"], near_present), errors=official["tp_errors"], AP=official["mean_dist_aps"],
@@ -721,8 +727,7 @@ def train(rank, world, cfg):
     check(cfg, dataset)
     wanted, possible = asked_units(cfg)
     drawn = draw_labels(dataset, dataset.split("train"), cfg.fraction, cfg.draw, cfg.seed)
-    count = np.bincount(np.concatenate([dataset.annotations(i)["label"] for i in drawn]) + 1, minlength=len(dataset.grid.classes) + 1)[1:]
-    if not count.sum():
+    if not any((dataset.annotations(i)["label"] >= 0).any() for i in drawn):
         raise SystemExit(f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no box of a detection class in the {len(drawn)} frames drawn; draw more, or with another seed")
 
     device = start(cfg, rank, world)
@@ -743,6 +748,8 @@ def train(rank, world, cfg):
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
+    mine = np.concatenate([np.zeros(0, int), *[dataset.annotations(i)["label"] for i in drawn[rank::world]]])
+    count = over_ranks(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
     if rank == 0:
         names = dataset.names                                       # of every frame: made once
         describe_draw([names[i] for i in drawn], cfg, first)

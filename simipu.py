@@ -35,6 +35,7 @@ Departures:
   D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
   D8  At most 4096 pairs a process: the paper's number is the code's 4 frames of 1024; negatives are those of the same process.
   D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
+  D10  Of Waymo every fifth frame is seen, as in the released configuration; the paper counts all of them.
 """
 import json
 import math
@@ -56,6 +57,7 @@ from common import (BatchNorm, Log, ResNet, disband, evaluate, figure, frame_gen
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
 NEIGHBOURS = (32, 32, 64), (32, 32, 64), (16, 16, 16)               # most points in each [code]
+WAYMO_EVERY = 5                                                     # of Waymo's frames every n-th is seen [code] D10
 BATCHES = 3                                                         # held-out batches that are looked at [ours]
 
 
@@ -467,6 +469,8 @@ def train(rank, world, cfg):
     dataset.grid = replace(dataset.grid, sweeps=1)                  # TwoViews keeps no other; D7
     augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
+    if dataset.grid.dataset == "waymo":
+        loader.indices = loader.indices[::WAYMO_EVERY]
     held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=augment).begin_at(0), BATCHES))  # the same on every process
     model = SimIPU(cfg)
     if cfg.image_init:
@@ -477,7 +481,8 @@ def train(rank, world, cfg):
                             lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                              # [code]
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, opts, device, rank, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
+        share = 1 / WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1.0
+        return profile(cfg, net, loader, opts, device, rank, share, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)                           # 0 when there is nothing to resume
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)

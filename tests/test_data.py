@@ -409,11 +409,25 @@ def test_epochs_permute_and_seeds_change(world):
     assert_same(next(a), next(b))
 
 
-def test_a_split_smaller_than_the_batch_wraps_round(world):
-    loader = data.loader(world, "val", 64, preset="small")
-    assert len(loader.indices) < 64 and loader.steps_per_epoch == 1
-    names = next(loader.begin_at(0)).names
-    assert len(names) == 64 and set(names) == {loader.dataset.name(i) for i in loader.indices}
+def test_a_split_smaller_than_the_batch_goes_through_several_epochs_a_step(world):
+    loader = data.loader(world, "val", 64, preset="small", augment=jiggle)
+    n = len(loader.indices)
+    assert n < 64 and loader.steps_per_epoch == 1
+    batch = next(loader.begin_at(0))
+    assert len(batch.names) == 64
+    assert all(set(batch.names[k:k + n]) == {loader.dataset.name(i) for i in loader.indices} for k in range(0, 64 - n, n))
+    same = [k for k, name in enumerate(batch.names) if name == batch.names[0]]
+    assert len({float(batch.points[batch.b_points == k][0, 0]) for k in same}) == len(same) == len({int(batch.seeds[k]) for k in same}) > 2  # turned apart
+    halves = [next(data.loader(world, "val", 32, rank, 2, preset="small").begin_at(0)).names for rank in (0, 1)]
+    assert halves[0] + halves[1] == batch.names
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(world, new_cache):
+    first = next(data.loader(world, "train", 1, preset="small", prepare=Heights()).once())
+    shutil.rmtree(new_cache / "prepared")
+    (new_cache / "prepared").write_text("in the way")
+    with pytest.warns(UserWarning, match="prepared.*cannot be written.*LIDAR_CAMERA_CACHE"):
+        assert_same(next(data.loader(world, "train", 1, preset="small", prepare=Heights()).once()), first)
 
 
 def test_once_covers_each_frame_once(world):

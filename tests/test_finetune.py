@@ -204,8 +204,9 @@ def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         opt.step()
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(finetune.nuscenes_results(finetune.predict_all(model, loader, torch.device("cpu")), loader.grid.classes)))
-    metrics, _, present = finetune.nuscenes_score(loader.dataset, path, reach=25.)
+    results = finetune.nuscenes_results(finetune.predict_all(model, loader, torch.device("cpu")), loader.grid.classes)
+    path.write_text(json.dumps(results))
+    metrics, _, present = finetune.nuscenes_score(loader.dataset, path, list(results["results"]), reach=25.)
     assert len(present) > 5 and all(metrics["mean_dist_aps"][name] > 0.9 for name in present), metrics["mean_dist_aps"]
 
 
@@ -251,8 +252,9 @@ def test_the_truth_scores_one_and_shifted_truth_what_the_thresholds_say(which, w
             apart -= {name} if len(xy) and gap.min() < 1.2 else set()
     for shift in (0.0, 0.6):
         path = tmp_path / f"{shift}.json"
-        path.write_text(json.dumps(finetune.nuscenes_results(truth_as_predictions(dataset, indices, shift), GRID.classes)))
-        found, _, present = finetune.nuscenes_score(dataset, path)
+        results = finetune.nuscenes_results(truth_as_predictions(dataset, indices, shift), GRID.classes)
+        path.write_text(json.dumps(results))
+        found, _, present = finetune.nuscenes_score(dataset, path, list(results["results"]))
         assert len(present) > 3
         for name in present:
             for distance in (0.5, 1.0, 2.0, 4.0):
@@ -266,7 +268,7 @@ def test_the_truth_scores_one_and_shifted_truth_what_the_thresholds_say(which, w
         assert all(found["mean_dist_aps"][name] == 0 for name in absent)
         if shift == 0:
             assert max(found["tp_errors"][k] for k in ("trans_err", "scale_err", "orient_err")) < (1e-3 if not absent else 1.0)
-            inner, _, near = finetune.nuscenes_score(dataset, path, 10.0)
+            inner, _, near = finetune.nuscenes_score(dataset, path, list(results["results"]), 10.0)
             assert set(near) <= set(present)
 
 

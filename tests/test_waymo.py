@@ -211,7 +211,7 @@ def truth(*rows):
 
 def score(rows, boxes, scores, level=2, label=0):
     boxes = truth(*boxes)["box"]
-    return finetune.waymo_ap([(truth(*rows), boxes, np.zeros(len(boxes), int), np.array(scores, float))], label, 0.7, level)
+    return finetune.waymo_ap([(truth(*rows), boxes, np.zeros(len(boxes), int), np.array(scores, float))], label, 0.7)[level - 1]
 
 
 def test_waymo_ap_by_hand():
@@ -222,7 +222,7 @@ def test_waymo_ap_by_hand():
     assert score(line, [dict(r, yaw=np.pi) for r in line], [1] * 10) == pytest.approx((100, 0))
     assert score(line, [dict(r, yaw=2 * np.pi) for r in line], [1] * 10) == pytest.approx((100, 100))
     turned = [dict(r, yaw=np.radians(20)) for r in line]                                    # found at IoU 0.5; recall has no heading in it
-    assert finetune.waymo_ap([(truth(*line), truth(*turned)["box"], np.zeros(10, int), np.ones(10))], 0, 0.5, 2) == pytest.approx((100, 100 * 8 / 9))
+    assert finetune.waymo_ap([(truth(*line), truth(*turned)["box"], np.zeros(10, int), np.ones(10))], 0, 0.5)[1] == pytest.approx((100, 100 * 8 / 9))
     assert score(line, [*line[:9], dict(line[9], yaw=np.pi)], [1] * 10) == pytest.approx((100, 90))
     assert score(line, [*line, *[dict(x=-9. * i - 9) for i in range(5)]], [*[0.9] * 5, *[0.5] * 10])[0] == pytest.approx(
         100 * (0.5 * 1 + 0.05 * (1 + 2 / 3) / 2 + 0.45 * 2 / 3))                            # recall jumps from a half to 1: the lower precision is held, then a ramp
@@ -280,7 +280,7 @@ def test_random_frames_score_as_in_a_transcription():
             boxes = rows["box"][at] + np.c_[rng.normal(0, 0.2, (20, 2)), np.zeros((20, 4)), rng.normal(0, 0.3, 20), np.zeros((20, 2))]
             frames.append((rows, boxes, np.maximum(rows["label"][at], 0), rng.random(20)))
         for label in range(3):
-            ours, curves = finetune.waymo_ap(frames, label, 0.4, level), ([], [])
+            ours, curves = finetune.waymo_ap(frames, label, 0.4)[level - 1], ([], [])
             for cutoff in range(101):
                 hits, weighted, alarms, missed = 0, 0.0, 0, 0
                 for rows, boxes, labels, scores in frames:
