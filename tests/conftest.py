@@ -1,7 +1,11 @@
 """Fixtures: a tiny embedded world, a fabricated KITTI folder, the real frames where there are any."""
+import ctypes
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,51 @@ def run(script, out, *flags):
     """A script as it is run, a narrow trunk and one frame a step. -> subprocess.CompletedProcess"""
     command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small", "--batch", "1", "--width", "4", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+# ---- processes forked from a server that has imported everything: one takes a fraction of a second ----
+
+@pytest.fixture(scope="session")
+def server():
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["test_faults", "test_common", "torch.utils.tensorboard", "matplotlib.pyplot", "nuscenes.eval.detection.evaluate"])
+    yield fork
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def die_with_the_server():
+    """Ask Linux to kill this process when the one that forked it ends: nothing outlives pytest, whatever ends that."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)                          # PR_SET_PDEATHSIG
+
+
+def one_of_two(function, rank, folder):
+    die_with_the_server()
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=100))
+    words = torch.load(f"{folder}/words.pt", weights_only=False)        # a file: a process takes no more than 256 tensors as arguments
+    torch.save(function(rank, *words), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)                                                         # gloo's threads may abort a finished interpreter
+
+
+def on_two(server, function, folder, *words):
+    """function(rank, *words) on two processes of one group -> what each returned."""
+    torch.save(words, folder / "words.pt")
+    both = [server.Process(target=one_of_two, args=(function, rank, str(folder))) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    try:
+        for process in both:
+            process.join(120)
+        assert [process.exitcode for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    return [torch.load(f"{folder}/{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import clap
 import data
 from common import VoxelNet, wrap
+from conftest import on_two
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -539,7 +540,7 @@ def test_bad_frames_give_a_finite_loss_and_gradient(batch, model, trouble):
         L, terms = model(bad)
         L.backward()
         assert L.isfinite() and all(math.isfinite(float(v)) for v in terms.values()), (trouble, terms)
-        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- learning and runs ----
@@ -636,9 +637,7 @@ def test_help_states_every_number_with_its_source():
         assert words in shown.stdout, words
 
 
-def two_processes(rank, folder, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def sinkhorn_and_means(rank):
     torch.manual_seed(0)
     S, x = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64, requires_grad=True)
     mine = slice(0, 11) if rank == 0 else slice(11, 30)
@@ -646,42 +645,32 @@ def two_processes(rank, folder, out):
     mean = clap.mean_over_ranks(x[mine].square().sum(), len(x[mine]))
     mean.backward()
     empty = clap.mean_over_ranks(x[:0].sum() if rank else x.sum(), 0 if rank else 30)
-    torch.save((Q, x.grad / 2, mean.detach() / 2, empty.detach() / 2), f"{out}/{rank}.pt")              # DDP's average over two processes
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
+    return Q, x.grad / 2, mean.detach() / 2, empty.detach() / 2                                         # DDP's average over two processes
 
 
-def test_two_processes_give_sinkhorn_and_means_of_one(tmp_path):
-    torch.multiprocessing.spawn(two_processes, (str(tmp_path), str(tmp_path)), nprocs=2)
+def test_two_processes_give_sinkhorn_and_means_of_one(server, tmp_path):
     torch.manual_seed(0)
     S, x = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64, requires_grad=True)
     x.square().mean().backward()
-    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    parts = on_two(server, sinkhorn_and_means, tmp_path)
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), clap.sinkhorn(S, 0.05, 3))
     torch.testing.assert_close(parts[0][1] + parts[1][1], x.grad)
     torch.testing.assert_close(parts[0][2] + parts[1][2], x.detach().square().mean())
     torch.testing.assert_close(parts[0][3] + parts[1][3], x.detach().mean())
 
 
-def frames_on_two(rank, folder, cases):
+def a_frame_each(rank, cases):
     """The whole method on two processes, a frame each, through DDP: loss, terms, gradients."""
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = []
     for model, batches in cases:
         net = wrap(model, CPU, 2)
         loss, terms = net(batches[rank])
         loss.backward()
         results.append((loss.detach(), {k: torch.as_tensor(v).detach() for k, v in terms.items()}, {k: p.grad for k, p in model.named_parameters()}))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
+    return results
 
 
-def test_two_processes_give_the_loss_and_gradient_of_one(batch, model, tmp_path):
+def test_two_processes_give_the_loss_and_gradient_of_one(server, batch, model, tmp_path):
     """Batch norm in eval mode; in the second case one frame has no point, in the third batch norm trains and must not hang on such a frame."""
     model.eval()
     empty = replace(batch, points=batch.points[batch.b_points == 0], b_points=batch.b_points[batch.b_points == 0],
@@ -698,8 +687,7 @@ def test_two_processes_give_the_loss_and_gradient_of_one(batch, model, tmp_path)
         return parts
     training = copy.deepcopy(model).train()
     cases = [(copy.deepcopy(model), halves(batch)), (copy.deepcopy(model), halves(empty)), (training, halves(empty))]
-    torch.multiprocessing.spawn(frames_on_two, (str(tmp_path), cases), nprocs=2)
-    parts = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    parts = on_two(server, a_frame_each, tmp_path, cases)
     monitors = {"h", "cells", "perplexity_P", "perplexity_I", "perplexity_Q", "agreement", "prototype_norm", "on_ground", "on_boxes"}
     for whole, *two in zip((batch, empty), *(part[:2] for part in parts), strict=True):
         one = copy.deepcopy(model)

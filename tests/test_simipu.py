@@ -1,4 +1,5 @@
 """simipu.py: geometry, samplings, matching and losses against slow transcriptions and closed forms; which loss teaches what; the script as it is run."""
+import copy
 import itertools
 import json
 import math
@@ -200,7 +201,7 @@ def test_the_last_points_are_half_chosen_by_features_and_half_by_distance(cloud,
     points, m = torch.from_numpy(cloud[:256]).float()[None], 16
     points = torch.cat([points, torch.rand(1, 256, 1)], 2)
     first = torch.from_numpy(simipu.farthest_points(cloud[:256], 64))[None]
-    net = model.eval().points
+    net = copy.deepcopy(model).eval().points
     for stage in (net.stage1, net.stage2):                          # features that tell points apart more than their places do
         torch.nn.init.constant_(stage.aggregate[-2].weight, 300.0)
 
