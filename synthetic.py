@@ -14,7 +14,7 @@ It is a demonstration and a test bench, never evidence for the papers' numbers. 
 Frames: a thing's own (x forward, y left, z up, z = 0 where it stands); the scene's plane (x along the road at s = 0, z up), where all
 is computed; the global frame, entered only when poses and boxes are written. Road coordinates are s (along the centre line) and l (to its
 left). Rotations are (3, 3) with local axes as columns; a2b (4, 4) maps a to b. Metres, radians, seconds; nuScenes' microseconds on disk.
-Each sensor sees the world at its own time stamp; within one sweep or image nothing moves.
+Each sensor sees the world at its own time stamp; within one sweep or image nothing moves. Shadows are those of the sweep's moment in all pictures of a frame.
 """
 import argparse
 import hashlib
@@ -34,6 +34,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+ALONE = 16          # frames; fewer are written without children
 VERSION = 1
 TABLES = "v1.0-embedded"
 CUBE, FRUSTUM, BALL = 0, 1, 2                                              # kinds of solids
@@ -376,8 +377,9 @@ def compose(seed, index, frames=8):
     scene = Scene(name=f"embedded-{index:04d}", curve=rng.choice([1e-5, rng.uniform(1 / 350, 1 / 130)], p=[.4, .6]) * rng.choice([-1, 1]),
                   crossing=rng.uniform(25, 60) if rng.random() < .5 else 1e3, speed=rng.uniform(3, 10), phase=rng.uniform(0, 2 * np.pi),
                   plane2world=pose([*rng.uniform(300, 1500, 2), 0], rng.uniform(-np.pi, np.pi)), light=light_of_day(rng))
-    times, end = np.linspace(-.1, .5 * frames, 12), scene.speed * .5 * frames                  # the ego's way is from s = 0 to `end`
-    taken = [(scene.speed * times + 1.3, np.full(12, -1.75), 2.9, 1.3)]                        # the ego vehicle itself
+    instants = max(12, 3 * frames // 2)                                                        # at which nothing may touch another thing
+    times, end = np.linspace(-.1, .5 * frames, instants), scene.speed * .5 * frames            # the ego's way is from s = 0 to `end`
+    taken = [(scene.speed * times + 1.3, np.full(instants, -1.75), 2.9, 1.3)]                  # the ego vehicle itself
 
     # 1 where things may be, as s, l, vs, vl, turn
     def parking():
@@ -857,7 +859,7 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, im
     try:
         for folder in ("maps", "rows", TABLES, *[f"samples/{channel}" for channel in ("LIDAR_TOP", *CAMERAS)]):
             (aside / folder).mkdir(parents=True)
-        if scenes * frames < 16:
+        if scenes * frames < ALONE:
             write_part(aside, **{**job, "part": 0, "parts": 1})
         else:
             commands = [[sys.executable, __file__, str(aside), "--job", json.dumps({**job, "part": part})] for part in range(2)]
