@@ -513,18 +513,20 @@ def test_contrast_on_two_processes_goes_on_when_one_has_no_point(server, method,
 # ---- 14, 24, 25: several processes ----
 
 def join(module, words):
-    """Fault, or its setting: this process is one of two, and waits four seconds for the other."""
-    rank, port = words
+    """Fault, or its setting: this process is one of two, and waits so many seconds for the other."""
+    rank, port, common.TIMEOUT = words
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    common.TIMEOUT = 4
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_a_process_that_hangs_is_not_waited_for_longer_than_the_limit(server, three_frames, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "run"
-    one, two = (Run(server, "finetune", config("finetune", three_frames, out, steps=5000), join, (rank, port), said=tmp_path / str(rank)) for rank in range(2))
+    out, port = tmp_path / "run", free_port()
+    one, two = (Run(server, "finetune", config("finetune", three_frames, out, steps=5000), join, (rank, port, 4), said=tmp_path / str(rank)) for rank in range(2))
     try:
         one.until(lambda: "step 1/" in one.said())
         os.kill(two.process.pid, signal.SIGSTOP)
@@ -573,8 +575,7 @@ def test_more_gpus_than_there_are_is_said(monkeypatch):
 def ends(rank, folder, port, asked):
     """One of two processes: a collective, then an end that takes rank 0 until the other has left; or a stop that was asked for, and a save on rank 0."""
     die_with_the_server()
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    common.TIMEOUT = 60
+    join(None, (rank, port, 60))
 
     def train(rank, world, cfg):
         device = common.join(cfg, world)
@@ -593,9 +594,7 @@ def ends(rank, folder, port, asked):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_long_end_of_rank_0_is_not_waited_for_and_its_save_is(server, tmp_path, asked):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     both = [server.Process(target=ends, args=(rank, tmp_path, port, asked)) for rank in (0, 1)]
     for process in both:
         process.start()
@@ -606,12 +605,12 @@ def test_a_long_end_of_rank_0_is_not_waited_for_and_its_save_is(server, tmp_path
     assert [process.exitcode for process in both] == [143 if asked else 0] * 2 and (tmp_path / "done").exists()
 
 
-def test_fine_tuning_on_two_processes_to_the_end_scores_every_frame_once(world, tmp_path, capsys):
+def test_fine_tuning_on_two_processes_to_the_end_scores_every_frame_once(server, world, tmp_path, capsys):
     """Three held-out frames on two processes; predicted again by one they are the same."""
-    command = [sys.executable, str(ROOT / "finetune.py"), "--data", str(world), "--out", str(tmp_path / "run"), "--steps", "2", "--gpus", "2", "--preset", "small",
-               "--width", "4", "--bins", "12", "--batch", "1", "--modality", "lidar", "--fraction", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    cfg, port = config("finetune", world, tmp_path / "run", steps=2), free_port()
+    both = [Run(server, "finetune", cfg, join, (rank, port, 100), said=tmp_path / str(rank)) for rank in range(2)]
+    for code, said in [one.end() for one in both]:
+        assert code == 0, said
     first = files(tmp_path / "run")
     assert json.loads(first["metrics.json"])["frames"] == 3
     finetune.train(0, 1, replace(finetune.Config(), eval_only=str(tmp_path / "run"), gpus=0))
