@@ -130,6 +130,25 @@ def test_grids_and_frames_agree(waymo):
     assert batch.images.shape == (10, 3, 96, 144) and batch.hw.tolist() == [[96, 144]] * 3 + [[66, 144]] * 2 + [[96, 144]] * 3 + [[66, 144]] * 2
 
 
+def test_a_regrouped_copy_gives_the_same_frames_and_goes_on_where_it_stopped(waymo, tmp_path, capsys, monkeypatch):
+    import pyarrow.parquet as parquet
+    monkeypatch.setattr(sys, "argv", ["data.py", str(waymo), "--regroup", str(tmp_path / "copy")])
+    data.main()
+    last = tmp_path / "copy" / "training" / "lidar" / SEGMENT
+    assert parquet.ParquetFile(last).num_row_groups == 2 and parquet.ParquetFile(last.parents[1] / "lidar_pose" / SEGMENT).num_row_groups == 3
+    a, b = data.open_dataset(waymo), data.open_dataset(tmp_path / "copy")
+    for i in range(5):
+        one, two = a.load(i), b.load(i)
+        assert np.array_equal(one.points, two.points) and np.array_equal(one.boxes, two.boxes) and all(map(np.array_equal, one.images, two.images))
+    last.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.parquet")}
+    (tmp_path / "copy" / "training" / "lidar" / f"{SEGMENT}.part").write_bytes(b"cut")                  # as a kill leaves it
+    data.main()
+    assert last.exists() and all(path.stat().st_mtime_ns == time for path, time in kept.items()) and not list(tmp_path.rglob("*.part"))
+    with pytest.raises(data.DataError, match="no parquet file of the Waymo Open Dataset v2 here"):
+        data.regroup(tmp_path / "nothing", tmp_path / "copy")
+
+
 # ---- damaged files ----
 
 @pytest.fixture
