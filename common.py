@@ -13,9 +13,9 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, disband, start, claim, list_frames,      clap, cmcr, simipu, finetune
-                  wrap, frame_generators, cosine, resume, save, read_units,
-                  load_units, load_resnet, Log, evaluate, profile, written,
-                  write_text, figure, loss_curves, join
+                  on_first, wrap, frame_generators, cosine, resume, save,
+                  read_units, load_units, load_resnet, Log, evaluate, profile,
+                  written, write_text, figure, loss_curves, join
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -849,46 +849,69 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
     device = join(cfg, world)
     if cfg.profile:
         return device
-    if rank == 0:
-        out, asked = Path(cfg.out), described(cfg, world)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
-        claim(out)
-        state = checkpoint(out, aloud=True, mmap=True)
-        if state:
-            before = json.loads(state["config"])
-            changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
-            if changed:
-                told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
-                raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
-        write_text(out / "config.json", json.dumps(asked, indent=1))
-        starts = json.loads((out / "provenance.json").read_text()) if state and (out / "provenance.json").exists() else []
-        starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
-        write_text(out / "provenance.json", json.dumps(starts, indent=1))                  # a line for each start and resume
-        source = out / ("source" if len(starts) == 1 else f"source-{len(starts)}")
-        source.mkdir(exist_ok=True)
-        for file in {Path(sys.modules["__main__"].__file__), Path(__file__), Path(__file__).with_name("data.py")}:
-            shutil.copy(file, source)
-    if world > 1:
-        torch.distributed.barrier()                     # before the others look for a checkpoint
+    on_first(rank, lambda: open_run(cfg, world, free))
     return device
 
 
-def list_frames(path, names, first):
-    """Rank 0: write the frames of a run, a name a line. A resumed run (first > 0) whose frames have changed since is refused: it would go on with another schedule."""
-    text = "".join(name + "\n" for name in names)
-    if first and path.exists() and (before := path.read_text()) != text:
-        old, new = set(before.split()), set(names)
-        raise SystemExit(f"{path}: this run began with {len(old)} frames; now there are {len(new)}, {len(new - old)} of them new, {len(old - new)} gone "
-                         f"({', '.join(sorted(old ^ new)[:2])}, ...). Bring the data set back to what it was, or give another --out.")
-    write_text(path, text)
+def on_first(rank, act):
+    """act() on rank 0, before which the others do not go on. Where it refuses (SystemExit) every process leaves, rank 0 with the message."""
+    told = [None]
+    if rank == 0:
+        try:
+            act()
+        except SystemExit as refusal:
+            told = [str(refusal)]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(told)
+    if told[0]:
+        raise SystemExit(told[0] if rank == 0 else 1)
+
+
+def open_run(cfg, world, free):
+    """The run folder: made or found, taken, its configuration compared; config.json, provenance.json, source copies."""
+    out, asked = Path(cfg.out), described(cfg, world)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
+    claim(out)
+    state = checkpoint(out, aloud=True, mmap=True)
+    if state:
+        before = json.loads(state["config"])
+        changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
+        if changed:
+            told = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+            raise SystemExit(f"{out} holds a run with another configuration: {told}. Repeat its command to resume it, or give another --out.")
+    write_text(out / "config.json", json.dumps(asked, indent=1))
+    starts = json.loads((out / "provenance.json").read_text()) if state and (out / "provenance.json").exists() else []
+    starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
+    write_text(out / "provenance.json", json.dumps(starts, indent=1))                  # a line for each start and resume
+    source = out / ("source" if len(starts) == 1 else f"source-{len(starts)}")
+    source.mkdir(exist_ok=True)
+    for file in {Path(sys.modules["__main__"].__file__), Path(__file__), Path(__file__).with_name("data.py")}:
+        shutil.copy(file, source)
+
+
+def list_frames(path, dataset, indices, first, rank):
+    """Write the training frames of a run, a name a line. A resumed run (first > 0) whose frames have changed since is refused: it would go on with another schedule."""
+    def write():
+        names = dataset.names                           # of every frame: made once
+        now = [names[i] for i in indices]
+        before = path.read_text().split() if first and path.exists() else now
+        if before != now:
+            old, new = set(before), set(now)
+            raise SystemExit(f"{path}: this run began with {len(before)} frames; now there are {len(now)}, {len(new - old)} of them new, {len(old - new)} gone "
+                             f"({', '.join(sorted(old ^ new)[:2]) or 'in another order'}, ...). Bring the data set back to what it was, or give another --out.")
+        write_text(path, "".join(name + "\n" for name in now))
+    on_first(rank, write)
 
 
 def claim(out):
     """Take a run folder for this process, however that ends. One that another process is writing is refused: the two would mix their logs and checkpoints."""
-    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)            # not closed: the lock would be gone
+    try:
+        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)        # not closed: the lock would be gone
+    except OSError as error:
+        raise SystemExit(f"{out}: cannot write there ({error.strerror}); make the folder writable, or give another --out") from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # not flock, which a killed run's loader workers would go on holding
     except (BlockingIOError, PermissionError) as error:

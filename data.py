@@ -980,6 +980,11 @@ class Kitti:
         with Image.open(inside(self.root, self.frames[i].image, self.frames[i].name)) as picture:
             return picture.size
 
+    def shown(self, i, points):
+        """Which points (N, 3 or more) the picture of frame i, as it is on disk, shows -> (N,) bool."""
+        lidar2rect, rect2img = self.calibration(i)
+        return in_view(points, (rect2img @ lidar2rect)[None], [self.picture_size(i)[::-1]])[0]
+
     def calibrated_by(self, i):
         """Which files say where the camera of frame i is: for messages."""
         return " and ".join(self.frames[i].calibration)
@@ -1146,7 +1151,7 @@ class Waymo:
                     if not self.fits(column, kind := schema.field(full[column]).type):
                         raise DataError(f"{name}: {path} has {kind} in column {column}; expected version 2 of the data set: download it again")
                 chosen = [full[column] for column in columns]
-                table = rows_of_time(file, chosen, key, frame.time) if one_time else file.read(chosen, use_threads=False)
+                table = rows_of_time(file, chosen, full[key], frame.time) if one_time else file.read(chosen, use_threads=False)
             values = [table[full[column]].to_pylist() if not column.endswith("values") else table[full[column]] for column in columns]
         except FileNotFoundError as error:
             raise DataError(f"{name}: {path} is missing; download the component {component} of this segment") from error
@@ -1357,7 +1362,8 @@ def prepared(frame, prepare, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
             try:
-                np.savez_compressed(aside, **extra, stamp=stamp)
+                np.savez_compressed(whole := io.BytesIO(), **extra, stamp=stamp)            # a ZipFile on a full disk complains once more when it is forgotten
+                aside.write(whole.getbuffer())
                 aside.close()
                 os.replace(aside.name, path)
             except BaseException:
@@ -1414,7 +1420,7 @@ class Loader:
         if self.prepare:
             frame = replace(frame, extra=prepared(frame, self.prepare, self.folder))
         if self.crop:
-            frame = crop_to_view(frame)
+            frame = select(frame, self.dataset.shown(index, frame.points))
         if training and self.augment:
             frame = self.augment(frame, np.random.default_rng((self.seed, epoch, index)))
         # the trailing words keep this stream and the order's apart from augment's: numpy pads short seeds with zeros
@@ -1459,7 +1465,7 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
     augment  augment(frame, rng) -> Frame, in begin_at only; rng is a np.random.Generator of (seed, epoch, index of the frame)
     prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame; computed once, kept under cache_dir(), put into
              frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
-    crop     leave out points that no picture shows, see crop_to_view
+    crop     leave out points that the picture on disk does not show: of KITTI, whose labels end there
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
     """
     dataset = open_dataset(root, preset) if isinstance(root, (str, Path)) else root

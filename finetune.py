@@ -37,8 +37,8 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, claim, cosine, disband, figure, half, join, launch, list_frames, load_units, loss_curves, mean_over_ranks, over_ranks, parse, processes, profile,
-                    read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
+from common import (Log, claim, cosine, disband, figure, half, join, launch, list_frames, load_units, loss_curves, mean_over_ranks, on_first, over_ranks, parse,
+                    processes, profile, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
@@ -256,11 +256,10 @@ def draw_labels(dataset, indices, fraction, draw, seed):
     return np.sort(indices[np.isin(scenes, kept)] if draw == "scenes" else indices[kept])
 
 
-def describe_draw(names, cfg, first):
-    """Rank 0: write the drawn names to labels.txt; print its SHA-256 and how many of them the pre-training has seen."""
+def describe_draw(cfg):
+    """Print the SHA-256 of labels.txt, the drawn names, and how many of them the pre-training has seen."""
     out = Path(cfg.out)
-    list_frames(out / "labels.txt", names, first)
-    digest = hashlib.sha256((out / "labels.txt").read_bytes()).hexdigest()[:16]
+    names, digest = (out / "labels.txt").read_text().split(), hashlib.sha256((out / "labels.txt").read_bytes()).hexdigest()[:16]
     seen, overlap = Path(cfg.init) / "frames.txt", ""
     if seen.is_file():
         overlap = f"; {len(set(names) & set(seen.read_text().split()))} of them were in the pre-training of {cfg.init}, without their labels"
@@ -480,7 +479,7 @@ def waymo_ap(frames, label, least):
     does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
     """
     hits, weighted, alarms = np.zeros((3, len(WAYMO_CUTOFFS)))
-    missed, total = np.zeros((2, len(WAYMO_CUTOFFS))), np.zeros(2)                         # at level 1 and 2
+    missed, total = np.zeros((2, len(WAYMO_CUTOFFS))), 0                                   # at level 1 and 2
     for rows, boxes, labels, scores in frames:
         rows = rows[(rows["label"] == label) & (rows["lidar_points"] > 0)]
         hard = (rows["difficulty"] == 2) | (rows["difficulty"] == 0) & (rows["lidar_points"] <= 5)
@@ -500,10 +499,9 @@ def waymo_ap(frames, label, least):
             weighted[n] += accuracy[i, g].sum()
             alarms[n] += (scores >= cutoff).sum() - len(i)
             missed[:, n] += counts.sum(1) - counts[:, g].sum(1)
-        total += counts.sum(1)
+        total += len(rows)
     found = np.maximum(hits + alarms, 1)
-    return [tuple(100 * waymo_area(hits / np.maximum(hits + lost, 1), right / found) if there else math.nan for right in (hits, weighted))
-            for lost, there in zip(missed, total)]
+    return [tuple(100 * waymo_area(hits / np.maximum(hits + lost, 1), right / found) if total else math.nan for right in (hits, weighted)) for lost in missed]
 
 
 def waymo_area(recall, precision):
@@ -744,15 +742,15 @@ def train(rank, world, cfg):
     net = wrap(model, device, world)
     if cfg.profile:
         branches = {name: (branch, "forward") for name, branch in (("trunk", model.lidar), ("camera", model.camera)) if branch is not None}
-        return profile(cfg, net, loader, [opt], device, rank, **branches)
+        return profile(cfg, net, loader, [opt], device, rank, cfg.fraction, **branches)
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
+    list_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     mine = np.concatenate([np.zeros(0, int), *[dataset.annotations(i)["label"] for i in drawn[rank::world]]])
     count = over_ranks(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
     if rank == 0:
-        names = dataset.names                                       # of every frame: made once
-        describe_draw([names[i] for i in drawn], cfg, first)
+        describe_draw(cfg)
         print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
               f"lr {cfg.lr:g} new, {cfg.lr_init:g} loaded, {device}", flush=True)
@@ -794,8 +792,8 @@ def rescore(rank, world, cfg):
     step = resume(cfg.eval_only, model)
     if not step:
         raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
+    on_first(rank, lambda: claim(Path(cfg.eval_only)))
     if rank == 0:
-        claim(Path(cfg.eval_only))
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
     held_out = data.loader(dataset, "val", run.batch, rank, world, run.seed, workers=run.workers, crop=dataset.grid.dataset == "kitti")
     finish(model, run, cfg.eval_only, held_out, device, rank)

@@ -485,10 +485,9 @@ def train(rank, world, cfg):
         return profile(cfg, net, loader, opts, device, rank, share, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)                           # 0 when there is nothing to resume
+    list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     if rank == 0:
-        names = dataset.names                                       # of every frame: made once
-        list_frames(Path(cfg.out) / "frames.txt", [names[i] for i in loader.indices], first)                               # for fine-tuning: what was seen
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
               f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled, {device}", flush=True)
 

@@ -158,9 +158,10 @@ def work(jobs, minutes, only, runs):
                 todo.remove(key)                                    # a run that is there and finished is scored again, nothing more
                 argv, out = command(key, rows, runs)
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-                process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
                 spent = Path(f"{out}.seconds")
-                running[key] = process, argv, out, time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
+                since = time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
+                process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT)
+                running[key] = process, argv, out, since
                 continue
             time.sleep(1)
     finally:                                                        # whatever ends this, what runs is saved and goes on from there the next time

@@ -1,6 +1,7 @@
 """Fixtures: a tiny embedded world, a fabricated KITTI folder, the real frames where there are any."""
 import ctypes
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -34,8 +35,9 @@ def server():
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["test_faults", "test_common", "torch.utils.tensorboard", "matplotlib.pyplot", "nuscenes.eval.detection.evaluate"])
-    yield fork
+    multiprocessing.forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return fork
 
 
 def die_with_the_server():

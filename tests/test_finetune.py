@@ -44,12 +44,13 @@ def test_boxes_with_a_point_of_any_key_sweep_stay_and_those_without_leave(world)
     assert finetune.augment(frame, np.random.default_rng(0), 0.0, 0.0, (False, False)).labels.tolist() == [0, 1]
 
 
-def test_kitti_is_learned_and_scored_without_what_no_picture_shows(kitti):
+def test_kitti_is_learned_and_scored_without_what_the_picture_does_not_show(kitti):
+    """The picture on disk: of the fabricated scans' 800 points 400 were made from its pixels. The network's own picture is cut narrower."""
     dataset = data.open_dataset(kitti)
     for loader in (data.loader(dataset, split, 1, crop=True) for split in ("train", "val")):
         batch, full = next(iter(loader.once())), dataset.load(int(loader.indices[0]))
-        kept = data.crop_to_view(full)
-        assert len(batch.points) == len(kept.points) < len(full.points) and torch.equal(batch.points, torch.tensor(kept.points))
+        kept = (torch.tensor(full.points)[:, None] == batch.points).all(2).any(1)
+        assert kept[:400].all() and 400 < kept.sum() < 700 and len(data.crop_to_view(full).points) < kept.sum() == len(batch.points)
     source = (ROOT / "finetune.py").read_text()
     assert source.count("data.loader(") == source.count("crop=") == 3
 

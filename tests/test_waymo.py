@@ -261,6 +261,7 @@ def test_levels_by_points_and_marks():
         assert score(line + hard, line + hard, [1] * 15, 1) == pytest.approx((100, 100))
         assert score(line + hard, line[:6] + hard, [1] * 11, 1)[0] == pytest.approx(100 * 11 / 15)            # a hard one that is found counts as found
         assert score(line + hard, line[:6] + hard[:1], [1] * 7, 1)[0] == pytest.approx(100 * 7 / 11)          # one that is missed not as missed
+        assert score(hard, hard, [1] * 5, 1) == pytest.approx((100, 100))                   # nothing easy at all
     said = [dict(r, difficulty=1) for r in sparse]                                          # marked easy in spite of few points
     assert score(line + said, line, [1] * 10, 1)[0] == pytest.approx(100 * 10 / 15)
     empty = [dict(r, points=0) for r in sparse]
