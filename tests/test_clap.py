@@ -248,6 +248,9 @@ def test_pixels_are_drawn_by_weight():
 def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path, monkeypatch):
     """--sampler sdf: uniform for warm_epochs epochs, held-out terms likewise; a step an epoch here."""
     asked, forward = [], clap.Clap.forward
+    for name in ("draw", "loss_curves"):
+        monkeypatch.setattr(clap, name, lambda *_: None)
+    monkeypatch.setattr(clap, "examine", lambda *_: dict.fromkeys(("range_hidden", "beam_mean", "nearest_ray", "range_visible")))
     monkeypatch.setattr(clap.Clap, "forward", lambda self, batch, uniform=False: asked.append((self.training, uniform)) or forward(self, batch, uniform))
     clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=3, warm_epochs=2, eval_every=1))
     assert [uniform for training, uniform in asked if training] == [True, True, False] == [uniform for training, uniform in asked if not training]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import cmcr
 import common
 import data
+import finetune
 from conftest import on_two, run
 from cmcr import SMALL, Cmcr, Codebook, Config, Views, hide_cells, occupancy_queries, orthogonality, random_cut
 
@@ -470,18 +471,18 @@ def test_the_published_teacher_is_checked_and_its_absence_explained(tmp_path, mo
 
 # ---- the script ----
 
-def test_the_script_and_what_is_built_on_it(three_frames, tmp_path):
+def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
     flags = ("--data", str(three_frames), "--teacher", "none", "--crop-h", "64", "--crop-w", "96", "--crop-points", "60", "--pairs", "200", "--queries", "90",
-             "--eval-every", "2", "--steps", "4", "--save-every", "2")
+             "--eval-every", "2", "--steps", "2", "--save-every", "1")
     whole = run("cmcr.py", tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr[-2000:]
     found = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert f"held-out L_NCE {found['L_NCE']}" in whole.stdout.splitlines()[-1]
     for name in ("codes", "occupancy", "losses"):
         assert (tmp_path / "whole" / "figures" / f"{name}.png").stat().st_size > 10_000
-    tuned = run("finetune.py", tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "whole"), "--modality", "lidar", "--fraction", "1",
-                "--steps", "1", "--bins", "12")
-    assert tuned.returncode == 0 and "loaded lidar 120/120 tensors of step 4" in tuned.stdout, tuned.stderr[-2000:]
+    detector = finetune.Detector(finetune.Config(preset="small", modality="lidar", **{**finetune.SMALL, "width": 4, "bins": 12}), GRID)
+    finetune.load_units(tmp_path / "whole", detector, (), ["lidar", "fuse"], GRID, 0)
+    assert "loaded lidar 120/120 tensors of step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(crop_h=100), "multiples of 32"), (dict(codes=1), "--without codebook"),

@@ -615,7 +615,7 @@ def test_fine_tuning_on_two_processes_to_the_end_scores_every_frame_once(server,
     assert json.loads(first["metrics.json"])["frames"] == 3
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    finetune.train(0, 1, replace(finetune.Config(), eval_only=str(tmp_path / "run"), gpus=0))
+    finetune.train(0, 1, replace(finetune.Config(), eval_only=str(tmp_path / "run"), gpus=0, workers=0))
     torch.set_num_threads(threads)
     assert "the weights after step 2" in capsys.readouterr().out
     assert files(tmp_path / "run")["results_nusc.json"] == first["results_nusc.json"] and files(tmp_path / "run")["metrics.json"] == first["metrics.json"]

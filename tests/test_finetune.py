@@ -346,7 +346,7 @@ def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path, capsys):
                  "backbones.safetensors"):
         assert (tmp_path / "tuned" / name).stat().st_size > 0, name
     capsys.readouterr()
-    finetune.train(0, 1, replace(Config(), eval_only=str(tmp_path / "tuned"), gpus=0))
+    finetune.train(0, 1, replace(Config(), eval_only=str(tmp_path / "tuned"), gpus=0, workers=0))
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 

@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 
 import common
 import data
+import finetune
 import simipu
 from conftest import run
 from simipu import SMALL, Config, SimIPU, TwoViews, ball_query, farthest_features, farthest_points, greedy_pairs, random_transform
@@ -430,10 +431,10 @@ def test_floors_count_the_rows_that_share(batch):
 
 # ---- the script ----
 
-def test_a_run_s_weights_fit_torchvision_and_the_detector(three_frames, tmp_path):
+def test_a_run_s_weights_fit_torchvision_and_the_detector(three_frames, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(common.ResNet(18).resnet.state_dict(), tmp_path / "start.pth")
-    flags = ("--data", str(three_frames), "--points", "256", "--zoom-low", "0.4", "--zoom-high", "0.5", "--eval-every", "2", "--steps", "4", "--save-every", "2",
+    flags = ("--data", str(three_frames), "--points", "256", "--zoom-low", "0.4", "--zoom-high", "0.5", "--eval-every", "2", "--steps", "2", "--save-every", "1",
              "--image-init", str(tmp_path / "start.pth"))
     whole = run("simipu.py", tmp_path / "whole", *flags)
     assert whole.returncode == 0 and "loaded 120/120 tensors of the image network" in whole.stdout, whole.stderr[-2000:]
@@ -449,9 +450,11 @@ def test_a_run_s_weights_fit_torchvision_and_the_detector(three_frames, tmp_path
     other = common.ResNet(18)
     common.load_resnet(tmp_path / "whole", other.resnet, 0)
     assert all(torch.equal(value, weights["camera." + name]) for name, value in other.state_dict().items())
-    tuned = run("finetune.py", tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "whole"), "--modality", "camera", "--fraction", "1",
-                "--steps", "1", "--bins", "12")
-    assert tuned.returncode == 0 and "loaded camera.resnet 120/120 tensors of step 4" in tuned.stdout, tuned.stderr[-2000:]
+    grid = data.GRIDS["nuscenes", "small"]
+    detector = finetune.Detector(finetune.Config(preset="small", modality="camera", **{**finetune.SMALL, "width": 4, "bins": 12}), grid)
+    finetune.load_units(tmp_path / "whole", detector, (), ["camera.resnet", "camera.neck", "fuse"], grid, 0)
+    assert "loaded camera.resnet 120/120 tensors of step 2" in capsys.readouterr().out
+    assert all(torch.equal(value, weights[name]) for name, value in detector.state_dict().items() if name in weights)
 
 
 @pytest.mark.parametrize("flags", [dict(w_intra=0.), dict(w_inter=0.), dict(match="greedy")])
