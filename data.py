@@ -1059,7 +1059,8 @@ def rows_of_time(file, columns, key, time):
     times, begin, found = file.read([key], use_threads=False)[key].to_numpy(), 0, []
     size = 4 if any(column.endswith(("values", "image")) for column in columns) else 4096
     for group in range(file.num_row_groups):
-        wanted, at = np.flatnonzero(times[begin:begin + file.metadata.row_group(group).num_rows] == time), 0
+        end = begin + file.metadata.row_group(group).num_rows
+        wanted, at = np.flatnonzero(times[begin:end] == time), 0
         for batch in file.iter_batches(size, [group], columns, use_threads=False) if len(wanted) else ():
             here = wanted[(wanted >= at) & (wanted < at + len(batch))] - at
             if len(here):
@@ -1067,7 +1068,7 @@ def rows_of_time(file, columns, key, time):
             at += len(batch)
             if at > wanted[-1]:
                 break
-        begin += file.metadata.row_group(group).num_rows
+        begin = end
     return pyarrow.Table.from_batches(found, pyarrow.schema([file.schema_arrow.field(column) for column in columns]))
 
 

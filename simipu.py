@@ -469,8 +469,8 @@ def train(rank, world, cfg):
     dataset.grid = replace(dataset.grid, sweeps=1)                  # TwoViews keeps no other; D7
     augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
-    if dataset.grid.dataset == "waymo":
-        loader.indices = loader.indices[::WAYMO_EVERY]
+    every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1
+    loader.indices = loader.indices[::every]
     held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=augment).begin_at(0), BATCHES))  # the same on every process
     model = SimIPU(cfg)
     if cfg.image_init:
@@ -481,8 +481,7 @@ def train(rank, world, cfg):
                             lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                              # [code]
     net = wrap(model, device, world)
     if cfg.profile:
-        share = 1 / WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1.0
-        return profile(cfg, net, loader, opts, device, rank, share, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
+        return profile(cfg, net, loader, opts, device, rank, 1 / every, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)                           # 0 when there is nothing to resume
     list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen

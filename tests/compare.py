@@ -241,8 +241,9 @@ def figures(runs):
         figure(RESULTS / "curves.png", panels, 4, (3.2, 2.2))
     folders = {init: runs / f"finetune_{init}_{FRACTIONS[0]:g}_fusion_0" for init in ("none", *METHODS)}
     if all((folder / "last.pt").is_file() for folder in folders.values()):
-        return birds_eyes(folders)
-    return print(f"bev.png left as it is: it wants the folders {', '.join(folder.name for folder in folders.values())} in {runs}")
+        birds_eyes(folders)
+    else:
+        print(f"bev.png left as it is: it wants the folders {', '.join(folder.name for folder in folders.values())} in {runs}")
 
 
 def birds_eyes(folders):
