@@ -7,24 +7,26 @@ Read with: common.py §1 project, rays; §3 VoxelNet, CameraNet, FusionNet; §4 
 One optimiser, one checkpoint: both branches and their fusion learn jointly. Later: finetune.py --init RUN.
 
 No code of the authors is public. [paper] marks what the paper's public text states (second-hand in part: a reading note, the reviews, the summaries of v1),
-[sister] the same authors' TREND, [code X] the ingredient's released code, [ours] what none of them says. Few equation numbers are public (4, 13 and 14,
-from a review); elsewhere stands what the equation is about.
+[sister] the same authors' TREND, [code X] the ingredient's released code, [ours] what none of them says. Few equation numbers are public (13 and 14, from
+a review); elsewhere stands what the equation is about.
 
     paper                  here                        meaning
     P, I, T                batch.points, .images, .lidar2img
-    P^, I^                 lidar, image                volumes of the two branches, (B, C, Z, Y, X)
+    P^, I^                 lidar, image                volumes of the two branches: a sparse level, and (B, C, Z, Y, X)
     F^, F~                 fused; shallow, table       f_fusion(concat(P^, I^)); f^3D(F^), its cells as rows, trilinear between them
     f^SDF, s               Field.sdf                   signed distance at a point, scaled units
-    n~, omega              sdf_curvature               unit normal; the norm of its derivative: the sampling weight
+    n~, omega              normal, omega               unit normal; the norm of its derivative: the sampling weight, of whichever sampler
     alpha, t, w, h         neus_weights                opacity, transmittance, weight; learnable sharpness
     r~, c~                 r_hat, c_hat                against r, c of a LiDAR point, of a pixel
     K, N_K, d_K            Prototypes.K                512 learnable prototypes of 128 numbers, not normalised
-    S, Q                   scores, codes               embeddings against prototypes; their Sinkhorn assignment
+    S, Q                   S_P, S_I, Q_P, Q_I          embeddings against prototypes; their Sinkhorn assignment
     omega_r ... omega_GMM  w_* in Config               loss weights
 
 Departures and readings:
   D1  Points are drawn by PCA surface variation of the raw cloud, as this project was asked to; the paper's weight, the norm of the derivative of the learned
-      SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times).
+      SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times; the field is
+      constant beyond the outermost cell centres, so tilted surfaces within a cell and a half of the box's faces look bent). Weights of either are clipped at
+      the 99th percentile of a frame, and a pixel takes the largest of its points'.
   D2  The image branch is a ResNet whose hidden pixels take the mean colour (no mask token), with a lift by pulling: depth probability times the number of
       bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head is three plain layers on feature, geometry and view: no SDF gradient (no second-order derivatives in the render path) and no position, which
@@ -32,13 +34,15 @@ Departures and readings:
   D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
   D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
       renormalised, as printed.
-  D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau), the same at the paper's tau = 1.
+  D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau) in L_SwAV, the same at the paper's tau = 1; L_EM has none.
   D7  Prototypes meet cells that hold a point left visible and that some camera sees, at most 8192 a frame; the paper does not say which. (The sparse
       encoder's last sites are five times as many: strided convolutions spread each point over its neighbours.)
   D8  Sinkhorn runs in the log domain (exp(S / 0.05) overflows) and counts every process's cells; L_GMM is linear and signed, as printed.
   D9  Finer samples follow the weights of the coarse ones at h = 64, drawn independently; NeuS estimates them from the steepest of neighbouring sections, UniPAD draws
       evenly spread ones.
   D10  The fusion is a 1 x 1 x 1 and a 3 x 3 x 3 convolution to 4 times the first width, the detector's own; the paper does not say.
+  D11  Ranges and distances are of the scene scaled to +-1 by its largest x or y, in the losses too (UniPAD); in metres L_range alone would weigh 54 times as much
+      on nuScenes. The paper does not say.
 """
 import json
 import math
@@ -54,13 +58,13 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, box_exit, conv3d, corners, cosine, disband, evaluate, figure, frame_generators, gather_weighted, half, importance, inside_boxes, launch,
+from common import (Log, box_exit, conv3d, corners, cosine, disband, evaluate, figure, frame_generators, gather_weighted, importance, in_picture, inside_boxes, launch,
                     list_frames, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, start,
                     stratified, surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
-NEAR, CLOSE = 1.0, 3.0                                              # m, first sample of a ray; nearer LiDAR points are no targets [code UniPAD, there in the plane]
+NEAR, CLOSE = 1.0, 3.0                                              # m, where a ray's samples begin; nearer LiDAR points are no targets [code UniPAD, there in the plane]
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Config:
     neighbours: int = 32               # of the PCA, from all sweeps [ours]: at 16, half the neighbourhoods of a 32-beam sweep are a line
     warm_epochs: float = 4             # N_warmup, with sdf: epochs of uniform sampling at first; 4 [paper], small 0.5 [ours]
     rays: int = 8192                   # N_L, points drawn a frame; 8192 [paper], small 1024 [ours]
-    pixels: int = 1024                 # N_C, pixels drawn a camera; 1024 [paper], small 128 [ours]
+    pixels: int = 1024                 # N_C / cameras, pixels drawn in each; 1024 [paper], small 128 [ours]
     blur: int = 9                      # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision's rule]
     sky: float = 0.4                   # top share of rows that uniform sampling leaves out [code UniPAD]
     # rendering
@@ -125,10 +129,17 @@ SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=340, batch
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
+    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.blur % 2 == 0, f"--blur {cfg.blur}: a Gaussian has a middle, give an odd number of pixels"),
                         (cfg.prototypes < 2, f"--prototypes {cfg.prototypes}: at least 2, or --without prototypes"),
-                        (min(cfg.batch, cfg.eval_every, cfg.save_every) < 1, "--batch, --eval-every and --save-every start at 1")):
+                        (min(cfg.batch, cfg.eval_every, cfg.save_every) < 1, "--batch, --eval-every and --save-every start at 1"),
+                        (not 0 <= min(cfg.hide_points, cfg.hide_pixels, cfg.sky) <= max(cfg.hide_points, cfg.hide_pixels, cfg.sky) < 1,
+                         f"--hide-points {cfg.hide_points}, --hide-pixels {cfg.hide_pixels}, --sky {cfg.sky}: shares, from 0 to below 1"),
+                        (cfg.samples < 2 or min(cfg.rays, cfg.pixels, cfg.finer, cfg.blur, cfg.sinkhorn) < 1,
+                         "--rays, --pixels, --finer, --blur and --sinkhorn start at 1, --samples at 2"),
+                        (min(cfg.turn, cfg.scale) < 0 or cfg.scale >= 1, f"--turn {cfg.turn}, --scale {cfg.scale}: from 0, and scale below 1"),
+                        (min(cfg.tau, cfg.epsilon) <= 0, f"--tau {cfg.tau}, --epsilon {cfg.epsilon}: temperatures are positive"),
+                        (cfg.neighbours < 4, f"--neighbours {cfg.neighbours}: three points always lie in a plane, give 4 or more")):
         if wrong:
             raise SystemExit(told)
 
@@ -170,20 +181,20 @@ class Curvature:
         return {"points_curvature": out}
 
 
-# The three samplers, one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
+# The three samplers, one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation or None, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
 
 def pca_curvature(xyz, b, pca, sdf, step):
     return pca
 
 
-def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
+def sdf_curvature(xyz, b, pca, sdf, step):
     """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s||, by central differences of `step`: 19 distinct values of the field a point. [paper, curvature sampling] D1
 
     A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R.
     """
     unit = torch.cat([torch.eye(3), -torch.eye(3)]).to(xyz)                                # (6, 3): + x y z, - x y z
     offsets, where = torch.unique((unit[:, None] + unit[None]).view(36, 3), dim=0, return_inverse=True)                 # (19, 3), (36,)
-    out = []
+    out, chunk = [], 4096 if xyz.device.type == "cpu" else 32768
     for a in range(0, len(xyz), chunk):
         p, bp = xyz[a:a + chunk], b[a:a + chunk]
         at = (p[:, None] + step * offsets).view(-1, 3)
@@ -195,14 +206,14 @@ def sdf_curvature(xyz, b, pca, sdf, step, chunk=4096):
 
 
 def uniform_weights(xyz, b, pca, sdf, step):
-    return torch.ones_like(pca)
+    return xyz.new_ones(len(xyz))
 
 
 SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weights}
 
 
 def sane(weights):
-    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero, all 1 if none is positive. weights (M,) -> (M,)."""
+    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero, all 1 if none is positive. [ours] weights (M,) -> (M,)."""
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
         return torch.ones_like(weights)
@@ -231,15 +242,14 @@ def pixel_weights(weights, xyz, b, batch, blur):
     kernel = torch.exp(-0.5 * (tap / (0.3 * ((blur - 1) / 2 - 1) + 0.8)) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
-    return F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0] * below_sky(batch, 0)                 # none in the padding
+    spread = F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0].clamp_min(0)                        # of a transform's rounding
+    return spread * below_sky(batch, 0)                                                    # none in the padding
 
 
 def below_sky(batch, sky):
     """Equal weight for every pixel of an image below its top share `sky`, none for padding. -> (B K, H, W) float."""
-    H, W = batch.images.shape[-2:]
-    h, w = batch.hw[:, 0, None, None], batch.hw[:, 1, None, None]
-    v, u = torch.arange(H, device=h.device)[None, :, None], torch.arange(W, device=h.device)[None, None]
-    return ((v >= sky * h) & (v < h) & (u < w)).float()
+    v = torch.arange(batch.images.shape[-2], device=batch.hw.device)[:, None]
+    return (in_picture(batch.hw, batch.images.shape[-2:]) & (v >= sky * batch.hw[:, 0, None, None])).float()
 
 
 def draw_pixels(weights, n, size, generators):
@@ -381,8 +391,7 @@ class Clap(nn.Module):
         lidar = self.lidar(batch.points[~hidden], batch.b_points[~hidden])[-1]             # P^, sparse
         image, seen = self.camera(batch, cells, hidden_px)                                 # I^
         fused = self.fuse(lidar.dense(batch.size), image)                                  # F^ (B, C, Z, Y, X)
-        with half(fused.device):
-            shallow = self.shallow(fused).float()                                          # F~
+        shallow = self.shallow(fused)                                                      # F~, not in bfloat16: the sampler takes its second differences
         return shallow.permute(0, 2, 3, 4, 1).reshape(-1, 2 * self.cfg.width), lidar, image, seen
 
     def targets(self, batch):
@@ -399,9 +408,10 @@ class Clap(nn.Module):
         counts = torch.bincount(b, minlength=len(generators)).tolist()
         noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
         valid = far > NEAR
-        jitter, u = noise[valid].split([cfg.samples, cfg.finer], 1)
+        rows = valid.nonzero()[:, 0]
+        jitter, u = noise[rows].split([cfg.samples, cfg.finer], 1)
         most = max(len(b), 1) if torch.is_grad_enabled() else 8192
-        chunks = zip(*(x.split(most) for x in (origin[valid], direction[valid], b[valid], far[valid], jitter, u)))
+        chunks = zip(*(x.split(most) for x in (origin[rows], direction[rows], b[rows], far[rows], jitter, u)))
         r, c = zip(*(self.field.render(table, *chunk, colour) for chunk in chunks))
         return torch.cat(r), torch.cat(c) if colour else None, valid
 
@@ -417,17 +427,17 @@ class Clap(nn.Module):
         rows, direction, r = self.targets(batch)                                           # (M,) (M, 3) (M,)
         xyz, b = batch.points[rows, :3], batch.b_points[rows]
         with torch.no_grad():
-            omega = self.weights(table, xyz, b, batch.extra["points_curvature"][rows], uniform)                         # (M,)
-            drawn = draw_points(omega, b, cfg.rays, generators)                            # (N_L,) into M
-            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, uniform), cfg.pixels, batch.size, generators)        # (N_C,)
+            omega = self.weights(table, batch, rows, uniform)                              # (M,)
+            drawn = draw_points(omega, b, cfg.rays, generators)                            # (R,) into M, R <= B N_L
+            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, uniform), cfg.pixels, batch.size, generators)        # (R',) each, R' <= B N_C
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
 
         # 3 render range along LiDAR rays and colour along camera rays
-        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (N_L,), all valid
-        s = self.field.sdf(table, xyz, b)[0]                                               # (N_L,), 0 on a surface
+        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (R,), all valid
+        s = self.field.sdf(table, xyz, b)[0]                                               # (R,), 0 on a surface
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (N_C', 3)
-        c = (batch.images[at, :, v, u].float() / 255)[valid]                               # (N_C', 3)
+        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (R'', 3): of rays that meet the box
+        c = (batch.images[at, :, v, u].float() / 255)[valid]                               # (R'', 3)
         scale = self.field.scale
         L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper, rendering]
         L_surface = mean_over_ranks(s.abs().sum(), len(s))                                                              # [paper, rendering]
@@ -436,20 +446,21 @@ class Clap(nn.Module):
         terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface, L_colour=L_colour, h=self.field.h)
 
         # 4 prototypes: the same cells seen by both modalities, each predicts the other's code
-        L = cfg.w_rend * L_rend                                                                                         # [paper Eq. 4]
+        L = cfg.w_rend * L_rend                                                                                         # [paper, total loss]
         if self.proto is not None:
             cell = self.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)               # (N_3D,) into the sparse level  D7
             b_, z, y, x = lidar.coords[cell].unbind(1)
             L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper, prototypes]
             L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper, prototypes]
-            L = L + cfg.w_proto * L_proto                                                                               # [paper Eq. 4]
+            L = L + cfg.w_proto * L_proto                                                                               # [paper, total loss]
             terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM, cells=float(len(cell)), **monitors)
         return L, terms | self.shares(batch, xyz, b)
 
     @torch.no_grad()
-    def weights(self, table, xyz, b, pca, uniform):
-        """The chosen sampler's weight of each point, made safe frame by frame. Its step for differences is half a cell [ours]. -> (M,)."""
+    def weights(self, table, batch, rows, uniform):
+        """The chosen sampler's weight of each of these points, made safe frame by frame. Its step for differences is half a cell [ours]. rows (M,) -> (M,)."""
         sampler = SAMPLERS["uniform" if uniform else self.cfg.sampler]
+        xyz, b, pca = batch.points[rows, :3], batch.b_points[rows], batch.extra["points_curvature"][rows] if self.cfg.sampler == "pca" else None
         omega = sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
         safe = torch.empty_like(omega)
         for frame in b.unique().tolist():
@@ -495,8 +506,8 @@ def examine(model, loader, device):
 
     range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range of the ray's own beam over these very
     frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of the other held-out frame of its batch went
-    in, often one of the same scene. range_all is over the same rays. colour / colour_blind: pixels drawn as in training, hidden or not, with the training mask and
-    with every pixel hidden; colour_mean: of their mean colour. None where no ray is left.
+    in, in the embedded world often one of the same scene. range_all is over the same rays. colour / colour_blind: pixels drawn as in training, hidden or not, with
+    the training mask and with every pixel hidden; colour_mean: of their mean colour. None where no ray is left.
     """
     model.eval()
     cfg, ray, colour = model.cfg, [], []
@@ -511,7 +522,7 @@ def examine(model, loader, device):
         r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
         r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
-        omega = model.weights(given, xyz, b, batch.extra["points_curvature"][rows], False)
+        omega = model.weights(given, batch, rows, False)
         at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, False), cfg.pixels, batch.size, generators)
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
         lit, unlit = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)[1:] for t in (given, dark))
@@ -569,7 +580,7 @@ def draw(model, batch, out, stride=2):
                    ("rendered, black above the volume", rendered.view(*v.shape, 3).cpu())]
     figure(Path(out) / "figures" / "rendered.png", pictures + panels, 3, (5.0, 2.0))
 
-    omega = model.weights(table, xyz, b, batch.extra["points_curvature"][rows], False)
+    omega = model.weights(table, batch, rows, False)
     drawn = draw_points(omega, b, cfg.rays, generators[:1])
     first = replace(batch, size=1, images=batch.images[:K], hw=batch.hw[:K], lidar2img=batch.lidar2img[:K])
     maps = model.maps(omega, xyz, b, first, False)
@@ -629,7 +640,7 @@ def train(rank, world, cfg):
     check(cfg)
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
-    dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours)
+    dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
@@ -639,7 +650,9 @@ def train(rank, world, cfg):
     net = wrap(model, device, world)
     if cfg.profile:
         return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
-    steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
+    steps, uniform_steps = cfg.steps or cfg.epochs * loader.steps_per_epoch, cfg.warm_epochs * loader.steps_per_epoch
+    if cfg.sampler == "sdf" and uniform_steps >= steps:
+        raise SystemExit(f"--warm-epochs {cfg.warm_epochs:g} are {uniform_steps:.0f} steps of uniform sampling, the run has {steps}: the SDF would never be sampled by")
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
     list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
@@ -647,7 +660,7 @@ def train(rank, world, cfg):
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
 
     for step, batch in log.batches(loader, first):
-        uniform = cfg.sampler == "sdf" and step < cfg.warm_epochs * loader.steps_per_epoch
+        uniform = cfg.sampler == "sdf" and step < uniform_steps
         if step % cfg.eval_every == 0:
             log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out.once(), device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)

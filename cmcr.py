@@ -30,14 +30,16 @@ Departures:
   D3  Pairs are distinct, visible, and shared by contrast and codebook; quantisation and decoding work on cells, not on the million pixels that interpolate them.
       A pixel's feature is read between cell centres (the code aligns corners), so beside a hidden cell it holds some of that.
   D4  One symmetric codebook step, sums taken over all processes first. Counts are not kept: codes have unit length, so counts cancel.
-  D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, divided by the rows, so that it does not grow with the batch.
+  D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, with one weight (the code has the points' alone), divided by the rows of all
+      processes, so that it does not grow with the batch.
   D6  Neighbours of a query are the nearest 32 within 1 m (the code's library takes some 32); queries are drawn anew each epoch, after the augmentation.
   D7  The trunk is the one that the detector loads (VoxelNet, the data set's range, all five point features; the age is 0 here, since only the key sweep is read)
-      instead of a MinkUNet on intensity alone.
+      instead of a MinkUNet on intensity alone; on CUDA it and the teacher run in bfloat16. Of Waymo all lasers' points go in, queries start from TOP's rays.
   D8  The cross-modal code matching of the code is left out: over 400 codes of unit length it is a constant within 0.04 nats.
   D9  --teacher none trains a random ResNet along, so that the embedded world needs no download; the default with --data is frozen, as published.
   D10  Cuts are taken from pictures of the data set's size in data.py (times --enlarge), which show less height than those on disk, with an aspect within 10 % of the
        cut's and a share of the largest part of that aspect: 12 to 48 % of a nuScenes picture where the code keeps 30 to 100 % of any aspect from 14/9 to 17/9.
+       They are shrunk by area, the code's without antialiasing.
   D11  The figure's L_kl on G^3D is left out: the code has no trace of it, and what it would need, classes of an image model, the method has not.
 """
 import hashlib
@@ -55,8 +57,8 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, VoxelNet, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet, loss_curves,
-                    mean_over_ranks, over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
+from common import (Log, ResNet, SumOverRanks, VoxelNet, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet,
+                    loss_curves, mean_over_ranks, over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -82,7 +84,7 @@ class Config:
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
     batch: int = 2                     # frames a process; 2 [code, on 6 processes]
     lr: float = 1e-3                   # AdamW; 1e-3 [code], small 2e-3 [ours]
-    lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code]
+    lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code], small 0.05 [ours]
     weight_decay: float = 0.01         # [code: the library's default]
     turn: float = 3.1416               # rad, rotation U(-turn, turn) about z [code]; a quarter where the range lies ahead of the car only [ours]
     crop_h: int = 224                  # px, what a camera's picture is cut and resized to; 224 [code], small 128 [ours]
@@ -109,16 +111,16 @@ class Config:
     reach: float = 1.0                 # m, neighbours of a query [code]
     neighbours: int = 32               # at most [code] D6
     w_orth: float = 1.2                # of L_orth; 1.2 [ours]: the gradient that the code's form has at first D5
-    without: Literal["", "replacement", "codebook", "specific"] = ""  # the paper's ablations
+    without: Literal["", "replacement", "codebook", "specific"] = ""  # ablations of the figure's parts [ours]
 
 
-SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8, pairs=1024,
-             codes=64, momentum=0.99, queries=1024)                 # explained in Config
+SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, lr_end=0.05, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8,
+             pairs=1024, codes=64, momentum=0.99, queries=1024)     # explained in Config
 
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
+    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.crop_h % STRIDE or cfg.crop_w % STRIDE or min(cfg.crop_h, cfg.crop_w) < STRIDE,
                          f"--crop-h {cfg.crop_h} --crop-w {cfg.crop_w}: masks are whole cells, give multiples of {STRIDE}"),
                         (not 0 < cfg.crop_least <= 1, f"--crop-least {cfg.crop_least}: expected more than 0 and at most 1"),
@@ -127,6 +129,7 @@ def check(cfg):
                         (cfg.codes < 2, f"--codes {cfg.codes}: at least 2, or --without codebook"),
                         (cfg.teacher == "moco" and cfg.resnet != 50,
                          f"--teacher moco is a ResNet-50, --resnet is {cfg.resnet}: give --resnet 50, or --teacher none or WEIGHTS"),
+                        (cfg.turn < 0 or min(cfg.tau, cfg.reach) <= 0, f"--turn {cfg.turn} starts at 0; --tau {cfg.tau} and --reach {cfg.reach} are positive"),
                         (min(cfg.batch, cfg.pairs, cfg.queries, cfg.neighbours, cfg.eval_every, cfg.save_every) < 1,
                          "--batch, --pairs, --queries, --neighbours, --eval-every and --save-every start at 1")):
         if wrong:
@@ -171,7 +174,7 @@ def random_cut(rng, size, uv, aspect, cfg):
 class Views:
     """data.loader's augment: the key sweep turned and mirrored, a cut of each picture mirrored by its own coin, occupancy queries and their neighbours.
 
-    -> points those of the key sweep in range; extra: queries (Q, 3) m, occupied (Q,), intensity (Q,), neighbours (Q, 32) rows of points, nearest first, -1 for none.
+    -> points those of the key sweep in range; extra: queries (Q, 3) m, occupied (Q,), intensity (Q,), neighbours (Q, n) rows of points, nearest first, -1 for none.
     """
     grid: data.Grid
     cfg: Config
@@ -180,7 +183,7 @@ class Views:
         cfg, grid = self.cfg, self.grid
         frame = data.augment_cloud(frame, rng, cfg.turn if grid.mirrors[0] else cfg.turn / 4, 0.0, grid.mirrors)
         low, high = np.float32(grid.low), np.float32(grid.high)
-        frame = data.select(frame, ((frame.points[:, :3] >= low) & (frame.points[:, :3] < high)).all(1) & (frame.points[:, 4] == 0))
+        frame = data.select(frame, ((frame.points[:, :3] >= low) & (frame.points[:, :3] < high)).all(1) & data.of_key_sweep(frame.points))
         size = cfg.crop_h, cfg.crop_w
         boxes, coins, seen = [], [], data.in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images])
         for image, matrix, mine in zip(frame.images, frame.lidar2img, seen):
@@ -188,8 +191,8 @@ class Views:
             boxes.append(random_cut(rng, image.shape[1:], uvd[:, :2] / uvd[:, 2:], size[1] / size[0], cfg))
             coins.append(rng.random() < 0.5)
         frame = data.recut_images(frame, boxes, [size] * len(boxes), coins)
-        xyz = frame.points[:, :3]
-        queries, occupied, intensity = occupancy_queries(xyz, frame.points[:, 3], frame.origin, cfg.queries, cfg.depth, rng)
+        xyz, ray = frame.points[:, :3], frame.points[:, 4] == 0     # Waymo's other lasers' points are no rays from the origin
+        queries, occupied, intensity = occupancy_queries(xyz[ray], frame.points[ray, 3], frame.origin, cfg.queries, cfg.depth, rng)
         near = np.full((len(queries), cfg.neighbours), -1, np.int64)
         if len(xyz):
             found = cKDTree(xyz).query(queries, cfg.neighbours, distance_upper_bound=cfg.reach)[1].reshape(near.shape)
@@ -201,9 +204,9 @@ def hide_cells(cameras, shape, cfg, generators):
     """Which cells of C5 to hide: exactly a share of them, in a share of the pictures. shape (h, w) -> (B K, h, w) bool, True = hidden."""
     n, hidden = shape[0] * shape[1], []
     for g in generators:
-        rank = torch.rand(cameras, n, generator=g, device=g.device).argsort(1).argsort(1)
+        order = torch.rand(cameras, n, generator=g, device=g.device).argsort(1).argsort(1)
         chosen = torch.rand(cameras, 1, generator=g, device=g.device) < cfg.hide_pictures
-        hidden.append((rank < round(cfg.hide_cells * n)) & chosen)
+        hidden.append((order < round(cfg.hide_cells * n)) & chosen)
     return torch.cat(hidden).view(-1, *shape)
 
 
@@ -248,8 +251,10 @@ class Codebook(nn.Module):
 # ---- the method ------------------------------------------------------------------------------------------------------------------
 
 def orthogonality(shared, specific):
-    """|| F^T G ||_Frobenius / N over unit rows: 0 if no column of one goes with a column of the other, at most 1. shared, specific (N, D) -> ()."""
-    return (F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1)).norm() / max(len(shared), 1)
+    """|| F^T G ||_Frobenius / N over the unit rows of every process: 0 if no column of one goes with a column of the other, at most 1.
+    shared, specific (N, D) -> ()."""
+    product = SumOverRanks.apply(F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1))                         # (D, D)
+    return product.norm() / over_ranks(product.new_tensor(float(len(shared)))).clamp_min(1)
 
 
 class Cmcr(nn.Module):
@@ -319,8 +324,9 @@ class Cmcr(nn.Module):
 
     def occupied(self, Z, batch):
         """Decoder on every edge from a point to a query near it. Z (N, D) -> (E, 2) occupancy logit and intensity, query (E,)."""
-        first = torch.bincount(batch.b_points, minlength=batch.size).cumsum(0) - torch.bincount(batch.b_points, minlength=batch.size)
-        near = batch.extra["neighbours"]                                                   # (Q, 32)
+        count = torch.bincount(batch.b_points, minlength=batch.size)
+        first = count.cumsum(0) - count                                                    # (B,)
+        near = batch.extra["neighbours"]                                                   # (Q, neighbours)
         query, k = (near >= 0).nonzero(as_tuple=True)
         s = near[query, k] + first[batch.extra["b_neighbours"][query]]                     # (E,) into the points
         offset = batch.extra["queries"][query] - batch.points[s, :3]
@@ -339,7 +345,7 @@ class Cmcr(nn.Module):
         # 2 what points and visible pixels share: contrast, codebook
         point, image, uv, cell = self.pairs(batch)                                         # (P,) each, uv (P, 2)
         i = self.choose(~hidden.flatten()[cell], generators[0])                              # (M,) visible pairs      D3
-        p = F_3D.index_select(0, point[i])                                                 # (M, D); brackets would add up gradients in any order
+        p = F_3D.index_select(0, point[i])                                                 # (M, D); on a CPU brackets would add up gradients in any order
         q = F.normalize(sample_image(shared, image[i], uv[i], batch.images.shape[-2:]), dim=1)                          # (M, D)
         L_NCE = mean_over_ranks(info_nce(p, q, cfg.tau).sum(), len(i))                                                  # [code], points ask
         L = L_NCE                                                                                                       # [figure]
@@ -413,7 +419,7 @@ def load_teacher(name, resnet, rank, cache):
 
 @torch.no_grad()
 def draw(model, batch, out):
-    """figures/reconstruction.png, codes.png and occupancy.png of a held-out batch's first frame."""
+    """figures/reconstruction.png, codes.png and occupancy.png of a held-out batch; the last two of its first frame."""
     model.eval()
     cfg, K = model.cfg, batch.cameras
     h, w = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE
@@ -455,7 +461,7 @@ def draw(model, batch, out):
                 ax.scatter(*uv[mine].t().cpu(), 4, colour[model.codebook.nearest(F_3D[point[mine]]).cpu()], **look)
                 ax.axis("off")
             panels += [(f"picture {k}: codes of its points", over),
-                       ("codes of its cells", colour[of_cells[k]].numpy(), look)]
+                       ("codes of its cells, some hidden", colour[of_cells[k]].numpy(), look)]
         figure(Path(out) / "figures" / "codes.png", panels, 2, (5.0, 3.4))
 
     curves = []

@@ -3,9 +3,10 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
-    §0 processes  processes, over_ranks, mean_over_ranks, share_buffers               clap, cmcr, simipu, finetune
-    §1 geometry   Cells, corners, gather_weighted, project, rays, sample_image,       clap, cmcr, simipu
-                  box_exit, inside_boxes
+    §0 processes  processes, over_ranks, mean_over_ranks, SumOverRanks,               clap, cmcr, simipu, finetune
+                  share_buffers
+    §1 geometry   Cells, corners, gather_weighted, project, in_picture, rays,         clap, cmcr, simipu
+                  sample_image, box_exit, inside_boxes
     §2 matching   pair_points                                                         simipu
     §3 networks   trunk, VoxelNet, ResNet, mlp, conv3d, BatchNorm, segment_sum,       clap, cmcr, simipu, finetune
                   ravel, half
@@ -187,6 +188,12 @@ def project(xyz, b, lidar2img, hw, size, near=0.1):
         k, n = ((depth > near) & (u >= 0) & (u < width) & (v >= 0) & (v < height)).nonzero(as_tuple=True)
         found.append((rows[n], k + frame * K, uv[k, n], depth[k, n]))
     return tuple(torch.cat(part) for part in zip(*found))
+
+
+def in_picture(hw, padded_hw):
+    """Which pixels of padded images are the pictures' own. hw (B K, 2) px, padded_hw (H, W) -> (B K, H, W) bool."""
+    v, u = (torch.arange(n, device=hw.device) for n in padded_hw)
+    return (v[:, None] < hw[:, 0, None, None]) & (u < hw[:, 1, None, None])
 
 
 def rays(uv, image, lidar2img):

@@ -278,6 +278,11 @@ def in_view(points, lidar2img, hw):
     return (u >= 0) & (u < width * d) & (v >= 0) & (v < height * d)                                  # d <= 0 satisfies none of it
 
 
+def of_key_sweep(points):
+    """Which points (N, 5) are of the key sweep, those of Waymo's other lasers included, which carry ELSEWHERE seconds of age. -> (N,) bool."""
+    return points[:, 4] < 0.01
+
+
 def crop_to_view(frame):
     """The frame without the points that none of its pictures shows: what KITTI's "reduced" clouds are to its full scans."""
     return select(frame, in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0))

@@ -693,7 +693,7 @@ def draw_curves(curves, present, out):
 
 def augment(frame, rng, turn, scale, flip):
     """data.loader's: boxes that hold no point of the key sweep leave, the rest turns, scales and mirrors with the cloud.  D4"""
-    xyz = frame.points[frame.points[:, 4] < 0.01, :3]              # s; points of Waymo's other lasers carry 0.001
+    xyz = frame.points[data.of_key_sweep(frame.points), :3]
     keep = np.array([data.inside_box(xyz, box).any() for box in frame.boxes], bool)
     return data.augment_cloud(replace(frame, boxes=frame.boxes[keep], labels=frame.labels[keep]), rng, turn, scale, flip)
 
@@ -701,7 +701,7 @@ def augment(frame, rng, turn, scale, flip):
 def check(cfg, dataset):
     """What cannot work, before anything is written."""
     labelled = any(len(dataset.annotations(i)) for split in ("train", "val") for i in dataset.split(split)[:1000])
-    for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
+    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (min(cfg.batch, cfg.save_every) < 1, "--batch and --save-every start at 1"),
                         (cfg.draw == "scenes" and dataset.grid.dataset == "kitti", "--draw scenes: KITTI's object frames belong to no scene; draw frames"),
                         (not labelled, f"{dataset.what}: no box is annotated here, so there is nothing to learn detection from")):

@@ -29,13 +29,16 @@ Departures:
   D4  The last sampling takes half of the points from the feature-sampled block and half from the distance-sampled one, split at their border, as 3DSSD means it;
       the code's split is a left-over of other sizes.
   D5  Sampling of C5 divides by the size of the padded batch, in the area convention; a point that no camera sees makes no pair. The code divides by each image's
-      own size and lets unseen points read zeros. Smaller pictures of a batch are padded with black, where the code pads with the mean colour.
-  D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change. Batch norms over points and pairs
+      own size and lets unseen points read zeros.
+  D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
+      identities. Batch norms over points and pairs
       count every process's rows (the code's only their own); on CUDA the image network runs in bfloat16.
   D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
   D8  At most 4096 pairs a process: the paper's number is the code's 4 frames of 1024; negatives are those of the same process.
   D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
   D10  Of Waymo every fifth frame is seen, as in the released configuration; the paper counts all of them.
+  D11  The small preset trains image network and heads with AdamW. With the code's SGD at 0.03 and two frames a step the first layer became a blur of brightness
+      within ten steps (`stem` 44 to 2) while L_inter fell as if all were well; whether that happens at the paper's batch of 32 is not known: look at `stem`.
 """
 import json
 import math
@@ -51,8 +54,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet, loss_curves, mean_over_ranks,
-                    mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, disband, evaluate, figure, frame_generators, half, in_picture, info_nce, launch, list_frames, load_resnet, loss_curves,
+                    mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
@@ -79,7 +82,8 @@ class Config:
     steps: int = 0                     # 0: epochs decide; small 300 [ours]
     batch: int = 4                     # frames a process; 4 [code, on 8 processes], small 2 [ours]
     lr_points: float = 1e-3            # of the point network, AdamW with betas 0.95, 0.99 and weight decay 0.01 [code]
-    lr: float = 0.03                   # of the image network and the heads, SGD with momentum 0.9 and weight decay 1e-4 [code]
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # of the image network and the heads; sgd, momentum 0.9, weight decay 1e-4 [code], small adamw, 0.01 [ours] D11
+    lr: float = 0.03                   # of the same; 0.03 [code], small 1e-3 [ours]
     decay: float = 0.99                # of both learning rates, an epoch [code]
     # the two views
     points: int = 16384                # points drawn of a cloud, of which a sixteenth is matched; 16384 [code], small 4096 [ours]
@@ -96,19 +100,21 @@ class Config:
     match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: row by row, as the code has it and never calls it [code]; Table 5's is not described
     pairs: int = 4096                  # most pairs of either loss a process [paper] D8
     tau: float = 0.07                  # temperature [code]
-    w_intra: float = 1.0               # lambda [code]; 0 leaves the point network as it was drawn: the paper's ablation
+    w_intra: float = 1.0               # lambda [code]; 0 leaves the point network's weights as they were drawn: the paper's ablation
     w_inter: float = 1.0               # mu [code]
 
 
 SMALL = dict(workers=0, eval_every=50, save_every=100, epochs=0, steps=300, batch=2, points=4096, zoom_low=0.75, zoom_high=1.5, resnet=18, width=16,
-             reach=2.0)                                             # explained in Config
+             optimiser="adamw", lr=1e-3, reach=2.0)                                             # explained in Config
 
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in ((bool(cfg.epochs) == bool(cfg.steps), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other decides"),
+    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.points < 64 or cfg.points % 32, f"--points {cfg.points}: a multiple of 32, at least 64; a sixteenth is matched, half from each sampler"),
                         (cfg.w_intra < 0 or cfg.w_inter < 0 or not cfg.w_intra + cfg.w_inter, "--w-intra and --w-inter: not negative and not both 0"),
+                        (not 0 <= cfg.scale < 1 or cfg.turn < 0, f"--turn {cfg.turn}, --scale {cfg.scale}: from 0, and scale below 1"),
+                        (min(cfg.tau, cfg.reach) <= 0, f"--tau {cfg.tau} and --reach {cfg.reach} are positive"),
                         (not 0 < cfg.zoom_low <= cfg.zoom_high, f"--zoom-low {cfg.zoom_low} --zoom-high {cfg.zoom_high}: expected 0 < low <= high"),
                         (min(cfg.batch, cfg.eval_every, cfg.save_every, cfg.pairs) < 1, "--batch, --pairs, --eval-every and --save-every start at 1")):
         if wrong:
@@ -150,7 +156,7 @@ class TwoViews:
     """data.loader's augment: draws the points, T, and the pictures' size and side; what of the sampling needs no feature is done here, in the worker.
 
     -> points the same n rows for both views, in view alpha's order; extra: a2b (4, 4) T; order (n,) rows of alpha in beta's order; first_alpha, first_beta (n / 4,)
-    D-FPS of each; seen (1,) how many points of the frame were to draw from. A frame that shows none gives n points at the origin and seen 0.
+    D-FPS of each; seen (1,) how many points of the frame were to draw from. A frame that shows none gives n points far apart and seen 0.
     """
     grid: data.Grid
     points: int
@@ -161,7 +167,7 @@ class TwoViews:
     def __call__(self, frame, rng):
         low, high, cloud = np.array(self.grid.low), np.array(self.grid.high), frame.points
         seen = data.in_view(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
-        rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & (cloud[:, 4] == 0) & seen
+        rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.of_key_sweep(cloud) & seen
         rows = rows.nonzero()[0]
         T, mirrored = random_transform(rng, (low + high) / 2, self.turn, self.scale)
         whole, factor = [(0, 0, *image.shape[1:]) for image in frame.images], min(rng.uniform(*self.zoom, 2))
@@ -169,7 +175,8 @@ class TwoViews:
         if len(rows):                                               # in random order; with repetition if there are too few
             frame = data.select(frame, rng.choice(rows, self.points, replace=len(rows) < self.points))
         else:
-            frame = replace(frame, points=np.zeros((self.points, 5), np.float32))
+            apart = np.outer(100.0 * np.arange(self.points), [1, 0, 0, 0, 0])               # m: nobody's neighbours, which would be many in one place
+            frame = replace(frame, points=apart.astype(np.float32))
         order = rng.permutation(self.points)
         first = [farthest_points(frame.points[at, :3], self.points // 4) for at in (slice(None), order)]
         return replace(frame, extra=dict(a2b=T.astype(np.float32), order=order, first_alpha=first[0], first_beta=first[1], seen=np.array([len(rows)])))
@@ -323,12 +330,12 @@ class SimIPU(nn.Module):
             found = list(threads.map(of_frame, *(part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta))))
         return torch.as_tensor(np.concatenate([j + n * len(j) for n, j in enumerate(found)]), device=moved.device)
 
-    def image_features(self, images):
-        """images (B K, 3, H, W) uint8 -> C5 (B K, C, h, w), size (2,) px that it is of: that of the batch, up to whole cells of stride 32."""
+    def image_features(self, images, hw):
+        """images (B K, 3, H, W) uint8, hw (B K, 2) -> C5 (B K, C, h, w), size (2,) px that it is of: that of the batch, up to whole cells of stride 32."""
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
         with half(images.device):
-            return self.camera.stages(images)[-1].float(), images.shape[-2:]
+            return self.camera.stages(images, ~in_picture(hw, images.shape[-2:]))[-1].float(), images.shape[-2:]
 
     @torch.no_grad()
     def in_images(self, l, batch):
@@ -366,7 +373,7 @@ class SimIPU(nn.Module):
         L_intra = mean_over_ranks(info_nce(z_alpha, z_beta, cfg.tau).sum(), len(i))                                     # Eq. 4
 
         # 3 inter-modal: where each point lands, what the image says there; only the image network learns
-        c5, padded = self.image_features(batch.images)                                     # (B K, C, h, w)          Eq. 5
+        c5, padded = self.image_features(batch.images, batch.hw)                           # (B K, C, h, w)          Eq. 5
         k, image, uv = self.in_images(l_alpha, batch)                                      # (M',) into (B p)        Eq. 6
         kept = self.at_most(alive[k].nonzero()[:, 0], batch)
         k, image, uv = k[kept], image[kept], uv[kept]
@@ -383,7 +390,7 @@ class SimIPU(nn.Module):
                          chance_intra=math.log(max(len(i), 1)), chance_inter=math.log(max(len(k), 1)),
                          floor_intra=shared(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
                          cell_inter=shared((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
-                         std_alpha=spread_of(z_alpha), std_point=spread_of(z_point), std_image=spread_of(z_image))
+                         stem=directions(self.camera.resnet.conv1.weight), std_alpha=spread_of(z_alpha), std_point=spread_of(z_point), std_image=spread_of(z_image))
         return L, terms
 
 
@@ -400,6 +407,13 @@ def shared(ids):
     """Mean log of how many rows have the same number: what InfoNCE cannot go below if equal numbers mean equal features. ids (M,) -> ()."""
     _, where, count = torch.unique(ids, return_inverse=True, return_counts=True)
     return count[where].float().log().sum() / max(len(ids), 1)
+
+
+def directions(weight):
+    """How many directions the filters of a layer share evenly, (sum of l)^2 / sum of l^2 over their Gram matrix' eigenvalues l: all of them if orthogonal and of one
+    length, 1 if they are multiples of one. weight (N, ...) -> ()."""
+    gram = weight.flatten(1) @ weight.flatten(1).t()                                       # (N, N)
+    return gram.trace().square() / gram.square().sum()
 
 
 def spread_of(z):
@@ -436,7 +450,7 @@ def draw(model, batch, out):
     panels = [(f"{len(here)} pairs, blue 0 m to red 2 m or more", matches), ("m between partners, 5 or more in the last bin", histogram)]
     figure(Path(out) / "figures" / "matches.png", panels, 2, (6.0, 6.0))
 
-    c5, (H, W) = model.image_features(batch.images[:batch.cameras])                        # (K, C, h, w)
+    c5, (H, W) = model.image_features(batch.images[:batch.cameras], batch.hw[:batch.cameras])   # (K, C, h, w)
     cells = F.normalize(model.head_image(c5.permute(0, 2, 3, 1).flatten(0, 2)), dim=1).view(len(c5), *c5.shape[-2:], -1)
     k, image, uv = model.in_images(l_alpha[:1], replace(batch, size=1, hw=batch.hw[:batch.cameras], lidar2img=batch.lidar2img[:batch.cameras]))
     ask, panels = F.normalize(model.head_point(f_alpha[0]), dim=1), []
@@ -476,9 +490,10 @@ def train(rank, world, cfg):
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     model.to(device)
+    rest = [p for part in (model.camera, model.head_intra, model.head_point, model.head_image) for p in part.parameters()]
     opts = [torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points, betas=(0.95, 0.99), weight_decay=0.01),                    # [code]
-            torch.optim.SGD([p for part in (model.camera, model.head_intra, model.head_point, model.head_image) for p in part.parameters()],
-                            lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                              # [code]
+            torch.optim.AdamW(rest, lr=cfg.lr, weight_decay=0.01) if cfg.optimiser == "adamw" else                                    # [ours] D11
+            torch.optim.SGD(rest, lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                        # [code]
     net = wrap(model, device, world)
     if cfg.profile:
         return profile(cfg, net, loader, opts, device, rank, 1 / every, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))

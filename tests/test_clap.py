@@ -256,6 +256,11 @@ def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path
     assert [uniform for training, uniform in asked if training] == [True, True, False] == [uniform for training, uniform in asked if not training]
 
 
+def test_a_warm_up_that_never_ends_is_refused(three_frames, tmp_path):
+    with pytest.raises(SystemExit, match="2 steps of uniform sampling, the run has 2: the SDF would never"):
+        clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=2, warm_epochs=2))
+
+
 def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monkeypatch):
     asked = []
     monkeypatch.setattr(clap, "SAMPLERS", {k: (lambda *a, k=k, f=f: asked.append(k) or f(*a)) for k, f in clap.SAMPLERS.items()})
@@ -489,10 +494,10 @@ def test_targets_and_sampling(batch, model):
     rows = model.targets(batch)[0]
     for sampler in clap.SAMPLERS:
         model.cfg = replace(TINY, sampler=sampler)
-        omega = model.weights(table, batch.points[rows, :3], batch.b_points[rows], batch.extra["points_curvature"][rows], False)
+        omega = model.weights(table, batch if sampler == "pca" else replace(batch, extra={}), rows, False)
         assert not omega.requires_grad and omega.isfinite().all() and (omega > 0).all(), sampler
     mine = batch.b_points[rows] == 1                                                    # a frame's weights do not depend on its neighbours
-    alone = model.weights(table, batch.points[rows[mine], :3], batch.b_points[rows[mine]], batch.extra["points_curvature"][rows[mine]], False)
+    alone = model.weights(table, batch, rows[mine], False)
     assert torch.equal(alone, omega[mine])
 
 
@@ -626,7 +631,8 @@ def test_a_run_leaves_what_it_should(three_frames, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(blur=8), "odd"), (dict(prototypes=1), "at least 2"),
-                                         (dict(eval_every=0), "start at 1")])
+                                         (dict(eval_every=0), "start at 1"), (dict(hide_points=90), "shares"), (dict(sky=-0.1), "shares"), (dict(rays=0), "start at 1"),
+                                         (dict(samples=1), "at 2"), (dict(tau=0.0), "positive"), (dict(neighbours=3), "plane")])
 def test_contradictory_flags_are_refused_before_anything_is_written(tmp_path, flags, told):
     with pytest.raises(SystemExit, match=told):
         clap.train(0, 1, replace(TINY, out=str(tmp_path / "run"), **flags))

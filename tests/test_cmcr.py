@@ -216,7 +216,36 @@ def test_two_processes_make_the_codebook_of_one(server, tmp_path):
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
 
+def orthogonality_case(mine):
+    torch.manual_seed(6)
+    shared, specific = (x.requires_grad_() for x in torch.randn(2, 30, 4, dtype=torch.float64))
+    loss = orthogonality(shared[mine], specific[mine])
+    loss.backward()
+    return loss.detach(), shared.grad, specific.grad
+
+
+def half_of_it(rank):
+    loss, *grads = orthogonality_case(slice(0, 7) if rank == 0 else slice(7, 30))
+    return loss, *(grad / 2 for grad in grads)                                              # DDP's average over two processes
+
+
+def test_two_processes_have_the_orthogonality_of_one(server, tmp_path):
+    parts, whole = on_two(server, half_of_it, tmp_path), orthogonality_case(slice(None))
+    for n in range(3):
+        torch.testing.assert_close(parts[0][n] + parts[1][n] if n else parts[0][n], whole[n])
+
+
 # ---- occupancy ----
+
+def test_points_of_other_lasers_stay_and_are_no_rays(world):
+    """Waymo's side lasers: 0.001 s of age. Were they taken for rays from the origin, queries would lie on them."""
+    frame = data.open_dataset(world, "small").load(0, (48, 128))
+    points = frame.points[frame.points[:, 4] == 0]
+    points[np.linalg.norm(points[:, :2], axis=1) > 10, 4] = 0.001
+    viewed = VIEWS(replace(frame, points=points), np.random.default_rng(0))
+    far_points, far_queries = (np.linalg.norm(x[:, :2], axis=1) > 10.1 for x in (viewed.points, viewed.extra["queries"]))
+    assert far_points.sum() > 300 and not far_queries.any() and len(far_queries) == TINY.queries
+
 
 def test_queries_lie_behind_before_and_far_before_their_points():
     rng = np.random.default_rng(0)
@@ -487,7 +516,8 @@ def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(crop_h=100), "multiples of 32"), (dict(codes=1), "--without codebook"),
                                          (dict(hide_cells=1.5), "0 to 1"), (dict(teacher="moco"), "is a ResNet-50"), (dict(batch=0, teacher="none"), "start at 1"),
-                                         (dict(teacher="nowhere.pth"), "no readable weights")])
+                                         (dict(turn=-1.0, teacher="none"), "starts at 0"), (dict(reach=0.0, teacher="none"), "positive"),
+                                         (dict(steps=-5), "the other positive"), (dict(teacher="nowhere.pth"), "no readable weights")])
 def test_flags_that_cannot_work_are_refused(flags, told, three_frames, tmp_path):
     with pytest.raises(SystemExit, match=told):
         cmcr.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from torchvision.models import resnet18
 
@@ -92,13 +93,14 @@ def test_sampling_reads_the_cell_a_point_falls_on_also_with_mixed_sizes(world, m
     assert len({frame.images[0].shape for frame in frames}) == 3
     mixed = data.collate(frames, [0, 1, 2])
 
-    def own_coordinates(images):
+    def own_coordinates(images, hidden):
         count, _, H, W = images.shape
         assert H % 32 == W % 32 == 0
+        assert all(not shown[:h, :w].any() and shown.sum() == H * W - h * w for shown, (h, w) in zip(hidden, mixed.hw.tolist()))    # padding: the mean colour
         v, u = torch.meshgrid(torch.arange(H // 32) * 32. + 16, torch.arange(W // 32) * 32. + 16, indexing="ij")
         return [torch.stack([u, v]).expand(count, 2, -1, -1)]
     monkeypatch.setattr(model.camera, "stages", own_coordinates)
-    c5, padded = model.image_features(mixed.images)
+    c5, padded = model.image_features(mixed.images, mixed.hw)
     l = mixed.points.view(3, -1, 5)[..., :3]
     point, image, uv = model.in_images(l, mixed)
     found = common.sample_image(c5, image, uv, padded)
@@ -321,7 +323,11 @@ def test_both_losses_written_out(batch, model):
         L, terms = model(batch)
         alpha = batch.points.view(2, 256, 5)[..., :4]
         q_intra, k_intra, q_inter, k_inter = [], [], [], []
-        c5 = model.camera.stages(F.pad(batch.images, (0, -batch.images.shape[3] % 32, 0, -batch.images.shape[2] % 32)))[-1]
+        images = (batch.images / 255 - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+        for image, (h, w) in zip(images, batch.hw.tolist()):
+            image[:, h:], image[:, :, w:] = 0, 0
+        net, images = model.camera.resnet, F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
+        c5 = net.layer4(net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images))))))))
         H, W = c5.shape[2] * 32, c5.shape[3] * 32
         for b in range(2):
             T = batch.extra["a2b"].view(2, 4, 4)[b].double()
@@ -391,6 +397,7 @@ def test_a_frame_that_shows_no_point_has_no_pair(world, model):
     frames = [VIEWS(few, rng), VIEWS(empty, rng)]
     assert 0 < len(np.unique(frames[0].points, axis=0)) <= 100 and len(frames[0].points) == 256                          # drawn with repetition
     mixed = data.collate(frames, [0, 1])
+    assert not len(cKDTree(frames[1].points[:, :3]).query_pairs(2 * 9.6))                     # nothing in one place, which would be neighbours by the million
     loss, terms = model.train()(mixed)
     assert loss.isfinite() and terms["chance_intra"] == pytest.approx(math.log(16))
     loss.backward()
@@ -422,6 +429,13 @@ def test_two_scenes_are_learned_by_heart(batch):
     floor = terms["cell_inter"]
     assert terms["L_intra"] < 0.65 * math.log(32) and terms["L_inter"] < 0.3 * math.log(32) + floor, terms
     assert terms["std_alpha"] > 0.05 and terms["std_image"] > 0.05                          # 0.088 is spread evenly
+
+
+def test_directions_of_filters():
+    assert float(simipu.directions(torch.eye(6).view(6, 2, 3))) == pytest.approx(6) and float(simipu.directions(torch.ones(6, 4))) == pytest.approx(1)
+    weight = common.ResNet(18).resnet.conv1.weight
+    values = torch.linalg.svdvals(weight.flatten(1).double()) ** 2
+    assert 35 < float(simipu.directions(weight)) == pytest.approx(float(values.sum() ** 2 / (values ** 2).sum()), rel=1e-4)
 
 
 def test_floors_count_the_rows_that_share(batch):
@@ -457,6 +471,14 @@ def test_a_run_s_weights_fit_torchvision_and_the_detector(three_frames, tmp_path
     assert all(torch.equal(value, weights[name]) for name, value in detector.state_dict().items() if name in weights)
 
 
+@pytest.mark.parametrize("flags, least, most", [(dict(), 40, 64), (dict(optimiser="sgd", lr=0.03), 1, 20)])
+def test_the_first_layer_stays_alive_in_the_small_preset(flags, least, most, three_frames, tmp_path):
+    """What D11 is for: with the released code's optimiser and two frames a step it is lost at once."""
+    simipu.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, steps=4, **flags))
+    stem = [json.loads(line)["stem"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"stem"' in line]
+    assert stem[0] > 40 and least < stem[-1] < most
+
+
 @pytest.mark.parametrize("flags", [dict(w_intra=0.), dict(w_inter=0.), dict(match="greedy")])
 def test_the_ablations_run_to_their_end(flags, three_frames, tmp_path):
     simipu.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, epochs=0, steps=1, batch=1, **flags))
@@ -464,7 +486,8 @@ def test_the_ablations_run_to_their_end(flags, three_frames, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(points=100), "a multiple of 32"), (dict(w_intra=0., w_inter=0.), "not both 0"),
-                                         (dict(zoom_low=3.), "0 < low <= high"), (dict(batch=0), "start at 1")])
+                                         (dict(zoom_low=3.), "0 < low <= high"), (dict(batch=0), "start at 1"), (dict(scale=1.5), "scale below 1"),
+                                         (dict(reach=0.), "positive"), (dict(steps=-5), "the other positive")])
 def test_flags_that_cannot_work_are_refused(flags, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
         simipu.train(0, 1, replace(TINY, out=str(tmp_path / "run"), **flags))
