@@ -84,7 +84,7 @@ class Config:
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
     batch: int = 2                     # frames a process; 2 [code, on 6 processes]
     lr: float = 1e-3                   # AdamW; 1e-3 [code], small 2e-3 [ours]
-    lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code], small 0.05 [ours]
+    lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code]
     weight_decay: float = 0.01         # [code: the library's default]
     turn: float = 3.1416               # rad, rotation U(-turn, turn) about z [code]; a quarter where the range lies ahead of the car only [ours]
     crop_h: int = 224                  # px, what a camera's picture is cut and resized to; 224 [code], small 128 [ours]
@@ -114,8 +114,8 @@ class Config:
     without: Literal["", "replacement", "codebook", "specific"] = ""  # ablations of the figure's parts [ours]
 
 
-SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, lr_end=0.05, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8,
-             pairs=1024, codes=64, momentum=0.99, queries=1024)     # explained in Config
+SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e-3, crop_h=128, crop_w=224, crop_points=256, resnet=18, width=8, pairs=1024,
+             codes=64, momentum=0.99, queries=1024)                 # explained in Config
 
 
 def check(cfg):
