@@ -622,7 +622,10 @@ class CameraNet(ResNet):
         self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
 
     def forward(self, batch, cells, hidden=None):
-        """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre."""
+        """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre.
+        Hidden pixels and the padding of smaller pictures become the mean colour."""
+        padding = ~in_picture(batch.hw, batch.images.shape[-2:])
+        hidden = padding if hidden is None else hidden | padding
         with half(batch.images.device):
             x = self.neck(self.stages(batch.images, hidden))                               # (B K, C + D, H/8, W/8)
         features, logits = x.float().split([self.channels, self.bins], 1)

@@ -288,17 +288,18 @@ def test_image_weights_are_torchvision_s_less_fc(depth):
     assert wanted == set(common.CameraNet(depth, 4, bins=3).resnet.state_dict())
 
 
-def test_hidden_pixels_do_not_matter_and_seen_ones_do():
+def test_hidden_pixels_and_padding_do_not_matter_and_seen_ones_do():
     torch.manual_seed(0)
     net, cells = common.CameraNet(18, 4, reach=6.0, bins=3).eval(), common.VoxelNet(**GRID, width=2).cells[-1]
     images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
     hidden[:, :, :32] = True
-    def volume(images):
-        batch = SimpleNamespace(images=images, hw=torch.tensor([[48, 64]] * 4), lidar2img=pinhole(1, 4), size=1)
+    def volume(images, hidden=hidden, size=(48, 64)):
+        batch = SimpleNamespace(images=images, hw=torch.tensor([size] * 4), lidar2img=pinhole(1, 4), size=1)
         return net(batch, cells, hidden)[0]
     left, right = images.clone(), images.clone()
     left[..., :32], right[..., 32:] = 255 - left[..., :32], 255 - right[..., 32:]
     assert torch.equal(volume(images), volume(left)) and not torch.equal(volume(images), volume(right))
+    assert torch.equal(volume(images, None, (48, 32)), volume(right, None, (48, 32))) and not torch.equal(volume(images, None), volume(right, None))
 
 
 def test_an_absent_branch_counts_as_zeros():
