@@ -38,7 +38,7 @@ Departures:
   D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
   D10  Of Waymo every fifth frame is seen, as in the released configuration; the paper counts all of them.
   D11  The small preset trains image network and heads with AdamW. With the code's SGD at 0.03 and two frames a step the first layer became a blur of brightness
-      within ten steps (`stem` 44 to 2) while L_inter fell as if all were well; whether that happens at the paper's batch of 32 is not known: look at `stem`.
+      within ten steps (`stem` 45 to 2) while L_inter fell as if all were well; whether that happens at the paper's batch of 32 is not known: look at `stem`.
 """
 import json
 import math
