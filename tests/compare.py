@@ -218,7 +218,8 @@ def figures(runs):
                 x, mean, sd = [100 * f for f in found], *(np.array([of(v) for v in found.values()]) for of in (np.mean, lambda v: np.std(v, ddof=1) if len(v) > 1 else 0))
                 ax.plot(x, mean, f"C{n}o-", label=f"{init} ({', '.join(str(len(v)) for v in found.values())} seeds)")
                 ax.fill_between(x, mean - sd, mean + sd, color=f"C{n}", alpha=0.2)
-            ax.set_xlabel("% of the labels")
+            ax.set_xticks([100 * f for f in FRACTIONS], [f"{f:.0%} of labels" for f in FRACTIONS])
+            ax.margins(x=0.2)
             ax.legend(fontsize=7)
         return plot
     figure(RESULTS / "label_efficiency.png", [(f"{name}, fusion, mean and standard deviation", efficiency(name)) for name in ("mAP", "NDS")], 2, (4.6, 3.4))
