@@ -105,7 +105,7 @@ class Config:
 
 
 SMALL = dict(workers=0, eval_every=50, save_every=100, epochs=0, steps=300, batch=2, points=4096, zoom_low=0.75, zoom_high=1.5, resnet=18, width=16,
-             optimiser="adamw", lr=1e-3, reach=2.0)                                             # explained in Config
+             optimiser="adamw", lr=1e-3, reach=2.0)                 # explained in Config
 
 
 def check(cfg):
