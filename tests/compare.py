@@ -180,7 +180,10 @@ def interval(values):
 
 
 def table():
-    """compare.md: a line for each init, fraction, modality and length: mean, deviation, paired difference to `none` of the same seeds with its 95 % interval."""
+    """compare.md: a line for each init, fraction, modality and length: mean, deviation, paired difference of the same seeds with its 95 % interval.
+
+    The difference is to `none`, and for an ablation, in a second table, to its whole method.
+    """
     rows = done()
     settings = {}
     for key, row in rows.items():
@@ -188,20 +191,25 @@ def table():
             kind, init, fraction, modality, seed = key.split("/")
             settings.setdefault((modality, fraction, kind, init), {})[seed] = row
     order = {"none": 0, **{name: n for n, name in enumerate((*METHODS, *ABLATIONS), 1)}}
-    lines = ["| branches | labels | steps | init | lr | seeds | mAP | NDS | mAP within 25.6 m | mAP beyond `none`, paired | NDS beyond `none`, paired |",
-             "|---" * 11 + "|"]
-    for modality, fraction, kind, init in sorted(settings, key=lambda s: (s[0] != "fusion", s[0], float(s[1]), s[2], order[s[3]])):
-        mine, base = settings[modality, fraction, kind, init], settings.get((modality, fraction, kind, "none"), {})
-        scores = [[row[name] for row in mine.values()] for name in ("mAP", "NDS", "mAP_reach")]
-        cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in scores]
-        for name in ("mAP", "NDS"):
-            gaps = [mine[seed][name] - base[seed][name] for seed in mine if seed in base]
-            cells.append("" if init == "none" or len(gaps) < 2 else "{:+.3f} ± {:.3f}".format(*interval(gaps)))
-        rates = {row["command"].split("--lr ")[1].split()[0] for row in mine.values()}
-        steps = LONGER if kind == "longer" else finetune.SMALL["steps"]
-        lines.append(f"| {modality} | {float(fraction):.0%} | {steps} | {init} | {' '.join(sorted(rates))} | {len(mine)} | {' | '.join(cells)} |")
+    lines = []
+    for ablations, whole in ((False, "`none`"), (True, "the whole method")):
+        lines += [f"| branches | labels | steps | init | lr | seeds | mAP | NDS | mAP within 25.6 m | mAP beyond {whole}, paired | NDS beyond {whole}, paired |",
+                  "|---" * 11 + "|"]
+        shown = [setting for setting in settings if (setting[3] in ABLATIONS) == ablations]
+        for modality, fraction, kind, init in sorted(shown, key=lambda s: (s[0] != "fusion", s[0], float(s[1]), s[2], order[s[3]])):
+            mine = settings[modality, fraction, kind, init]
+            base = settings.get((modality, fraction, kind, ABLATIONS[init][0] if ablations else "none"), {})
+            scores = [[row[name] for row in mine.values()] for name in ("mAP", "NDS", "mAP_reach")]
+            cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in scores]
+            for name in ("mAP", "NDS"):
+                gaps = [mine[seed][name] - base[seed][name] for seed in mine if seed in base]
+                cells.append("" if init == "none" or len(gaps) < 2 else "{:+.3f} ± {:.3f}".format(*interval(gaps)))
+            rates = {row["command"].split("--lr ")[1].split()[0] for row in mine.values()}
+            steps = LONGER if kind == "longer" else finetune.SMALL["steps"]
+            lines.append(f"| {modality} | {float(fraction):.0%} | {steps} | {init} | {' '.join(sorted(rates))} | {len(mine)} | {' | '.join(cells)} |")
+        lines.append("")
     cost = {name: [row["seconds"] for key, row in rows.items() if key.startswith(f"pretrain/{name}/")] for name in (*METHODS, *ABLATIONS)}
-    lines += ["", "Pre-training, minutes a run: " + ", ".join(f"{name} {np.median(seconds) / 60:.0f}" for name, seconds in cost.items() if seconds)]
+    lines.append("Pre-training, minutes a run: " + ", ".join(f"{name} {np.median(seconds) / 60:.0f}" for name, seconds in cost.items() if seconds))
     (RESULTS / "compare.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

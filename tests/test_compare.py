@@ -14,14 +14,14 @@ import compare
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Made-up rows of every learning rate and of five seeds: clap better than none by about 0.05, cmcr not."""
+    """Made-up rows of every learning rate and of five seeds: clap better than none by about 0.05, cmcr and an ablation of clap not."""
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     rng, rows = np.random.default_rng(0), []
-    for init, best in (("none", 1e-3), ("clap", 4e-4), ("cmcr", 3e-3)):
-        rows += [dict(key=f"rate/{init}/{lr:g}", mAP=0.1, NDS=0.1 if lr == best else 0.05) for lr in compare.RATES]
+    for init, best in (("none", 1e-3), ("clap", 4e-4), ("cmcr", 3e-3), ("clap_sdf", 4e-4)):
+        rows += [dict(key=f"rate/{init}/{lr:g}", mAP=0.1, NDS=0.1 if lr == best else 0.05) for lr in compare.RATES if init not in compare.ABLATIONS]
         rows += [dict(key=f"finetune/{init}/0.05/fusion/{seed}", command=f"python finetune.py --lr {best:g} --out runs/x",
                       **{name: rng.normal(0.1 + 0.05 * (init == "clap"), 0.01) for name in ("mAP", "NDS", "mAP_reach")})
-                 for seed in compare.SEEDS if (init, seed) != ("cmcr", 4)]
+                 for seed in compare.SEEDS if (init, seed) not in (("cmcr", 4), ("clap_sdf", 3), ("clap_sdf", 4))]
     rows.append(rows[3] | dict(mAP=0.123))                          # a row that was run again: the newest counts
     (tmp_path / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {row["key"]: row for row in rows}
@@ -31,11 +31,15 @@ def test_the_table_is_the_paired_comparison(results, tmp_path, capsys):
     compare.table()
     table = (tmp_path / "compare.md").read_text()
     assert table.strip() == capsys.readouterr().out.strip()
-    lines = {cells[3]: cells for cells in (re.split(r" *\| *", line.strip("| ")) for line in table.splitlines()[2:]) if len(cells) > 8}
-    assert list(lines) == ["none", "clap", "cmcr"] and [lines[init][4] for init in lines] == ["0.001", "0.0004", "0.003"]
+    lines = {cells[3]: cells for cells in (re.split(r" *\| *", line.strip("| ")) for line in table.splitlines()) if cells[0] == "fusion"}
+    assert [lines[init][4] for init in ("none", "clap", "cmcr", "clap_sdf")] == ["0.001", "0.0004", "0.003", "0.0004"]
+    ours, ablations = (part.splitlines() for part in table.split("\n\n")[:2])
+    assert "beyond `none`" in ours[0] and len(ours) == 5 and "beyond the whole method" in ablations[0] and len(ablations) == 3
+    seeds, against = dict(cmcr=4, clap_sdf=3), dict(clap_sdf="clap")
     for init in lines:
         for n, name in enumerate(("mAP", "NDS", "mAP_reach")):
-            mine, base = ([results[f"finetune/{of}/0.05/fusion/{seed}"][name] for seed in range(4 if init == "cmcr" else 5)] for of in (init, "none"))
+            mine, base = ([results[f"finetune/{of}/0.05/fusion/{seed}"][name] for seed in range(seeds.get(init, 5))]
+                          for of in (init, against.get(init, "none")))
             assert lines[init][6 + n] == f"{np.mean(mine):.3f} ± {stats.tstd(mine):.3f}"
             if init != "none" and n < 2:
                 low, high = stats.ttest_rel(mine, base).confidence_interval(0.95)
