@@ -907,7 +907,7 @@ def list_frames(path, dataset, indices, first, rank):
     def write():
         names = dataset.names                           # of every frame: made once
         now = [names[i] for i in indices]
-        before = path.read_text().split() if first and path.exists() else now
+        before = path.read_text().splitlines() if first and path.exists() else now
         if before != now:
             old, new = set(before), set(now)
             raise SystemExit(f"{path}: this run began with {len(before)} frames; now there are {len(now)}, {len(new - old)} of them new, {len(old - new)} gone "
@@ -1067,7 +1067,7 @@ def read_units(run):
     from safetensors import safe_open
     path = Path(run) / "backbones.safetensors"
     if not path.is_file():
-        raise SystemExit(f"{path}: no such file; --init names the folder that a pre-training run wrote, or none")
+        raise SystemExit(f"{path}: no such file; --init names the folder that a pre-training run wrote")
     try:
         with safe_open(path, "pt") as file:
             return path, file.metadata(), {name: file.get_tensor(name) for name in file.keys()}

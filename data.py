@@ -4,8 +4,8 @@
     batches = loader("/nuscenes", "train", batch=4).begin_at(0)      # an endless iterator of Batch
     batches = loader("", "train", batch=2, preset="small").once()    # the embedded world, each frame once
 
-Read in this order: Frame and Batch (what everything downstream sees), the augmentations, the readers of nuScenes and KITTI (each
-quirk of a format has its comment), the loader, the doctor. Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit does
+Read in this order: Frame and Batch (what everything downstream sees), the augmentations, the readers of nuScenes, KITTI and Waymo
+(each quirk of a format has its comment), the loader, the doctor. Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit does
 the same; [ours] our decision.
 """
 import argparse
@@ -16,9 +16,9 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -311,14 +311,28 @@ def cache_dir():
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot make this cache folder ({error.strerror}); point LIDAR_CAMERA_CACHE elsewhere") from error
+        raise not_writable(folder, error) from error
     return folder
+
+
+def not_writable(folder, error):
+    """The DataError for an OSError on something in the cache."""
+    return DataError(f"{folder}: this part of the cache cannot be written ({error.strerror}); make room there, or point LIDAR_CAMERA_CACHE to another folder")
+
+
+def beside(path):
+    """A new name beside `path`, to write what is then renamed to it: made by open or mkdir, so that it is for whom the umask says, unlike tempfile's."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def locked(folder):
     """One process at a time builds `folder`: the other ranks wait instead of doing the same work again."""
-    with open(f"{folder}.lock", "w") as lock:
+    try:
+        lock = open(f"{folder}.lock", "a")
+    except OSError as error:
+        raise not_writable(Path(folder), error) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
@@ -368,8 +382,8 @@ def read_image(file, size, name, expected=None):
     """Picture on disk -> as decode."""
     try:
         return decode(Path(file).read_bytes(), file, size, name, expected)
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: {file} is missing; extract the camera files again") from error
+    except OSError as error:
+        raise DataError(f"{name}: {file} cannot be read ({error.strerror}); extract the camera files again") from error
 
 
 def decode(raw, file, size, name, expected=None):
@@ -514,24 +528,28 @@ def pack(**columns):
 
 
 def official_splits(folder):
-    """{scene name: "train", "val" or "test"} from folder/splits.json if there (the devkit's way to own splits), else the official lists."""
+    """{scene name: "train", "val" or "test"}: the official lists. In folder/splits.json, the devkit's place for own ones, those whose names end in train, val
+    or test stand instead of the official list of that end."""
+    from nuscenes.utils.splits import create_splits_scenes  # slow to import, and needed only here
+    official, own = create_splits_scenes(), {}
     if (folder / "splits.json").is_file():
         try:
-            lists = json.loads((folder / "splits.json").read_bytes())
-            if not all(type(scene) is str for scenes in lists.values() for scene in scenes):
+            own = json.loads((folder / "splits.json").read_bytes())
+            if not all(type(scene) is str for scenes in own.values() for scene in scenes):
                 raise TypeError("a name is no text")
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'splits.json'}: not a JSON list of scene names for each split ({error}); get the file again") from error
-    else:
-        from nuscenes.utils.splits import create_splits_scenes  # slow to import, and needed only here
-        lists = create_splits_scenes()
-        names = ("mini_train", "mini_val") if folder.name == "v1.0-mini" else ("train", "val", "test")
-        lists = {name: lists[name] for name in names}
+    ends, mini = ("train", "val", "test"), "mini_" if folder.name == "v1.0-mini" else ""
+    unused = [name for name in own if not name.endswith(ends)]
+    if unused:
+        say(f"{folder / 'splits.json'}: {', '.join(unused)[:200]} not used: names that end in train, val or test are")
     split_of = {}
-    for end in ("train", "val", "test"):
-        for scene in (scene for name, scenes in lists.items() if name.endswith(end) for scene in scenes):
+    for end in ends:
+        lists = [scenes for name, scenes in own.items() if name.endswith(end)] or [official.get(mini + end, ())]
+        for scene in (scene for scenes in lists for scene in scenes):
             if split_of.setdefault(scene, end) != end:
-                raise DataError(f"{folder / 'splits.json'}: {scene} is in {split_of[scene]} and in {end}, expected one split a scene")
+                raise DataError(f"{folder / 'splits.json'}: {scene} is in {split_of[scene]} and in {end}, expected one split a scene; "
+                                "a list that is not in this file is the official one")
     return split_of
 
 
@@ -638,17 +656,17 @@ def build_index(root, version):
 
 def find_version(root, version):
     """Name of the folder of tables in root: `version` if given, else v1.0-trainval, else v1.0-mini, else the only one there is."""
-    found = sorted(path.parent.name for path in root.glob("v1.0-*/sample.json"))
+    found = sorted({path.parent.name for path in root.glob("v1.0-*/*.json")})
     if version in found:
         return version
     if version is None:
         for choice in ("v1.0-trainval", "v1.0-mini", *found[:1] * (len(found) == 1)):
             if choice in found:
                 if len(found) > 1:
-                    say(f"{root}: {' and '.join(found)} are here; reading {choice}")
+                    say(f"{root}: {' and '.join(found)} are here; reading {choice}. For another give its folder, such as {root / found[found[0] == choice]}")
                 return choice
     raise DataError(f"{root}: found {', '.join(found) or 'no tables'}, not {version or 'v1.0-trainval or v1.0-mini'}; "
-                    "say which with version=, or leave one there")
+                    f"give the folder of the one that is meant{', such as ' + str(root / found[0]) if found else ''}")
 
 
 class NuScenes:
@@ -657,11 +675,13 @@ class NuScenes:
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names  .split(name)  .load(i)
     """
 
-    LAYOUTS, TELLS = {"nuScenes": ("v1.0-*/sample.json",)}, "samples/ and v1.0-*/"
+    LAYOUTS, TELLS = {"nuScenes": ("v1.0-*/*.json",)}, "samples/ and v1.0-*/"
 
     def __init__(self, root, preset="paper", version=None):
         self.grid, self.preset = GRIDS["nuscenes", preset], preset
         self.root = os.path.realpath(root)
+        for folder in ("samples", "sweeps"):            # a link to elsewhere is refused: now, not after the index is built
+            inside(self.root, folder, self.root)
         self.version = find_version(Path(self.root), version)
         self.what = f"{self.root}: nuScenes {self.version}"
         tables, samples = Path(self.root, self.version).glob("*.json"), Path(self.root, "samples").glob("*")
@@ -675,28 +695,40 @@ class NuScenes:
 
     def open_index(self):
         folder = cache_dir() / f"index-{self.key}"
-
-        def mapped(name):
-            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-
+        if self.map_index(folder):
+            return
         with locked(folder):
-            try:
-                self.frames, self.sensors, self.boxes, self.counts = map(mapped, ("frames", "sensors", "boxes", "counts"))
+            if self.map_index(folder):                  # another process was first
                 return
-            except FileNotFoundError:
-                pass                                    # not built yet
-            except (OSError, ValueError, EOFError) as error:
-                say(f"{folder}: damaged ({error}), built again")
-            shutil.rmtree(folder, ignore_errors=True)
-            index = build_index(self.root, self.version)
-            aside = tempfile.mkdtemp(dir=folder.parent, prefix="index-building-")
-            for name, array in index.items():
-                np.save(os.path.join(aside, f"{name}.npy"), array, allow_pickle=False)
+            index, aside = build_index(self.root, self.version), beside(folder)
             try:
-                os.rename(aside, folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.mkdir()
+                for name, array in index.items():
+                    np.save(aside / f"{name}.npy", array, allow_pickle=False)
+            except OSError as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise not_writable(folder, error) from error
+            try:
+                aside.rename(folder)
             except OSError:                             # another process was first (see locked): its index is as good
                 shutil.rmtree(aside)
-            self.frames, self.sensors, self.boxes, self.counts = map(mapped, ("frames", "sensors", "boxes", "counts"))
+            if not self.map_index(folder):
+                raise DataError(f"{folder}: this index cannot be read back; point LIDAR_CAMERA_CACHE to another folder")
+
+    def map_index(self, folder):
+        """Map the index if it is there and whole -> whether it is."""
+        try:
+            self.frames, self.sensors, self.boxes, self.counts = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                                                                  for name in ("frames", "sensors", "boxes", "counts"))
+            return True
+        except FileNotFoundError:
+            return False                                # not built yet
+        except PermissionError as error:
+            raise DataError(f"{folder}: this index of another user cannot be read; let its owner open it, or point LIDAR_CAMERA_CACHE to another folder") from error
+        except (OSError, ValueError, EOFError) as error:
+            say(f"{folder}: damaged ({error}), built again")
+            return False
 
     def __getstate__(self):                             # what a worker receives: no array, it maps the index itself
         return {name: value for name, value in self.__dict__.items() if not isinstance(value, np.ndarray)}
@@ -727,8 +759,8 @@ class NuScenes:
         file = inside(self.root, sensor["file"].decode(), name)
         try:
             raw = np.fromfile(file, np.uint8)
-        except FileNotFoundError as error:
-            raise DataError(f"{name}: {file} is missing; extract the LiDAR blobs (samples and sweeps) again") from error
+        except OSError as error:
+            raise DataError(f"{name}: {file} cannot be read ({error.strerror}); extract the LiDAR blobs (samples and sweeps) again") from error
         if raw.size == 0 or raw.size % 20:
             raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 20 (five float32 a point, N > 0); "
                             "the file is truncated: extract it again")
@@ -866,17 +898,20 @@ class Kitti:
         if not self.frames:
             raise DataError(f"{self.root}: no frame among its {self.layout}; extract the scans (.bin) and left colour pictures (.png)")
         folders = sorted({os.path.dirname(file) for frame in self.frames for file in (frame.cloud, frame.image, *frame.calibration)})
-        state = self.root, [(folder, os.stat(os.path.join(self.root, folder)).st_mtime_ns) for folder in folders], len(self.frames)
-        self.key = hashlib.sha256(repr((VERSION, state)).encode()).hexdigest()[:16]
+        for folder in filter(None, folders):            # a link to elsewhere is refused before the first frame
+            inside(self.root, folder, self.root)
 
     def listing(self, folder, ending):
         """Names without `ending` of the files in a folder under the root; empty where there is none."""
         path = os.path.join(self.root, folder)
-        return {file[:-len(ending)] for file in os.listdir(path) if file.endswith(ending)} if os.path.isdir(path) else set()
+        return {file[:-len(ending)] for file in os.listdir(path) if file.endswith(ending) and file[0] != "."} if os.path.isdir(path) else set()      # "._": a Mac's
 
     def find_object_frames(self):
         """Frames of training/ and testing/ by number; splits from ImageSets/ where it is."""
         split_of, frames = {}, []
+        lists = [os.path.isfile(os.path.join(self.root, "ImageSets", f"{split}.txt")) for split in ("train", "val")]
+        if any(lists) != all(lists):
+            raise DataError(f"{self.root}: ImageSets has {'val' if lists[1] else 'train'}.txt alone, expected train.txt and val.txt, or neither; put the other there too")
         for split in ("train", "val", "test"):
             path = Path(self.root, "ImageSets", f"{split}.txt")
             for number, line in enumerate(path.read_text(errors="replace").split() if path.is_file() else (), 1):
@@ -894,10 +929,10 @@ class Kitti:
                 for file, present in zip(files, there):
                     if number not in present:
                         raise DataError(f"{name}: {os.path.join(self.root, file)} is missing, while other files of this frame are there; extract it again")
-                split = split_of.get((folder, number), "" if split_of else "test" if folder == "testing" else "train")
+                split = "test" if folder == "testing" else split_of.get((folder, number), "" if split_of else "train")
                 frames.append(KittiFile(name, split, files[0], files[1], (files[2],), files[3] if labelled else ""))
-        absent = len(split_of) - sum(frame.split != "" for frame in frames)
-        if split_of and absent:
+        absent = len(split_of.keys() - {(folder, number) for folder, number in (frame.name.split("/")[1:] for frame in frames)})
+        if absent:
             say(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
         return frames
 
@@ -1078,6 +1113,7 @@ def rows_of_time(file, columns, key, time):
 
 
 GROUPED = dict(lidar=5, lidar_pose=1, camera_image=5)                        # rows of a frame in the large components
+COMPONENTS = (*GROUPED, "lidar_calibration", "vehicle_pose", "lidar_box", "camera_calibration")      # what is read here; testing has no lidar_box
 
 
 def regroup(root, target):
@@ -1087,8 +1123,7 @@ def regroup(root, target):
     """
     import pyarrow
     import pyarrow.parquet as parquet
-    needed = (*GROUPED, "lidar_calibration", "vehicle_pose", "lidar_box", "camera_calibration")
-    files = [path for name in needed for path in sorted(Path(root).glob(f"*/{name}/*.parquet"))]
+    files = [path for name in COMPONENTS for path in sorted(Path(root).glob(f"*/{name}/[!.]*.parquet"))]
     if not files:
         raise DataError(f"{root}: no parquet file of the Waymo Open Dataset v2 here; give the folder that holds {Waymo.TELLS}")
     for path in tqdm(files, unit=" files", disable=None):
@@ -1128,14 +1163,20 @@ class Waymo:
     def __init__(self, root, preset="paper"):
         self.grid, self.preset, self.root = GRIDS["waymo", preset], preset, os.path.realpath(root)
         self.what = f"{self.root}: Waymo v2"
-        files = [path for folder in self.SPLITS for path in sorted(Path(self.root, folder, "vehicle_pose").glob("*.parquet"))]
-        self.frames = []
-        for path in files:
+        files = [path for folder in self.SPLITS for path in sorted(Path(self.root, folder, "vehicle_pose").glob("[!.]*.parquet"))]
+        wanted = [path.parents[1] / component / path.name for path in files for component in COMPONENTS if (component, path.parents[1].name) != ("lidar_box", "testing")]
+        there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {file.parent for file in wanted}}
+        missing = [file for file in wanted if file.name not in there[file.parent]]
+        self.frames, partial = [], {(file.parents[1].name, file.name) for file in missing}
+        if len(partial) == len(files):
+            raise DataError(f"{self.what}: none of its {len(files)} segments is whole, {missing[0]} is missing; download every component: {', '.join(COMPONENTS)}")
+        if partial:
+            say(f"{self.what}: {len(partial)} of its {len(files)} segments lack files and are left out; the first is {missing[0]}")
+        for path in (path for path in files if (path.parents[1].name, path.name) not in partial):
             segment = WaymoFrame(path.parent.parent.name, path.stem, 0)
             self.frames += [segment._replace(time=int(t)) for t in sorted(self.read(segment, "vehicle_pose", ["key.frame_timestamp_micros"])[0])]
         if not self.frames:
             raise DataError(f"{self.what}: no frame in its vehicle_pose files; download them again")
-        self.key = hashlib.sha256(repr((VERSION, self.root, [(str(path), path.stat().st_mtime_ns) for path in files])).encode()).hexdigest()[:16]
 
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment, the rows of its time only (time 0 or all_times: every row) -> a list of values for each column.
@@ -1327,18 +1368,24 @@ def lies_in(root, reader):
 
 
 def open_dataset(root, preset="paper"):
-    """The data set in folder `root`, told apart by what lies there; "" is the embedded world, written under cache_dir() at first use."""
+    """The data set in folder `root`, told apart by what lies there; of nuScenes also the folder of its tables, .../v1.0-mini, where several are in one root.
+
+    "" is the embedded world, written under cache_dir() at first use.
+    """
     if root == "":
         import synthetic  # the one arrow from data to synthetic
         root = cache_dir() / f"world-{synthetic.VERSION}"
-        with locked(root):
-            if not root.exists():
-                say(f"writing the embedded world to {root}, once; this takes a few minutes")
-                synthetic.write(root)
+        if not root.exists():
+            with locked(root):
+                if not root.exists():                   # no other process was first
+                    say(f"writing the embedded world to {root}, once; this takes a few minutes")
+                    synthetic.write(root)
     root = Path(os.path.realpath(root))
     for reader in (NuScenes, Kitti, Waymo):
         if lies_in(root, reader):
             return reader(root, preset)
+    if root.match("v1.0-*") and lies_in(root.parent, NuScenes):
+        return NuScenes(root.parent, preset, root.name)
     for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
         for reader in (NuScenes, Kitti, Waymo):
             if lies_in(place, reader):
@@ -1366,15 +1413,14 @@ def prepared(frame, prepare, folder):
     extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
-            try:
-                np.savez_compressed(whole := io.BytesIO(), **extra, stamp=stamp)            # a ZipFile on a full disk complains once more when it is forgotten
-                aside.write(whole.getbuffer())
-                aside.close()
-                os.replace(aside.name, path)
-            except BaseException:
-                os.unlink(aside.name)
-                raise
+        np.savez_compressed(whole := io.BytesIO(), **extra, stamp=stamp)                    # a ZipFile on a full disk complains once more when it is forgotten
+        aside = beside(path)
+        try:
+            aside.write_bytes(whole.getbuffer())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     except OSError as error:
         warnings.warn(f"{folder} cannot be written ({error.strerror}): what belongs there is computed anew for every frame. Make room there, or name another "
                       "folder as LIDAR_CAMERA_CACHE", stacklevel=1)
@@ -1409,10 +1455,12 @@ class Loader:
         self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split)
         self.batch, self.rank, self.world, self.seed, self.workers = batch, rank, world, seed, workers
         self.image, self.augment, self.prepare, self.crop = image or dataset.grid.image, augment, prepare, crop
+        if crop and not hasattr(dataset, "shown"):
+            raise ValueError(f"{dataset.what}: crop is for KITTI, whose labels end with the picture")
         if prepare:
             if not re.fullmatch(r"[\w.=,+-]+", prepare.key):
                 raise ValueError(f"prepare.key is {prepare.key!r}, expected letters, digits and _ . = , + - only: it names a folder")
-            what = hashlib.sha256(repr((dataset.key, self.grid, self.image)).encode()).hexdigest()[:16]
+            what = hashlib.sha256(repr((VERSION, dataset.root, self.grid, self.image)).encode()).hexdigest()[:16]   # each file is stamped with its points
             self.folder = cache_dir() / "prepared" / what / prepare.key
 
     @property
@@ -1469,8 +1517,8 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
 
     image    (H, W) of the pictures, default the grid's
     augment  augment(frame, rng) -> Frame, in begin_at only; rng is a np.random.Generator of (seed, epoch, index of the frame)
-    prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame; computed once, kept under cache_dir(), put into
-             frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
+    prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame's points; computed once, kept under cache_dir() until they change,
+             put into frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
     crop     leave out points that the picture on disk does not show: of KITTI, whose labels end there
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
     """
@@ -1568,7 +1616,10 @@ def main():
     parser.add_argument("--regroup", metavar="FOLDER", help="check nothing, copy a Waymo folder into this new one, which is read many times faster")
     args = parser.parse_args()
     if args.regroup:
-        return regroup(args.root, args.regroup)
+        try:
+            return regroup(args.root, args.regroup)
+        except DataError as error:
+            raise SystemExit(f"WRONG  {error}") from error
     faults = doctor(args.root, args.all)
     for fault in faults[:50]:
         print(f"WRONG  {fault}")

@@ -8,13 +8,13 @@
 Read with: common.py §3 trunk; data.py Batch, warp_boxes. Everything pre-trained on the trunk is loaded, the fusion layer too; the head is new.
 Source: CenterPoint (Yin et al., CVPR 2021, arXiv 2006.11275). [code] marks its released code and OpenPCDet's, [ours] our choice.
 
-    fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> one Head a class group: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
+    fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> shared 3 x 3 -> one Head a class group: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
     box code: offset y, x of the centre from its cell's (cells); z (m); log l, w, h; sin, cos of yaw; velocity x, y (m/s)
 
 Departures:
   D1  Frames are drawn evenly (CenterPoint draws those with rare classes more often), no boxes of other frames are pasted in (it does: ground-truth sampling),
       the learning rate follows half a cosine and AdamW's betas stay 0.9 and 0.999 (there one cycle of both).
-  D2  No suppression after the 3 x 3 peaks; at most 500 boxes a frame, as the metric takes.
+  D2  3 x 3 peaks instead of the released code's suppression by overlap, no least score (there 0.1), at most 500 boxes a frame, as the metric takes.
   D3  Attributes, which a detector without an attribute head must guess, follow speed and class (the released code's rule).
   D4  Boxes without a LiDAR point are not learned from, whatever the branches (OpenPCDet's and mmdetection3d's rule); nuScenes' metric still counts those that
       hold a radar point, KITTI's all, Waymo's none.
@@ -60,11 +60,11 @@ class Config:
     seed: int = 0                      # of everything: labels drawn, order, augmentation, initial weights
     save_every: int = 500              # steps between checkpoints; 500, small 60 [ours]
     profile: int = 0                   # steps to time instead of training; 0: train [ours]
-    eval_only: str = ""                # a run folder: predict and score it again, train nothing
+    eval_only: str = ""                # a run folder: predict and score it again, train nothing; --data: where its data set lies now
     export: Literal["", "openpcdet", "torchvision"] = ""  # write the network of --init to the file --out (.pth) as that project loads it, train nothing
     # what is learned from
     init: str = "none"                 # a pre-training run folder, or none
-    use: tuple[str, ...] = ()          # units to load from it; default: every unit that it holds and the modality has
+    use: tuple[str, ...] = ()          # units to load from it, such as lidar fuse; default: every unit that it holds and the modality has
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05             # share of the training labels; 0.05 [paper CLAP]
     draw: Literal["frames", "scenes"] = "frames"  # what the fraction is drawn from; frames [paper CLAP]
@@ -77,7 +77,7 @@ class Config:
     warmup: int = 200                  # steps from a third of it, at most a quarter of all; 200, small 10 [ours]
     weight_decay: float = 0.01         # 0.01 [code CenterPoint]
     clip: float = 35.0                 # gradient norm [code CenterPoint]
-    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code CenterPoint: its configuration of 0.1 m voxels]
+    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code CenterPoint: its configuration of 0.1 m voxels, 0.3925]
     scale: float = 0.05                # scaling U(1 - scale, 1 + scale) [code CenterPoint]; x and y flip with probability 1/2 where the range is symmetric
     # networks
     resnet: Literal[18, 50] = 50       # image backbone, as pre-trained; small 18 [ours]
@@ -166,8 +166,10 @@ class Head(nn.Module):
 
     def forward(self, x):
         """x (B, C, Y, X) -> heat (B, classes, Y, X) logits, code (B, 10, Y, X)."""
-        heat, *code = (branch(x) for branch in self.branches)
-        return heat.float(), torch.cat(code, 1).float()
+        inner = [branch[0](x) for branch in self.branches]
+        with torch.autocast(x.device.type, enabled=False):                                 # logits of bfloat16 tie, and of two tied neighbours both are peaks
+            heat, *code = (branch[1](one.float()) for branch, one in zip(self.branches, inner))
+        return heat, torch.cat(code, 1)
 
 
 class Detector(nn.Module):
@@ -198,7 +200,7 @@ class Detector(nn.Module):
 
     def forward(self, batch):
         """-> L (), {name: ()}. Boxes whose centre lies off the map are not asked for; velocities that are unknown neither."""
-        cfg, L, terms = self.cfg, 0.0, {}
+        cfg = self.cfg
         cell, code, within = encode(batch.boxes, self.cells)
         L_heat = L_box = 0.0                                                                                            # [code CenterPoint]
         for group, (heat, codes) in zip(self.groups, self.maps(batch)):
@@ -212,8 +214,7 @@ class Detector(nn.Module):
             weight = known * wanted.new_tensor([1.] * 8 + [cfg.w_velocity] * 2)
             L_box = L_box + mean_over_ranks(((found - wanted.where(known, found)).abs() * weight).sum(), len(rows))     # [code CenterPoint]
         L = L_heat + cfg.w_box * L_box                                                                                  # [code CenterPoint]
-        terms = dict(L_heat=L_heat, L_box=L_box, boxes=within.float().sum())
-        return L, terms
+        return L, dict(L_heat=L_heat, L_box=L_box, boxes=within.float().sum())
 
     @torch.no_grad()
     def predict(self, batch):
@@ -257,12 +258,12 @@ def draw_labels(dataset, indices, fraction, draw, seed):
 
 
 def describe_draw(cfg):
-    """Print the SHA-256 of labels.txt, the drawn names, and how many of them the pre-training has seen."""
+    """Print how labels.txt, the drawn names, begins its SHA-256, and how many of them the pre-training has seen."""
     out = Path(cfg.out)
-    names, digest = (out / "labels.txt").read_text().split(), hashlib.sha256((out / "labels.txt").read_bytes()).hexdigest()[:16]
+    names, digest = (out / "labels.txt").read_text().splitlines(), hashlib.sha256((out / "labels.txt").read_bytes()).hexdigest()[:16]
     seen, overlap = Path(cfg.init) / "frames.txt", ""
     if seen.is_file():
-        overlap = f"; {len(set(names) & set(seen.read_text().split()))} of them were in the pre-training of {cfg.init}, without their labels"
+        overlap = f"; {len(set(names) & set(seen.read_text().splitlines()))} of them were in the pre-training of {cfg.init}, without their labels"
     print(f"{out}: labels of {len(names)} frames, {cfg.draw} drawn with seed {cfg.seed}, hash {digest} (labels.txt){overlap}", flush=True)
 
 
@@ -431,7 +432,7 @@ def kitti_rows(dataset, i, boxes, labels):
         uvd = data.box_corners(row["box"]) @ lidar2img[:3, :3].T + lidar2img[:3, 3]
         if (uvd[:, 2] > 0.1).all():
             uv = uvd[:, :2] / uvd[:, 2:]
-            row["bbox"] = np.clip([*uv.min(0), *uv.max(0)], 0, [width, height] * 2)
+            row["bbox"] = np.clip([*uv.min(0), *uv.max(0)], 0, [width - 1, height - 1] * 2)         # as the labels are
     kept = np.flatnonzero((rows["bbox"][:, 2:] > rows["bbox"][:, :2]).all(1))
     return rows[kept], kept
 
@@ -588,7 +589,8 @@ def finish_nuscenes(held_out, frames, out, modality):
                  mAP_reach=mean_of(near["mean_dist_aps"], near_present), errors=official["tp_errors"], AP=official["mean_dist_aps"],
                  AP_reach={name: near["mean_dist_aps"][name] for name in near_present}, absent=absent, frames=len(frames))
     write_text(out / "metrics.json", strict(found))
-    draw_curves(curves, present, out)
+    if present:
+        draw_curves(curves, present, out)
     print(f"{'class':22}{'AP':>8}{f'AP within {reach:g} m':>18}")
     for name in grid.classes:
         remark = "   no labelled box after the metric's filters" if name in absent else ""
@@ -603,7 +605,7 @@ def finish_kitti(held_out, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the scores of the README row."""
     found = kitti_score(held_out.dataset, frames, out / "kitti")
     write_text(out / "metrics.json", strict(found | dict(frames=len(frames))))
-    print(f"{'':12}{'AP|R40':>24}{'AP|R11':>24}\n{'':12}{'easy  moderate    hard':>24}{'easy  moderate    hard':>24}")
+    print(f"{'':16}{'AP|R40':>24}   {'AP|R11':>24}\n{'':16}" + "   ".join([f"{'easy':>8}{'mod.':>8}{'hard':>8}"] * 2))
     for kind, classes in found.items():
         for name, ap in classes.items():
             print(f"{kind:4}{name:12}" + "   ".join("".join(f"{v:8.2f}" for v in ap[r]) for r in ("R40", "R11")))
@@ -701,21 +703,31 @@ def augment(frame, rng, turn, scale, flip):
 def check(cfg, dataset):
     """What cannot work, before anything is written."""
     labelled = any(len(dataset.annotations(i)) for split in ("train", "val") for i in dataset.split(split)[:1000])
-    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
+    for wrong, told in ((not min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
+                         f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (min(cfg.batch, cfg.save_every) < 1, "--batch and --save-every start at 1"),
                         (cfg.draw == "scenes" and dataset.grid.dataset == "kitti", "--draw scenes: KITTI's object frames belong to no scene; draw frames"),
+                        (bool(cfg.use) and cfg.init == "none", f"--use {' '.join(cfg.use)} with --init none: there is nothing to load it from"),
                         (not labelled, f"{dataset.what}: no box is annotated here, so there is nothing to learn detection from")):
         if wrong:
             raise SystemExit(told)
+    if dataset.grid.dataset == "nuscenes":                          # what the devkit will open to score, and data.py has not
+        tables = Path(dataset.root, dataset.version)
+        for name in ("attribute", "visibility", "log"):
+            data.Table(tables, name, "")
+        for file in data.Table(tables, "map", "filename")["filename"]:
+            if not Path(dataset.root, file).is_file():
+                raise SystemExit(f"{Path(dataset.root, file)} is missing, which nuscenes-devkit opens before it scores; extract the maps/ of the metadata archive too")
 
 
 def asked_units(cfg):
     """The units to load: --use, or all of the run's that the modality has (None: the run decides)."""
     absent = {"lidar": ("camera.resnet", "camera.neck"), "camera": ("lidar",), "fusion": ()}[cfg.modality]
-    for unit in cfg.use:
+    use = tuple(unit for word in cfg.use for unit in word.split(","))
+    for unit in use:
         if unit not in UNITS or unit in absent:
-            raise SystemExit(f"--use {unit} with --modality {cfg.modality}: expected some of {', '.join(u for u in UNITS if u not in absent)}")
-    return cfg.use, [u for u in UNITS if u not in absent]
+            raise SystemExit(f"--use {unit} with --modality {cfg.modality}: expected some of {' '.join(u for u in UNITS if u not in absent)}")
+    return use, [u for u in UNITS if u not in absent]
 
 
 def train(rank, world, cfg):
@@ -783,10 +795,11 @@ def config_of(folder):
 
 
 def rescore(rank, world, cfg):
-    """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder."""
+    """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder. --data: where its data set lies now."""
     if "use" not in run_config(cfg.eval_only):
         raise SystemExit(f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; expected a folder that finetune.py wrote")
-    run = replace(config_of(cfg.eval_only), gpus=cfg.gpus, workers=cfg.workers, eval_only="")
+    run = config_of(cfg.eval_only)
+    run = replace(run, data=cfg.data or run.data, gpus=cfg.gpus, workers=cfg.workers, eval_only="")
     device, dataset = join(cfg, world), data.open_dataset(run.data, run.preset)
     model = Detector(run, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)

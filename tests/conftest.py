@@ -145,7 +145,8 @@ def kitti(tmp_path_factory):
     corners = car_corners(**CAR) @ P2[:, :3].T + P2[:, 3]
     corners = corners[:, :2] / corners[:, 2:]
     bbox = *corners.min(0), *corners.max(0)
-    car = f"Car 0.00 0 -0.2 {' '.join(map('{:.2f}'.format, bbox))} {' '.join(map(str, CAR['hwl'] + CAR['location']))} {CAR['rotation_y']}"
+    alpha = CAR["rotation_y"] - np.arctan2(CAR["location"][0], CAR["location"][2])
+    car = f"Car 0.00 0 {alpha:.2f} {' '.join(map('{:.2f}'.format, bbox))} {' '.join(map(str, CAR['hwl'] + CAR['location']))} {CAR['rotation_y']}"
     label = f"{car}\nVan 0.00 1 0 1 2 30 40 2 2 5 -9 1.6 30 1.5\nDontCare -1 -1 -10 800 160 825 180 -1 -1 -1 -1000 -1000 -1000 -10\n"
 
     def line(key, matrix):

@@ -455,7 +455,7 @@ def test_prepare_is_computed_once_and_follows_augmentation(world, new_cache, mon
     assert batch.extra["cells"].shape == (3, 2) and batch.extra["b_cells"].tolist() == [0, 0, 0]
 
     files = sorted(new_cache.glob("prepared/*/heights-v1/*.npz"))
-    assert len(files) == 2 and not list(new_cache.glob("prepared/**/*.tmp"))
+    assert len(files) == 2 and not list(new_cache.glob("prepared/**/*.part"))
     whole = files[0].read_bytes()
     encrypted = bytearray(whole)
     encrypted[whole.index(b"PK\1\2") + 8] ^= 1                                                         # a flag of the first entry
@@ -499,6 +499,8 @@ def test_an_error_in_a_worker_arrives_with_its_message(world):
 def test_loader_refuses_impossible_numbers(world, wrong):
     with pytest.raises(ValueError, match="expected 0 <= rank < world"):
         data.loader(world, "train", preset="small", **wrong)
+    with pytest.raises(ValueError, match="nuScenes v1.0-embedded: crop is for KITTI"):
+        data.loader(world, "train", 1, preset="small", crop=True)
 
 
 # ---- splits and versions ----
@@ -523,6 +525,32 @@ def test_an_empty_split_makes_both_from_all_frames(world, tmp_path, capsys):
     assert train.tolist() + val.tolist() == list(range(len(dataset))) and len(train) == len(dataset) * 4 // 5
     times = [dataset.load(i, (9, 16)).time for i in range(len(dataset))]
     assert max(times[i] for i in train) < min(times[i] for i in val)
+
+
+def test_own_lists_stand_beside_the_official_ones(tmp_path):
+    """In splits.json, where the devkit looks for them too."""
+    from nuscenes.utils.splits import create_splits_scenes
+    official, folder = create_splits_scenes(), tmp_path / "v1.0-trainval"
+    folder.mkdir()
+
+    def of(split, **own):
+        (folder / "splits.json").write_text(json.dumps(own))
+        return sorted(scene for scene, end in data.official_splits(folder).items() if end == split)
+    assert of("train") == sorted(official["train"]) and of("val") == sorted(official["val"]) and of("test") == sorted(official["test"])
+    few = official["train"][3:38]
+    assert of("train", few_train=few) == sorted(few) and of("val", few_train=few) == sorted(official["val"])
+    assert of("train", few_train=few, my_val=few[:0] + official["train"][:3]) == sorted(few) and of("val", few_train=few, my_val=["mine"]) == ["mine"]
+    data.say.cache_clear()
+    assert of("train", **{"nuscenes-5pct-a": few}) == sorted(official["train"])
+    with pytest.raises(data.DataError, match=f"{official['val'][0]} is in train and in val.*official"):
+        of("train", few_train=official["val"][:1])
+
+
+def test_a_list_that_no_split_takes_is_named(world, tmp_path, capsys):
+    root = clone(Path(world), tmp_path)
+    edit(root, "splits", lambda lists: lists | {"nuscenes-5pct-a": ["scene-0001"]})
+    assert len(data.NuScenes(root, "small").split("train")) == len(data.NuScenes(world, "small").split("train"))
+    assert "nuscenes-5pct-a not used: names that end in train, val or test are" in capsys.readouterr().out
 
 
 def test_official_split_of_the_mini_version(nuscenes_root):
@@ -554,7 +582,8 @@ def test_the_version_taken_is_said_and_can_be_chosen(world, tmp_path, capsys):
     shutil.rmtree(tables)
     assert data.NuScenes(root, "small").version == "v1.0-trainval" and "reading v1.0-trainval" in capsys.readouterr().out
     assert data.NuScenes(root, "small", version="v1.0-mini").version == "v1.0-mini"
-    with pytest.raises(data.DataError, match="found v1.0-mini, v1.0-trainval, not v1.0-test"):
+    assert data.open_dataset(root / "v1.0-mini", "small").version == "v1.0-mini" and data.open_dataset(root / "v1.0-mini").root == str(root)
+    with pytest.raises(data.DataError, match=f"found v1.0-mini, v1.0-trainval, not v1.0-test; give the folder .* such as {root}/v1.0-mini"):
         data.NuScenes(root, version="v1.0-test")
 
 
@@ -586,7 +615,16 @@ def test_index_is_built_again_when_a_table_or_a_file_of_it_changes(world, tmp_pa
             data.NuScenes(root, "small").load(0)
         path.unlink()
         data.NuScenes(root, "small").load(0)
-    assert "damaged" in capsys.readouterr().out and not list(new_cache.glob("index-building-*"))
+    assert "damaged" in capsys.readouterr().out and not list(new_cache.glob("*.part"))
+
+
+def test_more_blobs_make_a_new_index_and_leave_what_was_prepared(world, tmp_path, new_cache):
+    root = clone(Path(world), tmp_path)
+    Heights.calls = 0
+    for count in range(2):
+        next(data.loader(root, "train", 1, preset="small", prepare=Heights()).once())
+        assert len(list(new_cache.glob("index-*/frames.npy"))) == count + 1 and Heights.calls == 1
+        os.utime(root / "samples" / "CAM_FRONT", (count, count))       # as after extracting one more archive
 
 
 def open_and_read(root, cache):
@@ -597,7 +635,7 @@ def open_and_read(root, cache):
 def test_two_processes_may_build_the_index_at_once(world, new_cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         a, b = pool.starmap(open_and_read, [(str(world), str(new_cache))] * 2, chunksize=1)
-    assert a == b and len(list(new_cache.glob("index-*/frames.npy"))) == 1 and not list(new_cache.glob("index-building-*"))
+    assert a == b and len(list(new_cache.glob("index-*/frames.npy"))) == 1 and not list(new_cache.glob("*.part"))
 
 
 def test_losing_the_race_without_locks_is_harmless(world, new_cache, monkeypatch):
@@ -615,14 +653,45 @@ def test_losing_the_race_without_locks_is_harmless(world, new_cache, monkeypatch
         raise OSError("no locks on this file system")
     monkeypatch.setattr(data.fcntl, "flock", flock)
     assert len(data.NuScenes(world, "small").load(0).points) > 0
-    assert len(index_of) == 1 and not list(new_cache.glob("index-building-*"))
+    assert len(index_of) == 1 and not list(new_cache.glob("*.part"))
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(world, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(data.DataError, match="point LIDAR_CAMERA_CACHE elsewhere"):
+    with pytest.raises(data.DataError, match="file/cache: .* cannot be written .*LIDAR_CAMERA_CACHE"):
         data.NuScenes(world)
+
+
+def test_an_index_that_is_there_is_read_where_nothing_may_be_written(world, new_cache, monkeypatch):
+    data.NuScenes(world, "small")
+    for lock in new_cache.glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()                                    # as good as a folder of another user: no process may open it
+    data.NuScenes(world, "small").load(0)
+    shutil.rmtree(next(new_cache.glob("index-*[!k]")))
+    with pytest.raises(data.DataError, match="index-.* cannot be written .*LIDAR_CAMERA_CACHE"):
+        data.NuScenes(world, "small")
+    for lock in new_cache.glob("*.lock"):
+        lock.rmdir()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.np, "save", full)
+    with pytest.raises(data.DataError, match="No space left on device.*make room"):
+        data.NuScenes(world, "small")
+    assert [path.suffix for path in new_cache.iterdir()] == [".lock"]
+
+
+def test_others_may_read_what_the_umask_says(world, new_cache):
+    """A cache that several users share: tempfile's files would be their owner's alone."""
+    old = os.umask(0o002)
+    try:
+        next(data.loader(world, "train", 1, preset="small", prepare=Heights()).once())
+    finally:
+        os.umask(old)
+    made = {path.is_dir(): path.stat().st_mode & 0o777 for path in new_cache.rglob("*")}
+    assert made == {True: 0o775, False: 0o664} == {path.is_dir(): path.stat().st_mode & 0o777 for path in sorted(new_cache.rglob("*"), reverse=True)}
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
@@ -736,7 +805,9 @@ BROKEN = {
     "a scene in two splits": (lambda r: put(next(r.glob("v1.0-*/splits.json")), b'{"train": ["a"], "val": ["a"]}'),
                               ["splits.json", "a is in train and in val"]),
     **{f"no {name}.json": (lambda r, name=name: next(r.glob(f"v1.0-*/{name}.json")).unlink(), [f"{name}.json", "missing", "extract"])
-       for name in ("sensor", "calibrated_sensor", "ego_pose", "sample_data", "sample_annotation", "scene", "instance", "category")},
+       for name in ("sensor", "calibrated_sensor", "ego_pose", "sample", "sample_data", "sample_annotation", "scene", "instance", "category")},
+    "samples that are a link": (lambda r: ((r / "samples").rename(r.parent / "elsewhere"), (r / "samples").symlink_to(r.parent / "elsewhere")),
+                                [": samples leads to", "elsewhere", "no links"]),
 }
 
 
@@ -766,7 +837,7 @@ def test_a_sweep_with_only_the_car_in_it_is_an_empty_frame(world, tmp_path):
 
 def test_wrong_root_names_the_right_one(world, tmp_path):
     root = clone(Path(world), tmp_path / "outer" / "nuscenes")
-    for wrong in (root.parent, next(root.glob("v1.0-*")), root / "samples", root / "samples" / "CAM_FRONT"):
+    for wrong in (root.parent, root / "samples", root / "samples" / "CAM_FRONT"):
         with pytest.raises(data.DataError) as error:
             data.open_dataset(str(wrong), "small")
         assert str(error.value).startswith(f"{wrong}: ") and str(error.value).endswith(f"give {root}")
@@ -844,9 +915,22 @@ def test_kitti_splits_and_what_is_left_out(kitti, tmp_path, capsys):
     shutil.rmtree(bare / "ImageSets")
     dataset = data.open_dataset(bare)
     assert [dataset.split(name).tolist() for name in ("train", "val", "test")] == [[0, 1], [2], [3]]         # the official download has no lists
+    (bare / "training" / "velodyne" / "._000000.bin").write_bytes(b"a Mac's")
+    (bare / "testing" / "image_2" / "._000000.png").write_bytes(b"a Mac's")
+    assert data.open_dataset(bare).names == dataset.names
     shutil.rmtree(bare / "training")
     with pytest.raises(data.DataError):
         data.open_dataset(bare).split("val")
+
+
+def test_frames_without_labels_stay_out_of_kittis_own_cut(kitti, tmp_path):
+    """Lists of other frames than those on disk: none of val is there, so both splits are cut, from labelled frames."""
+    root = clone(kitti, tmp_path)
+    (root / "ImageSets" / "test.txt").unlink()
+    (root / "ImageSets" / "val.txt").write_text("000111\n")
+    dataset = data.open_dataset(root)
+    assert [[dataset.names[i] for i in dataset.split(name)] for name in ("train", "val", "test")] == [
+        ["kitti/training/000000", "kitti/training/000003"], ["kitti/training/000007"], ["kitti/testing/000000"]]
 
 
 def test_cropping_to_the_view_keeps_what_a_picture_shows(kitti):
@@ -959,6 +1043,9 @@ BROKEN_KITTI = {
     "a strange ImageSet": (text("ImageSets/train.txt", lambda t: "0\n" + t), ["ImageSets/train.txt", "entry 1", "'0'", "six digits"]),
     "a picture linked from elsewhere": (linked("training/image_2/000003.png"), ["kitti/training/000003", "expected a place inside"]),
     "labels linked from elsewhere": (linked("training/label_2/000003.txt"), ["kitti/training/000003", "expected a place inside"]),
+    "train.txt alone": (remove("ImageSets/val.txt"), ["ImageSets has train.txt alone", "or neither"]),
+    "scans that are a link": (lambda r: ((r / "training/velodyne").rename(r.parent / "elsewhere"), (r / "training/velodyne").symlink_to(r.parent / "elsewhere")),
+                              [": training/velodyne leads to", "elsewhere", "no links"]),
     "a frame in two splits": (text("ImageSets/val.txt", lambda t: t + "000000\n"), ["ImageSets/val.txt", "000000", "train.txt too"]),
 }
 

@@ -214,9 +214,9 @@ def check_labels(root):
             continue
         back, kept = kitti_rows(dataset, i, rows["box"], rows["label"])
         assert len(kept) == len(rows) and (back["type"] == rows["type"]).all()
-        for field, room in (("hwl", 1e-6), ("location", 1e-6), ("rotation_y", 1e-3)):
+        for field, room in (("hwl", 1e-6), ("location", 1e-6), ("rotation_y", 1e-3), ("alpha", 0.05)):
             gap = back[field] - rows[field]
-            gap = np.arctan2(np.sin(gap), np.cos(gap)) if field == "rotation_y" else gap
+            gap = np.arctan2(np.sin(gap), np.cos(gap)) if field in ("rotation_y", "alpha") else gap
             np.testing.assert_allclose(gap, 0, atol=room)
         whole = rows["truncated"] == 0
         np.testing.assert_allclose(kitti_iou(rows[whole], back[whole], "2d").diagonal(), 1, atol=0.25)

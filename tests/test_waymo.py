@@ -166,10 +166,18 @@ SEGMENT = "1000_000_020_000.parquet"
 
 
 @pytest.mark.parametrize("tag", ["lidar", "lidar_pose", "lidar_calibration", "lidar_box", "camera_image", "camera_calibration"])
-def test_a_missing_component_is_named(broken, tag):
+def test_a_missing_component_is_named(broken, tag, capsys):
+    """A segment that lacks one is left out aloud, as nuScenes' frames are; all of them lacking one is an error."""
+    dataset = data.open_dataset(broken)
     (broken / "training" / tag / SEGMENT).unlink()
     with pytest.raises(data.DataError, match=f"waymo/1000_000_020_000/1550000000000000: .*{SEGMENT} is missing; download the component {tag} of this segment"):
-        data.open_dataset(broken).load(0)
+        dataset.load(0)
+    data.say.cache_clear()
+    assert {name.split("/")[1] for name in data.open_dataset(broken).names} == {"2000_000_020_000"}
+    assert f"1 of its 2 segments lack files and are left out; the first is {broken}/training/{tag}/{SEGMENT}" in capsys.readouterr().out
+    shutil.rmtree(broken / "validation" / tag)
+    with pytest.raises(data.DataError, match=f"none of its 2 segments is whole, .*{tag}/{SEGMENT} is missing; download every component: lidar, "):
+        data.open_dataset(broken)
 
 
 @pytest.mark.parametrize("tag", ["lidar", "camera_image", "lidar_box", "vehicle_pose"])
