@@ -78,7 +78,7 @@ def mean_over_ranks(total, count):
 
     DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
     """
-    return total * processes() / over_ranks(total.new_tensor(float(count))).clamp_min(1)
+    return total * processes() / over_ranks(total.new_full((), float(count))).clamp_min(1)
 
 
 def share_buffers(model):
@@ -158,8 +158,8 @@ class GatherWeighted(torch.autograd.Function):
     def backward(ctx, grad):
         index, weight = ctx.saved_tensors
         out = grad.new_zeros(ctx.rows)
-        chunk = len(index) if grad.is_cuda else 4096                # on a CPU a temporary that outgrows the cache costs more than the loop
-        for a in range(0, len(index), max(chunk, 1)):
+        chunk = 2**18 if grad.is_cuda else 4096                     # on a CPU a temporary that outgrows the cache costs more than the loop
+        for a in range(0, len(index), chunk):
             part = slice(a, a + chunk)
             out.index_add_(0, index[part].flatten(), (grad[part, None] * weight[part, :, None]).flatten(0, 1))
         return out, None, None
@@ -370,13 +370,19 @@ def strided_map(coords, shape, pad):
 
 def gather(x, rows):
     """x (V, C), rows (P,) -> (P, C up to a multiple of 8): grouped_mm wants rows of a multiple of 16 bytes."""
-    return F.pad(x, (0, -x.shape[1] % 8)).index_select(0, rows)
+    return eights(x).index_select(0, rows)
+
+
+def eights(x):
+    """x (..., C) with zeros to C up to a multiple of 8; F.pad would copy also where there is nothing to do."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
 def multiply(pairs, weight, kmap):
     """Grouped matrix product, sum over the pairs of each output: nothing is added atomically, so repeatable bit by bit. pairs (P, C), weight (27, C, C') -> (V', C')."""
-    C, out = weight.shape[1:]
-    products = F.grouped_mm(pairs, F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous(), offs=kmap.ends)                # (P, C')
+    out = weight.shape[2]
+    weight = eights(eights(weight).transpose(1, 2)).transpose(1, 2).contiguous()
+    products = F.grouped_mm(pairs, weight, offs=kmap.ends)                                 # (P, C')
     return F.embedding_bag(kmap.order, products, kmap.first, mode="sum", include_last_offset=True)[:, :out]
 
 
@@ -428,7 +434,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         if processes() == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        rows, n = x.float(), over_ranks(x.new_tensor(len(x), dtype=torch.float32))
+        rows, n = x.float(), over_ranks(x.new_full((), len(x), dtype=torch.float32))
         mean = SumOverRanks.apply(rows.sum(0)) / n.clamp_min(1)                            # (C,)
         var = SumOverRanks.apply((rows - mean).square().sum(0)) / n.clamp_min(1)           # (C,), of centred rows: nothing cancels
         with torch.no_grad():
@@ -498,7 +504,6 @@ class VoxelNet(nn.Module):
         for pad in self.pads:
             self.cells.append(self.cells[-1].halved(pad))
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.channels = widths[-1]
         self.conv_input = Down(5, widths[0])
         self.conv1 = nn.ModuleList([SparseBlock(widths[1]), SparseBlock(widths[1])])
         self.conv2, self.conv3, self.conv4 = (nn.ModuleList([Down(a, b), SparseBlock(b), SparseBlock(b)]) for a, b in zip(widths[1:], widths[2:]))
@@ -695,14 +700,17 @@ def stratified(near, far, jitter):
 
 
 def importance(depth, weights, u):
-    """Samples from the sections' weights by inverting their cumulative sum. depth (R, S), weights (R, S - 1), u (R, n) in [0, 1) -> (R, n). No gradient."""
+    """Samples from the sections' weights by inverting their cumulative sum. depth (R, S), weights (R, S - 1), u (R, n) in [0, 1) -> (R, n). No gradient.
+
+    Weights that are not numbers give depths that are: a place that is none cannot be looked up, and the loss, of the same field, tells.
+    """
     weights = weights + 1e-5                                        # a ray without a surface is sampled evenly
     cdf = F.pad((weights / weights.sum(1, keepdim=True)).cumsum(1), (1, 0))                # (R, S)
     k = (torch.searchsorted(cdf, u.contiguous(), right=True) - 1).clamp(0, weights.shape[1] - 1)
     low, high = cdf.gather(1, k), cdf.gather(1, k + 1)
     part = (u - low) / (high - low).clamp_min(1e-8)
     start = depth.gather(1, k)
-    return start + part.clamp(0, 1) * (depth.gather(1, k + 1) - start)
+    return start + part.nan_to_num().clamp(0, 1) * (depth.gather(1, k + 1) - start)
 
 
 # ---- §5 contrast -----------------------------------------------------------------------------------------------------------------
@@ -798,19 +806,19 @@ def launch(train, cfg):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main
         try:
-            return main(["--standalone", "--nproc-per-node", str(cfg.gpus), "--shutdown-timeout", "20", *sys.argv])
+            return main(["--standalone", "--nproc-per-node", str(cfg.gpus), "--shutdown-timeout", "120", *sys.argv])      # s to finish a step and save
         except ChildFailedError as error:
-            # a killed process comes first: the others then lose the connection to it. One killed much later was hanging, and the launcher did it
+            # a killed process comes first: the others then lose the connection to it, and NCCL aborts them. One killed much later was hanging, and the launcher did it
             earliest = min(failure.timestamp for failure in error.failures.values())
             rank, failure = min(error.failures.items(), key=lambda item: (
-                item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM or item[1].timestamp > earliest + 10, item[1].timestamp))
+                item[1].exitcode >= 0 or item[1].exitcode in (-signal.SIGTERM, -signal.SIGABRT) or item[1].timestamp > earliest + 10, item[1].timestamp))
             if failure.exitcode == 128 + signal.SIGTERM:
                 raise SystemExit(failure.exitcode) from None                # asked to stop, saved
             how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"left with exit code {failure.exitcode}"
             why = f" ({failure.message['message'].splitlines()[0]})" if isinstance(failure.message, dict) else ""     # what `record` wrote down, if it could
             raise SystemExit(f"rank {rank} of {cfg.gpus} {how}{why}; the others were stopped. The same command goes on from the last checkpoint.") from None
-        except SignalException as asked:                # passed on to the processes, which have saved and left
-            raise SystemExit(128 + asked.sigval) from None
+        except SignalException:                         # passed on to the processes, which have saved and left
+            raise SystemExit(128 + signal.SIGTERM) from None
     if "RANK" not in os.environ and cfg.gpus == 1 and not torch.cuda.is_available():
         raise SystemExit("--gpus 1: no CUDA device is visible; --gpus 0 (the default here) runs on the CPU")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -842,7 +850,7 @@ def join(cfg, world):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False               # projection and field are float32 in earnest
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False             # projection and field are float32 in earnest
     else:
         keep_large_buffers()
     if world > 1 and not torch.distributed.is_initialized():
@@ -967,11 +975,10 @@ def written(path, keep=None):
     part = path.with_name(path.name + ".part")
     try:
         yield part
-        if keep:
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())             # renamed before its bytes are on the disk, a power cut would leave it empty
-            if path.exists():
-                os.replace(path, keep)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())                 # renamed before its bytes are on the disk, a power cut would leave it empty
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save tells a full disk as a RuntimeError
         with suppress(OSError):
@@ -1040,12 +1047,16 @@ def checkpoint(out, aloud=False, mmap=False):
 def resume(out, model, *opts):
     """Load the newest whole checkpoint if the run folder has one, into the optimisers too where they are given -> the next step, else 0."""
     state = checkpoint(out)
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    for opt, kept in zip(opts, state["optimizers"]):
-        opt.load_state_dict(kept)
-    return state["step"]
+    step = state["step"] if state else 0
+    low, high = over_ranks(torch.tensor([-step, step], device=next(model.parameters()).device), torch.distributed.ReduceOp.MAX).tolist()
+    if -low != high:
+        raise SystemExit(f"{out}: of {processes()} processes some found the checkpoint of step {-low}, some that of {high}; they must all see one folder: "
+                         "give an --out that they share, or try again if it could not be read for a moment")
+    if state:
+        model.load_state_dict(state["model"])
+        for opt, kept in zip(opts, state["optimizers"]):
+            opt.load_state_dict(kept)
+    return step
 
 
 def save(cfg, step, model, opts, units, grid):
@@ -1130,7 +1141,7 @@ class Log:
     """log.jsonl (nothing in it depends on the clock), TensorBoard, a progress line every few seconds. On ranks other than 0 it only checks.
 
     Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see stopping), one more than two seconds later stops at once
-    (with several processes Ctrl-C arrives twice: from the terminal and from the launcher).
+    (a launcher may pass on what the terminal has sent too).
     """
 
     def __init__(self, out, rank, first, steps, frames, device):
@@ -1254,16 +1265,15 @@ def profile(cfg, net, loader, opts, device, rank, share=1.0, **parts):
 
     grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}                # torch does not count them
     source = iter(loader.begin_at(0))
-    with warnings.catch_warnings(record=True) as waits, FlopCounterMode(display=False, custom_mapping=grouped) as counter:
-        warnings.simplefilter("always")
-        batch = next(source).to(device)
-        if device.type == "cuda":
-            train(batch)
-            torch.cuda.set_sync_debug_mode("warn")
-        before, waits[:] = counter.get_total_flops(), []
+    batch = next(source).to(device)
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         train(batch)
-        flops = counter.get_total_flops() - before
-        if device.type == "cuda":
+    flops = counter.get_total_flops()
+    if device.type == "cuda":                                       # outside the counter, which would be the place of every wait
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            train(batch)
             torch.cuda.set_sync_debug_mode("default")
     for name, (owner, method) in parts.items():
         setattr(owner, method, timed(name, getattr(owner, method)))
@@ -1298,7 +1308,7 @@ def profile(cfg, net, loader, opts, device, rank, share=1.0, **parts):
         print(f"{type(cfg)().epochs} epochs over {full} training frames of {loader.grid.dataset} would take "
               f"{type(cfg)().epochs * full * total / (cfg.profile * frames) / 86400:.2f} days at this speed")
     if device.type == "cuda":
-        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
+        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchroniz" in str(w.message))
         print(f"{places.total()} waits of the CPU for the GPU in a step: " + ", ".join(f"{place} x {n}" for place, n in places.most_common()))
 
 

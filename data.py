@@ -1500,7 +1500,7 @@ class Loader:
                 yield collate_jobs([self[item] for item in job])
             return
         yield from torch.utils.data.DataLoader(self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
-                                               worker_init_fn=start_worker, pin_memory=torch.cuda.is_available())
+                                               worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized())
 
     def begin_at(self, step):
         """Endless batches from this step on: what a run that was never interrupted would see there."""

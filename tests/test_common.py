@@ -1,6 +1,8 @@
 """common.py against dense convolutions, torch's own interpolation, closed forms and brute force."""
+import importlib
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,8 +184,16 @@ def ravelled(coords, shape):
     return torch.as_tensor(np.ravel_multi_index(tuple(coords.t().numpy()), (100, *shape)))
 
 
-def test_kernel_maps_match_a_dictionary():
-    coords, shape = sites(1, (4, 5, 6), share=0.4), (4, 5, 6)
+@pytest.mark.parametrize("shape, moved", [((4, 5, 6), (0, 0, 0, 0)), ((4, 1505, 1504), (239, 0, 1500, 1498))])
+def test_kernel_maps_match_a_dictionary(shape, moved):
+    """In one small volume, and in the last corner of the last of many large ones, whose keys do not fit 32 bits."""
+    near = sites(1, (4, 5, 6), share=0.4)
+    coords = near + torch.tensor(moved)
+    assert common.ravel(coords, shape).dtype == (torch.int64 if any(moved) else torch.int32) and torch.equal(common.unravel(common.ravel(coords, shape), shape), coords)
+    for pad in ((1, 1, 1), (0, 1, 1)):                                                  # moved by an even number of cells: the same map, moved by half
+        (out, kmap), (near_out, near_map) = common.strided_map(coords, shape, pad), common.strided_map(near, (4, 5, 6), pad)
+        assert torch.equal(out - near_out, torch.tensor([moved[0], *(m // 2 for m in moved[1:])]).expand_as(out))
+        assert all(torch.equal(getattr(kmap, name), getattr(near_map, name)) for name in ("ins", "outs", "ends", "order", "first"))
     row = {tuple(c): i for i, c in enumerate(coords.tolist())}
     kmap = common.submanifold_map(coords, shape)
     offset = torch.repeat_interleave(torch.arange(27), kmap.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
@@ -193,6 +203,11 @@ def test_kernel_maps_match_a_dictionary():
     for o in range(len(coords)):                                                        # the same pairs again, by output
         mine = kmap.order[kmap.first[o]:kmap.first[o + 1]]
         assert (kmap.outs[mine] == o).all() and len(mine) == (kmap.outs == o).sum()
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+    for there, here in zip(common.by_output(kmap.outs.as_subclass(OnCuda), kmap.ends, len(coords)), (kmap.order, kmap.first), strict=True):
+        assert torch.equal(there.as_subclass(torch.Tensor), here)
 
 
 def test_no_sites_at_all():
@@ -360,6 +375,8 @@ def test_samples_are_stratified_and_follow_the_weights():
     torch.testing.assert_close(share, weights[0], atol=3e-3, rtol=0)
     inside = samples[(samples >= 2) & (samples < 3)]
     assert abs(float(inside.mean()) - 2.5) < 5e-3                                       # even within a section
+    lost = common.importance(edges, torch.full_like(weights, math.nan), torch.rand(1, 9))
+    assert lost.isfinite().all() and (lost >= 0).all() and (lost <= 4).all()
 
 
 # ---- §6 curvature ----
@@ -483,3 +500,39 @@ def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
         assert (a.features - b.features).norm() < 0.05 * a.features.norm() and not torch.equal(a.features, b.features)
     rough[-1].features.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("script", ["clap", "cmcr", "simipu", "finetune"])
+def test_every_script_trains_in_bfloat16(script, three_frames, monkeypatch):
+    """No operation meets two kinds of number, and the loss is about that of float32."""
+    from functools import partial
+
+    import data
+    from test_faults import config
+    cfg, dataset = config(script, three_frames, ""), data.open_dataset(three_frames, "small")
+    module, modality = importlib.import_module(script), dict(modality="fusion") if script == "finetune" else {}
+    cfg, prepare = replace(cfg, **modality), module.Curvature(32) if script == "clap" else None
+    augment = dict(clap=lambda: partial(data.augment_cloud, turn=0.1, scale=0., flip=dataset.grid.mirrors), cmcr=lambda: module.Views(dataset.grid, cfg),
+                   finetune=lambda: None, simipu=lambda: module.TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high)))[script]()
+    batch = next(data.loader(dataset, "train", 1, augment=augment, prepare=prepare).begin_at(0))
+    torch.manual_seed(0)
+    model = dict(clap=lambda: module.Clap(cfg, dataset.grid), cmcr=lambda: module.Cmcr(cfg, dataset.grid, False), simipu=lambda: module.SimIPU(cfg),
+                 finetune=lambda: module.Detector(cfg, dataset.grid))[script]()
+    exact = model(batch)[0]
+    for place in {common, module}:
+        if hasattr(place, "half"):
+            monkeypatch.setattr(place, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+    rough = model(batch)[0]
+    rough.backward()
+    assert rough.dtype == torch.float32 and rough != exact and abs(rough - exact) < 0.1 * abs(exact), (rough, exact)
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_on_cuda_image_norms_become_synchronised_and_keep_their_tensors(monkeypatch):
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), torch.nn.BatchNorm3d(4), common.BatchNorm(4))
+    model[1].eval()
+    tensors = list(model.parameters())
+    wrapped = common.wrap(model, torch.device("cuda", 0), 2)
+    assert [type(m) for m in (wrapped[0][1], wrapped[1], wrapped[2])] == [torch.nn.SyncBatchNorm, torch.nn.SyncBatchNorm, common.BatchNorm]
+    assert all(a is b for a, b in zip(tensors, wrapped.parameters(), strict=True)) and wrapped[0][1].training and not wrapped[1].training

@@ -460,8 +460,9 @@ def test_every_method_looks_at_its_gradient(script):
     assert loop.index("norm = ") < loop.index("grad_norm=norm") < loop.index(".step()")
 
 
-def test_a_learning_rate_of_1e20_is_noticed(folders, tmp_path):
-    code, said = folders.again("finetune", tmp_path / "run", lr=1e20, steps=30)
+@pytest.mark.parametrize("script", ["finetune", "clap"])
+def test_a_learning_rate_of_1e20_is_noticed(folders, tmp_path, script):
+    code, said = folders.again(script, tmp_path / "run", lr=1e20, steps=30)
     assert code == 1 and "not finite on nuscenes/" in said, said
 
 
@@ -488,6 +489,26 @@ def test_fine_tuning_on_two_processes_is_that_of_one_also_when_one_frame_is_empt
             torch.testing.assert_close(gradient[name], p.grad, rtol=1e-4, atol=tiny, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(gradient[name], same[name]), name
     assert all(part[2][0].isfinite() and all(g.isfinite().all() for g in part[2][2].values()) for part in parts)
+
+
+def resumed(rank, folders):
+    """What one of two processes finds in its folder: a step or what it says."""
+    try:
+        return common.resume(folders[rank], torch.nn.Linear(2, 2))
+    except SystemExit as refusal:
+        return str(refusal)
+
+
+def test_processes_that_find_different_checkpoints_do_not_go_on(server, tmp_path):
+    """Two nodes without a common folder, or one whose disk failed for a moment: they would train on different weights."""
+    for name, step in (("a", 7), ("b", 5)):
+        (tmp_path / name).mkdir()
+        torch.save(dict(step=step, config="{}", model=torch.nn.Linear(2, 2).state_dict(), optimizers=[]), tmp_path / name / "last.pt")
+    cases = {("a", "a"): (7, 7), ("a", "b"): "step 5, some that of 7", ("b", "nowhere"): "step 0, some that of 5"}
+    for folders, expected in cases.items():
+        found = on_two(server, resumed, tmp_path, [str(tmp_path / name) for name in folders])
+        (tmp_path / "meet").unlink(missing_ok=True)
+        assert found == [7, 7] if expected == (7, 7) else all(expected in said and "they must all see one folder" in said for said in found), found
 
 
 @pytest.mark.parametrize("method", [simipu, cmcr])
