@@ -31,7 +31,8 @@ Departures and readings:
       bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head is three plain layers on feature, geometry and view: no SDF gradient (no second-order derivatives in the render path) and no position, which
       UniPAD's four layers have; the SDF's feature enters before its five hidden layers, UniPAD's also before the output.
-  D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input.
+  D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input. (The paper draws about one
+      point in a hundred, which fits all ten sweeps better than one.)
   D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
       renormalised, as printed.
   D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau) in L_SwAV, the same at the paper's tau = 1; L_EM has none.
@@ -43,6 +44,8 @@ Departures and readings:
   D10  The fusion is a 1 x 1 x 1 and a 3 x 3 x 3 convolution to 4 times the first width, the detector's own; the paper does not say.
   D11  Ranges and distances are of the scene scaled to +-1 by its largest x or y, in the losses too (UniPAD); in metres L_range alone would weigh 54 times as much
       on nuScenes. The paper does not say.
+  D12  Projection heads are a linear layer, batch norm, ReLU and a linear layer (SwAV), which the paper does not describe; on CUDA the encoders run in bfloat16,
+      field, rendering and prototypes in float32.
 """
 import json
 import math
@@ -129,7 +132,8 @@ SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=340, batch
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
+    for wrong, told in ((not min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
+                         f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.blur % 2 == 0, f"--blur {cfg.blur}: a Gaussian has a middle, give an odd number of pixels"),
                         (cfg.prototypes < 2, f"--prototypes {cfg.prototypes}: at least 2, or --without prototypes"),
                         (min(cfg.batch, cfg.eval_every, cfg.save_every) < 1, "--batch, --eval-every and --save-every start at 1"),
@@ -292,7 +296,7 @@ class Field(nn.Module):
         feature = gather_weighted(table, flat + b[:, None] * math.prod(self.cells.shape), weight)   # (M, C)
         x = self.place(xyz * self.scale)
         for layer, more in zip(self.layers, self.inject(feature).chunk(len(self.layers), 1)):
-            x = F.softplus(layer(x + more), beta=100, threshold=10)                        # (M, 16); the threshold saves time and costs 5e-7
+            x = F.softplus(layer(x + more), beta=100, threshold=10)                        # (M, 16); beta [code UniPAD]; the threshold saves time, costs 5e-7
         s, geometry = self.output(x).split([1, x.shape[1]], 1)
         return s[:, 0], geometry, feature
 
@@ -340,7 +344,7 @@ class Prototypes(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.K = nn.Parameter(torch.randn(cfg.prototypes, cfg.dims))                       # raw: with unit prototypes and tau = 1 L_EM would be inert
-        self.head_lidar, self.head_image = mlp(lidar_width, lidar_width, cfg.dims), mlp(image_width, lidar_width, cfg.dims)
+        self.head_lidar, self.head_image = mlp(lidar_width, lidar_width, cfg.dims), mlp(image_width, lidar_width, cfg.dims)                  # D12
 
     def forward(self, lidar, image):
         """lidar (N, C), image (N, C') features of the same N cells -> L_SwAV, L_EM, L_GMM, {monitor: ()}."""
@@ -459,8 +463,8 @@ class Clap(nn.Module):
     @torch.no_grad()
     def weights(self, table, batch, rows, uniform):
         """The chosen sampler's weight of each of these points, made safe frame by frame. Its step for differences is half a cell [ours]. rows (M,) -> (M,)."""
-        sampler = SAMPLERS["uniform" if uniform else self.cfg.sampler]
-        xyz, b, pca = batch.points[rows, :3], batch.b_points[rows], batch.extra["points_curvature"][rows] if self.cfg.sampler == "pca" else None
+        sampler, xyz, b = SAMPLERS["uniform" if uniform else self.cfg.sampler], batch.points[rows, :3], batch.b_points[rows]
+        pca = batch.extra["points_curvature"][rows] if self.cfg.sampler == "pca" else None
         omega = sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
         safe = torch.empty_like(omega)
         for frame in b.unique().tolist():
@@ -476,7 +480,7 @@ class Clap(nn.Module):
 
     @torch.no_grad()
     def both_see(self, lidar, seen, points, b_points, generators, most=8192):
-        """Sites whose own cell holds one of these visible points and that some camera sees, at most 8192 a frame. -> rows (N_3D,) of the level."""
+        """Sites whose own cell holds one of these visible points and that some camera sees, at most `most` a frame [ours].  D7  -> rows (N_3D,) of the level."""
         cells, inside = lidar.cells, self.lidar.inside(points)
         zyx = cells.index(points[inside, :3]).round().long().clamp_min(0)
         zyx = zyx.minimum(zyx.new_tensor(cells.shape) - 1)                                 # the outer half of a border cell
@@ -518,24 +522,27 @@ def examine(model, loader, device):
         rows, direction, r = model.targets(batch)
         b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
         swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
-        given, other, dark = (model.encode(x, hidden, px)[0] for x, px in ((batch, hidden_px), (swapped, hidden_px), (batch, torch.ones_like(hidden_px))))
+        given, other = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped))
+        blind = model.encode(batch, hidden, torch.ones_like(hidden_px))[0]
         r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
         r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
         omega = model.weights(given, batch, rows, False)
         at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, False), cfg.pixels, batch.size, generators)
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        lit, unlit = (model.render(t, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)[1:] for t in (given, dark))
-        c = (batch.images[at, :, v, u].float() / 255)[lit[1]]
-        colour.append(torch.cat([(c - lit[0]).abs().mean(1, keepdim=True), (c - unlit[0]).abs().mean(1, keepdim=True), c], 1))
+        _, c_hat, valid = model.render(given, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
+        _, c_blind, _ = model.render(blind, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
+        c = (batch.images[at, :, v, u].float() / 255)[valid]
+        colour.append(torch.cat([(c - c_hat).abs().mean(1, keepdim=True), (c - c_blind).abs().mean(1, keepdim=True), c], 1))
     model.train()
     elevation, r, hid, error, error_other, error_near = torch.cat(ray).cpu().double().unbind(1)
     _, beam, count = torch.unique((elevation.rad2deg() * 2).round(), return_inverse=True, return_counts=True)           # half-degree bins
     mean = torch.zeros(len(count), dtype=r.dtype).index_add_(0, beam, r) / count
-    hid, both, (lit, unlit, c) = hid.bool(), error_other.isfinite(), torch.cat(colour).cpu().double().split([1, 1, 3], 1)
+    error_colour, error_blind, c = torch.cat(colour).cpu().double().split([1, 1, 3], 1)
+    hid, both = hid.bool(), error_other.isfinite()
     found = dict(range_hidden=error[hid].mean(), range_visible=error[~hid].mean(), beam_mean=(r - mean[beam])[hid].abs().mean(),
                  nearest_ray=error_near[hid].nanmean(), range_all=error[both].mean(), range_swapped=error_other[both].mean(),
-                 colour=lit.mean(), colour_blind=unlit.mean(), colour_mean=(c - c.mean(0)).abs().mean())
+                 colour=error_colour.mean(), colour_blind=error_blind.mean(), colour_mean=(c - c.mean(0)).abs().mean())
     return {k: round(float(v), 4) if v.isfinite() else None for k, v in found.items()}
 
 
@@ -638,14 +645,15 @@ def range_image(direction, r):
 
 def train(rank, world, cfg):
     check(cfg)
+    dataset = data.open_dataset(cfg.data, cfg.preset)
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
-    dataset, prepare = data.open_dataset(cfg.data, cfg.preset), Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
+    prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
     held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # every n-th of the split
-    model = Clap(cfg, loader.grid).to(device)
+    model = Clap(cfg, dataset.grid).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
@@ -674,7 +682,7 @@ def train(rank, world, cfg):
         opt.step()
         stop = log.stopping()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, [opt], UNITS, loader.grid)
+            save(cfg, step + 1, model, [opt], UNITS, dataset.grid)
         if stop:
             log.leave(step)
 

@@ -33,14 +33,16 @@ Departures:
   D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, with one weight (the code has the points' alone), divided by the rows of all
       processes, so that it does not grow with the batch.
   D6  Neighbours of a query are the nearest 32 within 1 m (the code's library takes some 32); queries are drawn anew each epoch, after the augmentation.
-  D7  The trunk is the one that the detector loads (VoxelNet, the data set's range, all five point features; the age is 0 here, since only the key sweep is read)
-      instead of a MinkUNet on intensity alone; on CUDA it and the teacher run in bfloat16. Of Waymo all lasers' points go in, queries start from TOP's rays.
+  D7  The trunk is the one that the detector loads (VoxelNet, the data set's range and voxels, the mean of all five point features in a voxel; the age is 0 here,
+      since only the key sweep is read) instead of a MinkUNet on the intensity of one point in each voxel of 0.1 m; on CUDA it and the teacher run in bfloat16.
+      Of Waymo all lasers' points go in, queries start from TOP's rays.
   D8  The cross-modal code matching of the code is left out: over 400 codes of unit length it is a constant within 0.04 nats.
   D9  --teacher none trains a random ResNet along, so that the embedded world needs no download; the default with --data is frozen, as published.
   D10  Cuts are taken from pictures of the data set's size in data.py (times --enlarge), which show less height than those on disk, with an aspect within 10 % of the
        cut's and a share of the largest part of that aspect: 12 to 48 % of a nuScenes picture where the code keeps 30 to 100 % of any aspect from 14/9 to 17/9.
        They are shrunk by area, the code's without antialiasing.
   D11  The figure's L_kl on G^3D is left out: the code has no trace of it, and what it would need, classes of an image model, the method has not.
+  D12  All 700 training scenes of nuScenes are seen; the release keeps a fixed 100 of them for choosing parameters.
 """
 import hashlib
 import json
@@ -57,7 +59,7 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, SumOverRanks, VoxelNet, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet,
+from common import (Log, ResNet, SumOverRanks, VoxelNet, at_most, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet,
                     loss_curves, mean_over_ranks, over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
@@ -120,7 +122,8 @@ SMALL = dict(workers=0, eval_every=50, save_every=80, epochs=0, steps=320, lr=2e
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
+    for wrong, told in ((not min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
+                         f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.crop_h % STRIDE or cfg.crop_w % STRIDE or min(cfg.crop_h, cfg.crop_w) < STRIDE,
                          f"--crop-h {cfg.crop_h} --crop-w {cfg.crop_w}: masks are whole cells, give multiples of {STRIDE}"),
                         (not 0 < cfg.crop_least <= 1, f"--crop-least {cfg.crop_least}: expected more than 0 and at most 1"),
@@ -189,7 +192,7 @@ class Views:
         for image, matrix, mine in zip(frame.images, frame.lidar2img, seen):
             uvd = frame.points[mine, :3] @ matrix[:3, :3].T + matrix[:3, 3]
             boxes.append(random_cut(rng, image.shape[1:], uvd[:, :2] / uvd[:, 2:], size[1] / size[0], cfg))
-            coins.append(rng.random() < 0.5)
+            coins.append(rng.random() < 0.5)                        # mirrored [code]
         frame = data.recut_images(frame, boxes, [size] * len(boxes), coins)
         xyz, ray = frame.points[:, :3], frame.points[:, 4] == 0     # Waymo's other lasers' points are no rays from the origin
         queries, occupied, intensity = occupancy_queries(xyz[ray], frame.points[ray, 3], frame.origin, cfg.queries, cfg.depth, rng)
@@ -224,15 +227,15 @@ class Codebook(nn.Module):
         super().__init__()
         self.momentum = momentum
         start_ = F.normalize(torch.rand(codes, dims) * 2 - 1, dim=1)
-        self.register_buffer("codes", start_)                      # (K, D)
-        self.register_buffer("total", start_.clone())              # (K, D), decayed sums; the codes are their directions
+        self.register_buffer("codes", start_)                      # (codes, D)
+        self.register_buffer("total", start_.clone())              # (codes, D), decayed sums; the codes are their directions
 
     def nearest(self, x):
         """x (N, D) of unit length -> (N,) the code at the least distance, which is the greatest cosine."""
         return (x.detach() @ self.codes.t()).argmax(1)
 
     def quantise(self, x):
-        """The nearest code; what comes back goes to x as it is. x (N, D) -> (N, D)."""
+        """The nearest code, straight through: its gradient reaches x unchanged. x (N, D) -> (N, D)."""
         return x + (self.codes[self.nearest(x)] - x).detach()
 
     def commitment(self, x, own, other, beta):
@@ -241,7 +244,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, p, q, a, b):
-        """One step: a code moves to the mean of both features of every pair that either modality assigned to it. p, q (M, D), a, b (M,)."""
+        """One step: a code moves a share of 1 - momentum towards the mean of both features of every pair that either modality assigned to it. p, q (M, D), a, b (M,)."""
         both = (p + q) / 2
         total = torch.zeros_like(self.total).index_add_(0, torch.cat([a, b]), torch.cat([both, both]))
         self.total.mul_(self.momentum).add_(over_ranks(total), alpha=1 - self.momentum)
@@ -344,8 +347,8 @@ class Cmcr(nn.Module):
 
         # 2 what points and visible pixels share: contrast, codebook
         point, image, uv, cell = self.pairs(batch)                                         # (P,) each, uv (P, 2)
-        i = self.choose(~hidden.flatten()[cell], generators[0])                              # (M,) visible pairs      D3
-        p = F_3D.index_select(0, point[i])                                                 # (M, D); on a CPU brackets would add up gradients in any order
+        i = at_most(cfg.pairs, (~hidden.flatten()[cell]).nonzero()[:, 0], generators[0])   # (M,) visible pairs      D3
+        p = F_3D.index_select(0, point[i])                                                 # (M, D); the gradient of x[i] has no fixed order on a CPU
         q = F.normalize(sample_image(shared, image[i], uv[i], batch.images.shape[-2:]), dim=1)                          # (M, D)
         L_NCE = mean_over_ranks(info_nce(p, q, cfg.tau).sum(), len(i))                                                  # [code], points ask
         L = L_NCE                                                                                                       # [figure]
@@ -384,14 +387,9 @@ class Cmcr(nn.Module):
 
     def pairs(self, batch):
         """Every pair of a point and a picture that shows it: point (P,), picture (P,), uv (P, 2) px, cell (P,) into (B K h w)."""
-        point, image, uv, _ = project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
+        point, image, uv, _ = project(batch.points[:, :3], batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)          # m [code]
         u, v = (uv / STRIDE).long().unbind(1)
         return point, image, uv, (image * (self.cfg.crop_h // STRIDE) + v) * (self.cfg.crop_w // STRIDE) + u
-
-    def choose(self, which, generator):
-        """A random `pairs` of the rows where which (P,) is true, in order."""
-        rows = which.nonzero()[:, 0]
-        return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:self.cfg.pairs].sort().values]
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------------------
@@ -464,11 +462,9 @@ def draw(model, batch, out):
                        ("codes of its cells, some hidden", colour[of_cells[k]].numpy(), look)]
         figure(Path(out) / "figures" / "codes.png", panels, 2, (5.0, 3.4))
 
-    curves = []
-
     def rays(ax):
         """Probability of being occupied along a few rays, from the points within reach; the ray's own point at 0."""
-        rng, at = np.random.default_rng(0), np.linspace(-0.8, 0.8, 33)
+        rng, at, curves = np.random.default_rng(0), np.linspace(-0.8, 0.8, 33), []
         tree, origin = cKDTree(xyz.numpy()), batch.origin[0].cpu().numpy()
         for n in rng.permutation(len(xyz))[:200]:
             ray = xyz[n].numpy() - origin
@@ -505,7 +501,7 @@ def train(rank, world, cfg):
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.enlarge * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views, image=size)
-    held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=views, image=size).begin_at(0), BATCHES))    # the same on every process
+    held_out = list(islice(data.loader(dataset, "val", 2, 0, 1, 0, augment=views, image=size).begin_at(0), BATCHES))     # the same for every process, seed and batch
     model.to(device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)

@@ -14,8 +14,8 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, disband, start, claim, list_frames,      clap, cmcr, simipu, finetune
-                  on_first, wrap, frame_generators, cosine, resume, save,
-                  read_units, load_units, load_resnet, Log, evaluate, profile,
+                  on_first, wrap, frame_generators, at_most, cosine, resume,
+                  save, read_units, load_units, load_resnet, Log, evaluate, profile,
                   written, write_text, figure, loss_curves, join
 
 Nothing here knows a data set.
@@ -334,7 +334,7 @@ def submanifold_map(coords, shape):
     for delta in (row - 1, plane - row - 1, plane - 1, plane + row - 1):
         wanted, at = keys + delta, torch.searchsorted(keys, keys + delta)
         for _ in range(3):
-            hit = table.index_select(0, at) == wanted               # brackets would take a third longer
+            hit = table.index_select(0, at) == wanted               # table[at] takes a third longer
             outs.append(hit.nonzero()[:, 0])
             ins.append(at.index_select(0, outs[-1]))
             wanted, at = wanted + 1, at + hit
@@ -1009,6 +1009,11 @@ def wrap(model, device, world):
 def frame_generators(seeds, device):
     """One random stream a frame, whatever process or batch it is in. seeds (B,) int64 -> B generators on the device."""
     return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds.tolist()]
+
+
+def at_most(n, rows, generator):
+    """A random n of these rows, or all if there are fewer; in their order, so that what they index is read in order. rows (M,) -> (n or M,)."""
+    return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:n].sort().values]
 
 
 def cosine(step, warmup, steps):

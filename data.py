@@ -804,7 +804,7 @@ class NuScenes:
             points = self.read_sweep(sensor, name)
             x, y = points[:, 0], points[:, 1]
             # the car itself, 3 % of it beyond the devkit's |x|, |y| < 1: bonnet and tail, and nothing else fits there        [ours]
-            points = np.compress(~((x > -1.5) & (x < 2.5) & (abs(y) < 1)), points, 0)                # a third of the time of brackets
+            points = np.compress(~((x > -1.5) & (x < 2.5) & (abs(y) < 1)), points, 0)                # a third of the time of points[mask]
             if sensor is not lidar:
                 move = (world2lidar @ sensor["to_world"]).astype(np.float32)                         # product in float64
                 points[:, :3] = (move[:3, :3] @ points[:, :3].T + move[:3, 3:]).T                    # columns: a third of the time of rows

@@ -31,12 +31,14 @@ Departures:
   D5  Sampling of C5 divides by the size of the padded batch, in the area convention; a point that no camera sees makes no pair. The code divides by each image's
       own size and lets unseen points read zeros.
   D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
-      identities. Batch norms over points and pairs
-      count every process's rows (the code's only their own); on CUDA the image network runs in bfloat16.
+      identities, the point network as torch draws it (the code's as mmcv does). Batch norms over points and pairs count every process's rows (the code's only
+      their own); on CUDA the image network runs in bfloat16.
   D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
+      Of Waymo all five cameras are used (the paper: the front one).
   D8  At most 4096 pairs a process: the paper's number is the code's 4 frames of 1024; negatives are those of the same process.
   D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
-  D10  Of Waymo every fifth frame is seen, as in the released configuration; the paper counts all of them.
+  D10  Of Waymo every fifth frame is seen and of KITTI the 3,712 of the training split, as in the released configurations; the paper counts all of Waymo's, and
+      KITTI's test frames too (11,230).
   D11  The small preset trains image network and heads with AdamW. With the code's SGD at 0.03 and two frames a step the first layer became a blur of brightness
       within ten steps (`stem` 45 to 2) while L_inter fell as if all were well; whether that happens at the paper's batch of 32 is not known: look at `stem`.
 """
@@ -51,13 +53,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, disband, evaluate, figure, frame_generators, half, in_picture, info_nce, launch, list_frames, load_resnet, loss_curves,
-                    mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, at_most, disband, evaluate, figure, frame_generators, half, in_picture, info_nce, launch, list_frames, load_resnet,
+                    loss_curves, mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
 
-UNITS = "camera.resnet",                                            # what backbones.safetensors holds
+UNITS = "camera.resnet",                                            # what backbones.safetensors holds            FORK 3
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
 NEIGHBOURS = (32, 32, 64), (32, 32, 64), (16, 16, 16)               # most points in each [code]
 WAYMO_EVERY = 5                                                     # of Waymo's frames every n-th is seen [code] D10
@@ -97,7 +100,7 @@ class Config:
     reach: float = 1.0                 # factor of RADII; 1 [code], small 2 [ours]: the embedded LiDAR is a third as dense
     dims: int = 128                    # of what is compared [paper]
     # losses
-    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: row by row, as the code has it and never calls it [code]; Table 5's is not described
+    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: row by row, each partner once, as the code has it and never calls it [code]; Table 5's "repeats"
     pairs: int = 4096                  # most pairs of either loss a process [paper] D8
     tau: float = 0.07                  # temperature [code]
     w_intra: float = 1.0               # lambda [code]; 0 leaves the point network's weights as they were drawn: the paper's ablation
@@ -110,7 +113,8 @@ SMALL = dict(workers=0, eval_every=50, save_every=100, epochs=0, steps=300, batc
 
 def check(cfg):
     """Flags that contradict themselves, before anything is written."""
-    for wrong, told in (((cfg.epochs > 0) == (cfg.steps > 0), f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
+    for wrong, told in ((not min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
+                         f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.points < 64 or cfg.points % 32, f"--points {cfg.points}: a multiple of 32, at least 64; a sixteenth is matched, half from each sampler"),
                         (cfg.w_intra < 0 or cfg.w_inter < 0 or not cfg.w_intra + cfg.w_inter, "--w-intra and --w-inter: not negative and not both 0"),
                         (not 0 <= cfg.scale < 1 or cfg.turn < 0, f"--turn {cfg.turn}, --scale {cfg.scale}: from 0, and scale below 1"),
@@ -121,7 +125,7 @@ def check(cfg):
             raise SystemExit(told)
 
 
-# ---- two views of a cloud --------------------------------------------------------------------------------------------------------
+# ---- two views of a cloud: FORK 1, what a frame gives ----------------------------------------------------------------------------
 
 def random_transform(rng, centre, turn, scale):
     """T: turn about the vertical through `centre` (3,), then scale about the origin, then mirror y half of the time [code]. -> (4, 4) float64, mirrored bool."""
@@ -256,7 +260,7 @@ class SetAbstraction(nn.Module):
         centres, out = xyz.gather(1, chosen[..., None].expand(-1, -1, 3)), []              # (B, m, 3)
         rows = torch.cat([xyz, f], 2).flatten(0, 1)                                        # (B n, 3 + C)
         for network, near in zip(self.shells, ball_query(centres, xyz, self.radii, self.most)):
-            x = rows.index_select(0, near.flatten()).view(*near.shape, -1)                 # (B m, k, 3 + C); brackets would add up gradients in any order
+            x = rows.index_select(0, near.flatten()).view(*near.shape, -1)                 # (B m, k, 3 + C); the gradient of x[i] has no fixed order on a CPU
             x = torch.cat([x[..., :3] - centres.flatten(0, 1)[:, None], x[..., 3:]], 2)    # relative coordinates           D3
             x = network(x.flatten(0, 1)).view(*near.shape, -1)                             # (B m, k, C'')
             out.append(x.amax(1))
@@ -283,16 +287,15 @@ class PointEncoder(nn.Module):
         l, f = self.stage1(points[..., :3], points[..., 3:], first)                        # D-FPS
         fused = torch.cat([farthest_features(torch.cat([l, f], 2), m), spread], 1)         # FS: F-FPS and D-FPS of all
         l, f = self.stage2(l, f, fused)
-        half_ = torch.cat([farthest_features(torch.cat([l, f], 2)[:, :m], m // 2), m + spread[:, :m // 2]], 1)          # of each block       D4
-        l, f = self.stage3(l, f, half_)
-        return l, f, first.gather(1, fused.gather(1, half_))
+        chosen = torch.cat([farthest_features(torch.cat([l, f], 2)[:, :m], m // 2), m + spread[:, :m // 2]], 1)          # of each block       D4
+        l, f = self.stage3(l, f, chosen)
+        return l, f, first.gather(1, fused.gather(1, chosen))
 
 
 # ---- matching --------------------------------------------------------------------------------------------------------------------
 
 def greedy_pairs(a, b):
     """Row by row the nearest that is still free [code]. a, b (n, 3) -> (n,) rows of b."""
-    from scipy.spatial.distance import cdist
     cost, pairs = cdist(a, b), np.zeros(len(a), np.int64)
     for i in range(len(a)):
         pairs[i] = cost[i].argmin()
@@ -300,7 +303,7 @@ def greedy_pairs(a, b):
     return pairs
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------------------
+# ---- the method: FORK 2, the losses ----------------------------------------------------------------------------------------------
 
 class SimIPU(nn.Module):
     """Both losses of a batch. camera.resnet is what is kept; the point network and the heads are thrown away."""
@@ -346,11 +349,6 @@ class SimIPU(nn.Module):
         first = first[first < len(point)]                                                                               # D7
         return point[first], image[first], uv[first]
 
-    def at_most(self, rows, batch):
-        """A random `pairs` of these rows."""
-        generator = frame_generators(batch.seeds[:1], rows.device)[0]
-        return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:self.cfg.pairs].sort().values]                    # D8
-
     def forward(self, batch):
         """-> L (), {name: ()}."""
         cfg = self.cfg
@@ -366,7 +364,7 @@ class SimIPU(nn.Module):
         moved = apply(T, l_alpha)
         j = self.pair(moved, l_beta, row_alpha, order.gather(1, row_beta))                 # (B p,)                  Eq. 3
         alive = (batch.extra["seen"] > 0).repeat_interleave(l_alpha.shape[1])
-        i = self.at_most(alive.nonzero()[:, 0], batch)                                     # (M,) into (B p)
+        i = at_most(cfg.pairs, alive.nonzero()[:, 0], frame_generators(batch.seeds[:1], alive.device)[0])               # (M,) into (B p)         D8
         z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))                # (M, 128)
         with torch.no_grad():
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j[i]])                           # (M, 128)
@@ -375,7 +373,7 @@ class SimIPU(nn.Module):
         # 3 inter-modal: where each point lands, what the image says there; only the image network learns
         c5, padded = self.image_features(batch.images, batch.hw)                           # (B K, C, h, w)          Eq. 5
         k, image, uv = self.in_images(l_alpha, batch)                                      # (M',) into (B p)        Eq. 6
-        kept = self.at_most(alive[k].nonzero()[:, 0], batch)
+        kept = at_most(cfg.pairs, alive[k].nonzero()[:, 0], frame_generators(batch.seeds[:1], alive.device)[0])         # D8
         k, image, uv = k[kept], image[kept], uv[kept]
         f_image = sample_image(c5, image, uv, padded)                                      # (M', C)                 Eq. 6  D5
         z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])                       # (M', 128)               D1
@@ -388,8 +386,8 @@ class SimIPU(nn.Module):
             cell = (uv / 32).long()
             terms = dict(L_intra=L_intra, L_inter=L_inter, matched_median=quantile(distance, 0.5), matched_p90=quantile(distance, 0.9),
                          chance_intra=math.log(max(len(i), 1)), chance_inter=math.log(max(len(k), 1)),
-                         floor_intra=shared(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
-                         cell_inter=shared((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
+                         floor_intra=log_repeats(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
+                         cell_inter=log_repeats((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
                          stem=directions(self.camera.resnet.conv1.weight), std_alpha=spread_of(z_alpha), std_point=spread_of(z_point), std_image=spread_of(z_image))
         return L, terms
 
@@ -403,7 +401,7 @@ def quantile(x, q):
     return x.quantile(q) if len(x) else x.new_zeros(())
 
 
-def shared(ids):
+def log_repeats(ids):
     """Mean log of how many rows have the same number: what InfoNCE cannot go below if equal numbers mean equal features. ids (M,) -> ()."""
     _, where, count = torch.unique(ids, return_inverse=True, return_counts=True)
     return count[where].float().log().sum() / max(len(ids), 1)
@@ -477,18 +475,18 @@ def draw(model, batch, out):
 
 def train(rank, world, cfg):
     check(cfg)
-    device = start(cfg, rank, world)
-    torch.manual_seed(cfg.seed)
     dataset = data.open_dataset(cfg.data, cfg.preset)
     dataset.grid = replace(dataset.grid, sweeps=1)                  # TwoViews keeps no other; D7
+    torch.manual_seed(cfg.seed)
+    model = SimIPU(cfg)
+    if cfg.image_init:
+        load_resnet(cfg.image_init, model.camera.resnet, rank)
+    device = start(cfg, rank, world)
     augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1
     loader.indices = loader.indices[::every]
-    held_out = list(islice(data.loader(dataset, "val", cfg.batch, 0, 1, cfg.seed, augment=augment).begin_at(0), BATCHES))  # the same on every process
-    model = SimIPU(cfg)
-    if cfg.image_init:
-        load_resnet(cfg.image_init, model.camera.resnet, rank)
+    held_out = list(islice(data.loader(dataset, "val", 2, 0, 1, 0, augment=augment).begin_at(0), BATCHES))               # the same for every process, seed and batch
     model.to(device)
     rest = [p for part in (model.camera, model.head_intra, model.head_point, model.head_image) for p in part.parameters()]
     opts = [torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points, betas=(0.95, 0.99), weight_decay=0.01),                    # [code]
@@ -512,8 +510,9 @@ def train(rank, world, cfg):
         for opt, lr in zip(opts, (cfg.lr_points, cfg.lr)):
             for group in opt.param_groups:
                 group["lr"] = lr * factor
-            opt.zero_grad()
         loss, terms = net(batch)
+        for opt in opts:
+            opt.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])       # a loss of weight 0 trains nothing
         log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr * factor)                   # raises before the update if one is not finite

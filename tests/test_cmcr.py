@@ -134,9 +134,9 @@ def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
     masked = hidden_of(batch).flatten()[cell]
     shown = ~masked
     assert shown.any() and masked.any()
-    chosen = model.choose(shown, torch.Generator().manual_seed(0))
+    chosen = common.at_most(TINY.pairs, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
     assert len(chosen) == TINY.pairs == len(chosen.unique()) and not masked[chosen].any()
-    everything = Cmcr(replace(TINY, pairs=10**6), GRID, False).choose(shown, torch.Generator().manual_seed(0))
+    everything = common.at_most(10**6, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
     assert len(everything.unique()) == shown.sum()                                          # the release comes to two a camera
     with torch.no_grad():
         assert model.eval()(batch)[1]["distinct"] == 1
@@ -318,7 +318,7 @@ def test_every_loss_written_out(batch, model):
         point, image, uv, cell = pairs_of(batch)
         generators = common.frame_generators(batch.seeds, torch.device("cpu"))
         hide_cells(batch.cameras, (2, 3), cfg, generators)
-        chosen = model.choose(~hidden.flatten()[cell], generators[0])
+        chosen = common.at_most(TINY.pairs, (~hidden.flatten()[cell]).nonzero()[:, 0], generators[0])
         p, q = F_3D[point[chosen]], []
         for n in chosen.tolist():
             u, v = uv[n].tolist()

@@ -439,8 +439,8 @@ def test_directions_of_filters():
 
 
 def test_floors_count_the_rows_that_share(batch):
-    assert simipu.shared(torch.tensor([4, 4, 4, 7])).item() == pytest.approx(3 * math.log(3) / 4)
-    assert simipu.shared(torch.arange(5)) == 0 and simipu.shared(torch.arange(0)) == 0
+    assert simipu.log_repeats(torch.tensor([4, 4, 4, 7])).item() == pytest.approx(3 * math.log(3) / 4)
+    assert simipu.log_repeats(torch.arange(5)) == 0 and simipu.log_repeats(torch.arange(0)) == 0
 
 
 # ---- the script ----
