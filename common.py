@@ -370,19 +370,14 @@ def strided_map(coords, shape, pad):
 
 def gather(x, rows):
     """x (V, C), rows (P,) -> (P, C up to a multiple of 8): grouped_mm wants rows of a multiple of 16 bytes."""
-    return eights(x).index_select(0, rows)
-
-
-def eights(x):
-    """x (..., C) with zeros to C up to a multiple of 8; F.pad would copy also where there is nothing to do."""
-    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+    x = F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x     # F.pad would copy also where there is nothing to do
+    return x.index_select(0, rows)
 
 
 def multiply(pairs, weight, kmap):
     """Grouped matrix product, sum over the pairs of each output: nothing is added atomically, so repeatable bit by bit. pairs (P, C), weight (27, C, C') -> (V', C')."""
-    out = weight.shape[2]
-    weight = eights(eights(weight).transpose(1, 2)).transpose(1, 2).contiguous()
-    products = F.grouped_mm(pairs, weight, offs=kmap.ends)                                 # (P, C')
+    C, out = weight.shape[1:]
+    products = F.grouped_mm(pairs, F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous(), offs=kmap.ends)                # (P, C')
     return F.embedding_bag(kmap.order, products, kmap.first, mode="sum", include_last_offset=True)[:, :out]
 
 

@@ -931,7 +931,7 @@ class Kitti:
                         raise DataError(f"{name}: {os.path.join(self.root, file)} is missing, while other files of this frame are there; extract it again")
                 split = "test" if folder == "testing" else split_of.get((folder, number), "" if split_of else "train")
                 frames.append(KittiFile(name, split, files[0], files[1], (files[2],), files[3] if labelled else ""))
-        absent = len(split_of.keys() - {(folder, number) for folder, number in (frame.name.split("/")[1:] for frame in frames)})
+        absent = len(split_of.keys() - {tuple(frame.name.split("/")[1:]) for frame in frames})
         if absent:
             say(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
         return frames
