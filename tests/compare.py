@@ -65,7 +65,7 @@ def plan():
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
         add(name, FRACTIONS[0], modality, seed)
-    for seed, init in product(range(3), ("none", *METHODS)):
+    for init, seed in product(("none", *METHODS), range(3)):
         add(init, FRACTIONS[0], "fusion", seed, "longer")
     return rows
 
@@ -137,7 +137,12 @@ def work(jobs, minutes, only, runs):
     rows, needs, begun = done(), dict(plan()), time.monotonic()
     running, threads = {}, max((os.cpu_count() or 1) // jobs, 1)
     wanted = needs if only is None else needed(only, needs) | {only}
-    todo = [key for key in needs if key in wanted and (key not in rows or key == only)]
+    todo = []
+    for key, first in needs.items():
+        if key in wanted and (key not in rows or key == only):
+            if first and first not in todo and not (command(first, rows, runs)[1] / "metrics.json").exists():
+                todo.append(first)                                  # its row came from elsewhere
+            todo.append(key)
     runs.mkdir(parents=True, exist_ok=True)
     data.open_dataset("")                                           # written once, before two processes want it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -152,7 +157,7 @@ def work(jobs, minutes, only, runs):
                     raise SystemExit(f"{key}: exit status {process.returncode}; its output is in {out}.txt")
                 keep(key, argv, out, seconds, threads, runs)
                 rows = done()
-            ready = [key for key in todo if needed(key, needs) <= rows.keys()]
+            ready = [key for key in todo if needed(key, needs) <= rows.keys() and needs[key] not in (*todo, *running)]
             if ready and len(running) < jobs:
                 key = ready[0]
                 todo.remove(key)                                    # a run that is there and finished is scored again, nothing more

@@ -109,6 +109,22 @@ def test_a_run_that_ends_becomes_a_row_and_one_that_fails_ends_it_all(results, t
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_row_s_pre_training_is_made_again_where_only_its_row_is_there(results, tmp_path, monkeypatch):
+    ends = "import json, pathlib, sys; out, init = map(pathlib.Path, sys.argv[1:3]); assert out == init or (init / 'metrics.json').exists(); out.mkdir(exist_ok=True)\n" \
+           "(out / 'metrics.json').write_text(json.dumps(dict(L=5)))\n(out / 'provenance.json').write_text('[]'); (out / 'log.jsonl').touch()"
+    monkeypatch.setattr(compare, "command", lambda key, rows, runs: (["-c", ends, *(str(runs / k.replace("/", "_")) for k in (key, dict(compare.plan())[key] or key))],
+                                                                     runs / key.replace("/", "_")))
+    monkeypatch.setattr(compare.data, "open_dataset", lambda root: None)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
+    before, path = signal.getsignal(signal.SIGTERM), tmp_path / "compare.jsonl"
+    path.write_text(path.read_text() + json.dumps(dict(key="pretrain/clap/3")) + "\n")
+    for _ in range(2):                                              # the second time its folder is there
+        compare.work(2, None, "finetune/clap/0.05/fusion/3", tmp_path / "runs")
+        made = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+        assert made.count("pretrain/clap/3") == 2 and made[-1] == "finetune/clap/0.05/fusion/3"
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_figures_are_drawn_from_what_is_there(results, tmp_path):
     (tmp_path / "curves").mkdir()
     for seed in range(2):
