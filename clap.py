@@ -3,7 +3,7 @@
     python clap.py --data /nuscenes --gpus 8          # the paper's sizes
     python clap.py                                    # the embedded world, minutes on two CPU cores
 
-Read with: common.py §1 project, rays; §3 VoxelNet, CameraNet, FusionNet; §4 neus_weights; §6 surface_variation; data.py Batch.
+Read with: common.py §1 project, rays; §3 VoxelResNet, CameraNet, FusionNet; §4 neus_weights; §6 surface_variation; data.py Batch.
 One optimiser, one checkpoint: both branches and their fusion learn jointly. Later: finetune.py --init RUN.
 
 No code of the authors is public. [paper] marks what the paper's public text states (second-hand in part: a reading note, the reviews, the summaries of v1),
@@ -61,9 +61,9 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, box_exit, conv3d, corners, cosine, disband, evaluate, figure, frame_generators, gather_weighted, importance, in_picture, inside_boxes, launch,
-                    list_frames, loss_curves, mean_over_ranks, mlp, neus_weights, over_ranks, parse, perplexity, profile, project, ravel, rays, resume, save, start,
-                    stratified, surface_variation, trunk, wrap, write_text)
+from common import (Log, all_reduce, box_exit, conv3d, cosine, destroy_group, evaluate, figure, frame_generators, gather_weighted, importance, in_picture, inside_boxes,
+                    launch, list_frames, loss_curves, mean_over_ranks, mlp, multilinear, neus_weights, parse, perplexity, profile, project, ravel, rays, resume, save,
+                    start, stratified, surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
 HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
@@ -90,26 +90,26 @@ class Config:
     warmup: int = 500                  # steps from lr / 3; 500 [code UniPAD], small 50 [ours]
     weight_decay: float = 0.01         # prototypes included [code UniPAD, PonderV2]
     clip: float = 35.0                 # gradient norm [code UniPAD, OpenPCDet]
-    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z, 22.5 degrees [code UniPAD: 0.3925]
+    rotation: float = 0.3927           # rad, rotation U(-rotation, rotation) about z, 22.5 degrees [code UniPAD: 0.3925]
     scale: float = 0.05                # scaling U(1 - scale, 1 + scale); 0.05 [code UniPAD]; x and y flip with probability 1/2, on KITTI y only [code OpenPCDet]
     # networks
     resnet: Literal[18, 50] = 50       # image backbone, random initial weights; 50, small 18 [ours] D2
     width: int = 16                    # first sparse stage, small 8; volume, image, fusion, field: 8, 5, 4, 2 times that [code OpenPCDet, BEVFusion, D10, UniPAD]
     bins: int = 118                    # depth bins of the lift; 118 [code BEVFusion], small 36 [ours]
     # masking
-    hide_points: float = 0.9           # share of the blocks, 0.9 [sister]; a block is 8 x 8 x 8 voxels [code UniPAD]
-    hide_pixels: float = 0.3           # share of 32 x 32 patches [code UniPAD]
+    mask_points: float = 0.9           # share of the blocks, 0.9 [sister]; a block is 8 x 8 x 8 voxels [code UniPAD]
+    mask_pixels: float = 0.3           # share of 32 x 32 patches [code UniPAD]
     # curvature sampling
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
     neighbours: int = 32               # of the PCA, from all sweeps [ours]: at 16, half the neighbourhoods of a 32-beam sweep are a line
-    warm_epochs: float = 4             # N_warmup, with sdf: epochs of uniform sampling at first; 4 [paper], small 0.5 [ours]
+    uniform_epochs: float = 4          # N_warmup, with sdf: epochs of uniform sampling at first; 4 [paper], small 0.5 [ours]
     rays: int = 8192                   # N_L, points drawn a frame; 8192 [paper], small 1024 [ours]
     pixels: int = 1024                 # N_C / cameras, pixels drawn in each; 1024 [paper], small 128 [ours]
     blur: int = 9                      # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision's rule]
     sky: float = 0.4                   # top share of rows that uniform sampling leaves out [code UniPAD]
     # rendering
     samples: int = 72                  # stratified samples a ray; 72 [code UniPAD], with the next 96 [paper]; small 32 [ours]
-    finer: int = 24                    # samples by importance; 24 [code UniPAD], small 16 [ours]
+    importance_samples: int = 24       # samples by importance; 24 [code UniPAD], small 16 [ours]
     w_rend: float = 2.0                # omega_r [paper]
     w_surface: float = 0.05            # omega_sur [paper]
     w_colour: float = 0.05             # omega_C; 0.05 [paper], small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
@@ -126,8 +126,8 @@ class Config:
     without: Literal["", "prototypes"] = ""  # the paper's ablation
 
 
-SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=340, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, warm_epochs=0.5,
-             rays=1024, pixels=128, samples=32, finer=16, w_colour=0.5, prototypes=64)      # explained in Config
+SMALL = dict(workers=0, eval_every=80, save_every=80, epochs=0, steps=340, batch=2, lr=2e-3, warmup=50, resnet=18, width=8, bins=36, uniform_epochs=0.5,
+             rays=1024, pixels=128, samples=32, importance_samples=16, w_colour=0.5, prototypes=64)      # explained in Config
 
 
 def check(cfg):
@@ -137,11 +137,11 @@ def check(cfg):
                         (cfg.blur % 2 == 0, f"--blur {cfg.blur}: a Gaussian has a middle, give an odd number of pixels"),
                         (cfg.prototypes < 2, f"--prototypes {cfg.prototypes}: at least 2, or --without prototypes"),
                         (min(cfg.batch, cfg.eval_every, cfg.save_every) < 1, "--batch, --eval-every and --save-every start at 1"),
-                        (not 0 <= min(cfg.hide_points, cfg.hide_pixels, cfg.sky) <= max(cfg.hide_points, cfg.hide_pixels, cfg.sky) < 1,
-                         f"--hide-points {cfg.hide_points}, --hide-pixels {cfg.hide_pixels}, --sky {cfg.sky}: shares, from 0 to below 1"),
-                        (cfg.samples < 2 or min(cfg.rays, cfg.pixels, cfg.finer, cfg.blur, cfg.sinkhorn) < 1,
-                         "--rays, --pixels, --finer, --blur and --sinkhorn start at 1, --samples at 2"),
-                        (min(cfg.turn, cfg.scale) < 0 or cfg.scale >= 1, f"--turn {cfg.turn}, --scale {cfg.scale}: from 0, and scale below 1"),
+                        (not 0 <= min(cfg.mask_points, cfg.mask_pixels, cfg.sky) <= max(cfg.mask_points, cfg.mask_pixels, cfg.sky) < 1,
+                         f"--mask-points {cfg.mask_points}, --mask-pixels {cfg.mask_pixels}, --sky {cfg.sky}: shares, from 0 to below 1"),
+                        (cfg.samples < 2 or min(cfg.rays, cfg.pixels, cfg.importance_samples, cfg.blur, cfg.sinkhorn) < 1,
+                         "--rays, --pixels, --importance-samples, --blur and --sinkhorn start at 1, --samples at 2"),
+                        (min(cfg.rotation, cfg.scale) < 0 or cfg.scale >= 1, f"--rotation {cfg.rotation}, --scale {cfg.scale}: from 0, and scale below 1"),
                         (min(cfg.tau, cfg.epsilon) <= 0, f"--tau {cfg.tau}, --epsilon {cfg.epsilon}: temperatures are positive"),
                         (cfg.neighbours < 4, f"--neighbours {cfg.neighbours}: three points always lie in a plane, give 4 or more")):
         if wrong:
@@ -150,7 +150,7 @@ def check(cfg):
 
 # ---- hide ------------------------------------------------------------------------------------------------------------------------
 
-def hide_points(points, b, size, lidar, share, generators):
+def mask_points(points, b, size, lidar, share, generators):
     """Which points to hide: whole blocks of 8 x 8 x 8 voxels, the same for all sweeps. -> (N,) bool, True = hidden."""
     low, block = points.new_tensor(lidar.low), 8 * points.new_tensor(lidar.voxel)          # (3,), (3,) m
     shape = ((points.new_tensor(lidar.high) - low) / block).ceil().long()                  # X, Y, Z
@@ -159,7 +159,7 @@ def hide_points(points, b, size, lidar, share, generators):
     return hidden[b, index[:, 0], index[:, 1], index[:, 2]]
 
 
-def hide_pixels(images, cameras, share, generators, patch=32):
+def mask_pixels(images, cameras, share, generators, patch=32):
     """Which pixels to hide: whole patches. images (B K, 3, H, W) -> (B K, H, W) bool, True = hidden."""
     H, W = images.shape[-2:]
     shape = cameras, -(-H // patch), -(-W // patch)
@@ -292,7 +292,7 @@ class Field(nn.Module):
 
     def sdf(self, table, xyz, b):
         """table (B Z Y X, C) the volume's cells, xyz (M, 3) m, b (M,) -> s (M,), geometry (M, 16), feature (M, C)."""
-        flat, weight = corners(self.cells.index(xyz), self.cells.shape)
+        flat, weight = multilinear(self.cells.index(xyz), self.cells.shape)
         feature = gather_weighted(table, flat + b[:, None] * math.prod(self.cells.shape), weight)   # (M, C)
         x = self.place(xyz * self.scale)
         for layer, more in zip(self.layers, self.inject(feature).chunk(len(self.layers), 1)):
@@ -331,8 +331,8 @@ def sinkhorn(scores, epsilon, iterations):
     """
     log_q = scores / epsilon
     for _ in range(iterations):
-        top = over_ranks(F.pad(log_q, (0, 0, 0, 1), value=-1e9).amax(0), torch.distributed.ReduceOp.MAX)                # (N_K,)
-        log_q = log_q - (over_ranks((log_q - top).exp().sum(0)).log() + top)               # prototypes; a constant cancels below
+        top = all_reduce(F.pad(log_q, (0, 0, 0, 1), value=-1e9).amax(0), torch.distributed.ReduceOp.MAX)                # (N_K,)
+        log_q = log_q - (all_reduce((log_q - top).exp().sum(0)).log() + top)               # prototypes; a constant cancels below
         log_q = log_q - log_q.logsumexp(1, keepdim=True)                                   # samples
     return log_q.exp()
 
@@ -386,8 +386,8 @@ class Clap(nn.Module):
 
     def hide(self, batch, generators):
         """The mask of each frame, from its own random stream -> hidden points (N,), hidden pixels (B K, H, W) bool, True = hidden."""
-        return (hide_points(batch.points, batch.b_points, batch.size, self.lidar, self.cfg.hide_points, generators),
-                hide_pixels(batch.images, batch.cameras, self.cfg.hide_pixels, generators))
+        return (mask_points(batch.points, batch.b_points, batch.size, self.lidar, self.cfg.mask_points, generators),
+                mask_pixels(batch.images, batch.cameras, self.cfg.mask_pixels, generators))
 
     def encode(self, batch, hidden, hidden_px):
         """hidden (N,), hidden_px (B K, H, W) bool, True = hidden -> F~ as a table (B Z Y X, C), lidar Level, image volume (B, C, Z, Y, X), seen (B, Z, Y, X)."""
@@ -410,10 +410,10 @@ class Clap(nn.Module):
         -> range (R',) m, colour (R', 3) or None, valid (R,) with R' true."""
         cfg, far = self.cfg, box_exit(origin, direction, self.grid.low, self.grid.high)
         counts = torch.bincount(b, minlength=len(generators)).tolist()
-        noise = torch.cat([torch.rand(n, cfg.samples + cfg.finer, generator=g, device=b.device) for n, g in zip(counts, generators)])
+        noise = torch.cat([torch.rand(n, cfg.samples + cfg.importance_samples, generator=g, device=b.device) for n, g in zip(counts, generators)])
         valid = far > NEAR
         rows = valid.nonzero()[:, 0]
-        jitter, u = noise[rows].split([cfg.samples, cfg.finer], 1)
+        jitter, u = noise[rows].split([cfg.samples, cfg.importance_samples], 1)
         most = max(len(b), 1) if torch.is_grad_enabled() else 8192
         chunks = zip(*(x.split(most) for x in (origin[rows], direction[rows], b[rows], far[rows], jitter, u)))
         r, c = zip(*(self.field.render(table, *chunk, colour) for chunk in chunks))
@@ -560,7 +560,7 @@ def nearest_visible(direction, r, b, hidden):
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw(model, batch, out, stride=2):
+def save_figures(model, batch, out, stride=2):
     """figures/rendered.png, samples.png, sampled_pixels.png and prototypes.png of a held-out batch's first frame, under the training mask."""
     model.eval()
     cfg, K, generators = model.cfg, batch.cameras, frame_generators(batch.seeds, batch.points.device)
@@ -649,7 +649,7 @@ def train(rank, world, cfg):
     device = start(cfg, rank, world)
     torch.manual_seed(cfg.seed)
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
-    augment = partial(data.augment_cloud, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors)
+    augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
     held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
     held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # every n-th of the split
@@ -658,9 +658,9 @@ def train(rank, world, cfg):
     net = wrap(model, device, world)
     if cfg.profile:
         return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
-    steps, uniform_steps = cfg.steps or cfg.epochs * loader.steps_per_epoch, cfg.warm_epochs * loader.steps_per_epoch
+    steps, uniform_steps = cfg.steps or cfg.epochs * loader.steps_per_epoch, cfg.uniform_epochs * loader.steps_per_epoch
     if cfg.sampler == "sdf" and uniform_steps >= steps:
-        raise SystemExit(f"--warm-epochs {cfg.warm_epochs:g} are {uniform_steps:.0f} steps of uniform sampling, the run has {steps}: the SDF would never be sampled by")
+        raise SystemExit(f"--uniform-epochs {cfg.uniform_epochs:g} are {uniform_steps:.0f} steps, the run has {steps}: the SDF would never be sampled by")
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
     list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
@@ -687,13 +687,13 @@ def train(rank, world, cfg):
             log.leave(step)
 
     log.close()
-    disband()
+    destroy_group()
     if rank == 0:
         found = examine(model, held_out, device)
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
         shown = next((batch for batch in held_out.once() if (model.targets(batch.to(device))[0] < (batch.b_points == 0).sum()).any()), None)
         if shown is not None:                                       # the first batch whose first frame has a target
-            draw(model, shown.to(device), cfg.out)
+            save_figures(model, shown.to(device), cfg.out)
         loss_curves(cfg.out)
         print(json.dumps(found))
         print(f"{cfg.out}: held-out range error {found['range_hidden']} m where points were hidden (beam mean {found['beam_mean']}, "

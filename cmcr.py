@@ -3,7 +3,7 @@
     python cmcr.py --data /nuscenes --gpus 6          # the released code's sizes, the published MoCo-v2 teacher
     python cmcr.py                                    # the embedded world, minutes on two CPU cores
 
-Read with: common.py §1 project, sample_image; §3 VoxelNet (point_features), ResNet; §5 info_nce; data.py Batch, recut_images.
+Read with: common.py §1 project, sample_image; §3 VoxelResNet (point_features), ResNet; §5 info_nce; data.py Batch, crop_images.
 What is kept is the point network: finetune.py --init RUN --modality lidar.
 
 Why it is not contrast alone (our paraphrase; the statements are the paper's Theorems 1 and 2, after FactorCL, Liang et al., NeurIPS 2023): the best contrastive features
@@ -33,12 +33,12 @@ Departures:
   D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, with one weight (the code has the points' alone), divided by the rows of all
       processes, so that it does not grow with the batch.
   D6  Neighbours of a query are the nearest 32 within 1 m (the code's library takes some 32); queries are drawn anew each epoch, after the augmentation.
-  D7  The trunk is the one that the detector loads (VoxelNet, the data set's range and voxels, the mean of all five point features in a voxel; the age is 0 here,
+  D7  The trunk is the one that the detector loads (VoxelResNet, the data set's range and voxels, the mean of all five point features in a voxel; the age is 0 here,
       since only the key sweep is read) instead of a MinkUNet on the intensity of one point in each voxel of 0.1 m; on CUDA it and the teacher run in bfloat16.
       Of Waymo all lasers' points go in, queries start from TOP's rays.
   D8  The cross-modal code matching of the code is left out: over 400 codes of unit length it is a constant within 0.04 nats.
   D9  --teacher none trains a random ResNet along, so that the embedded world needs no download; the default with --data is frozen, as published.
-  D10  Cuts are taken from pictures of the data set's size in data.py (times --enlarge), which show less height than those on disk, with an aspect within 10 % of the
+  D10  Cuts are taken from pictures of the data set's size in data.py (times --image-scale), which show less height than those on disk, with an aspect within 10 % of the
        cut's and a share of the largest part of that aspect: 12 to 48 % of a nuScenes picture where the code keeps 30 to 100 % of any aspect from 14/9 to 17/9.
        They are shrunk by area, the code's without antialiasing.
   D11  The figure's L_kl on G^3D is left out: the code has no trace of it, and what it would need, classes of an image model, the method has not.
@@ -59,8 +59,9 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, ResNet, SumOverRanks, VoxelNet, at_most, cosine, disband, evaluate, figure, frame_generators, half, info_nce, launch, list_frames, load_resnet,
-                    loss_curves, mean_over_ranks, over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start, wrap, write_text)
+from common import (AllReduceSum, Log, ResNet, VoxelResNet, all_reduce, at_most, bf16_autocast, cosine, destroy_group, evaluate, figure, frame_generators, info_nce,
+                    launch, list_frames, load_resnet, loss_curves, mean_over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start,
+                    wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
@@ -88,11 +89,11 @@ class Config:
     lr: float = 1e-3                   # AdamW; 1e-3 [code], small 2e-3 [ours]
     lr_end: float = 1.0                # share of lr at the last step, along half a cosine; 1, constant [code]
     weight_decay: float = 0.01         # [code: the library's default]
-    turn: float = 3.1416               # rad, rotation U(-turn, turn) about z [code]; a quarter where the range lies ahead of the car only [ours]
+    rotation: float = 3.1416           # rad, rotation U(-rotation, rotation) about z [code]; a quarter where the range lies ahead of the car only [ours]
     crop_h: int = 224                  # px, what a camera's picture is cut and resized to; 224 [code], small 128 [ours]
     crop_w: int = 416                  # px; 416 [code], small 224 [ours]
-    enlarge: float = 1.0               # pictures are read at the data set's size times this, then cut; 1 [ours] D10
-    crop_least: float = 0.3            # least share in area of the largest part of the cut's aspect; 0.3 [code: of the whole picture] D10
+    image_scale: float = 1.0           # pictures are read at the data set's size times this, then cut; 1 [ours] D10
+    crop_min_area: float = 0.3         # least share in area of the largest part of the cut's aspect; 0.3 [code: of the whole picture] D10
     crop_points: int = 1024            # a cut that shows fewer points is drawn again, unless it has three quarters; 1024 [code], small 256 [ours]
     # networks
     resnet: Literal[18, 50] = 50       # teacher; 50 [code], small 18 [ours]
@@ -105,12 +106,12 @@ class Config:
     momentum: float = 0.999            # of the codes; 0.999 [code], small 0.99 [ours]: a few hundred steps
     beta: float = 0.25                 # of the commitment [code]
     # masked image modelling
-    hide_cells: float = 0.5            # share of the cells of a masked picture [code]
-    hide_pictures: float = 0.5         # share of the pictures that are masked [code]
+    mask_cells: float = 0.5            # share of the cells of a masked picture [code]
+    mask_images: float = 0.5           # share of the pictures that are masked [code]
     # occupancy
     queries: int = 2048                # a frame, a third each behind, before and far before a point; 2048 [code], small 1024 [ours]
     depth: float = 0.1                 # m, behind and before [code]
-    reach: float = 1.0                 # m, neighbours of a query [code]
+    query_radius: float = 1.0          # m, neighbours of a query [code]
     neighbours: int = 32               # at most [code] D6
     w_orth: float = 1.2                # of L_orth; 1.2 [ours]: the gradient that the code's form has at first D5
     without: Literal["", "replacement", "codebook", "specific"] = ""  # ablations of the figure's parts [ours]
@@ -126,13 +127,14 @@ def check(cfg):
                          f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.crop_h % STRIDE or cfg.crop_w % STRIDE or min(cfg.crop_h, cfg.crop_w) < STRIDE,
                          f"--crop-h {cfg.crop_h} --crop-w {cfg.crop_w}: masks are whole cells, give multiples of {STRIDE}"),
-                        (not 0 < cfg.crop_least <= 1, f"--crop-least {cfg.crop_least}: expected more than 0 and at most 1"),
-                        (not 0 <= cfg.hide_cells <= 1 or not 0 <= cfg.hide_pictures <= 1, "--hide-cells and --hide-pictures are shares: 0 to 1"),
-                        (cfg.enlarge <= 0 or not 0 <= cfg.lr_end <= 1, f"--enlarge {cfg.enlarge} starts above 0, --lr-end {cfg.lr_end} lies in 0 to 1"),
+                        (not 0 < cfg.crop_min_area <= 1, f"--crop-min-area {cfg.crop_min_area}: expected more than 0 and at most 1"),
+                        (not 0 <= cfg.mask_cells <= 1 or not 0 <= cfg.mask_images <= 1, "--mask-cells and --mask-images are shares: 0 to 1"),
+                        (cfg.image_scale <= 0 or not 0 <= cfg.lr_end <= 1, f"--image-scale {cfg.image_scale} starts above 0, --lr-end {cfg.lr_end} lies in 0 to 1"),
                         (cfg.codes < 2, f"--codes {cfg.codes}: at least 2, or --without codebook"),
                         (cfg.teacher == "moco" and cfg.resnet != 50,
                          f"--teacher moco is a ResNet-50, --resnet is {cfg.resnet}: give --resnet 50, or --teacher none or WEIGHTS"),
-                        (cfg.turn < 0 or min(cfg.tau, cfg.reach) <= 0, f"--turn {cfg.turn} starts at 0; --tau {cfg.tau} and --reach {cfg.reach} are positive"),
+                        (cfg.rotation < 0 or min(cfg.tau, cfg.query_radius) <= 0,
+                         f"--rotation {cfg.rotation} starts at 0; --tau {cfg.tau} and --query-radius {cfg.query_radius} are positive"),
                         (min(cfg.batch, cfg.pairs, cfg.queries, cfg.neighbours, cfg.eval_every, cfg.save_every) < 1,
                          "--batch, --pairs, --queries, --neighbours, --eval-every and --save-every start at 1")):
         if wrong:
@@ -158,12 +160,12 @@ def occupancy_queries(xyz, intensity, origin, n, depth, rng):
     return place.astype(np.float32), (kind[:, 0] == 0).astype(np.float32), np.where(kind[:, 0] == 2, -1, intensity[rows]).astype(np.float32)
 
 
-def random_cut(rng, size, uv, aspect, cfg):
-    """A random part of a picture (H, W): area U(crop_least, 1) of the largest part of a drawn aspect, within 10 % of `aspect`; redrawn at most 50 times while it
+def random_crop(rng, size, uv, aspect, cfg):
+    """A random part of a picture (H, W): area U(crop_min_area, 1) of the largest part of a drawn aspect, within 10 % of `aspect`; redrawn at most 50 times while it
     shows too few of the points at uv (n, 2) px; then the middle. -> top, left, height, width px, whole numbers. D10"""
     (H, W), enough = size, min(cfg.crop_points, 0.75 * len(uv))
     for attempt in range(51):
-        shape, share = aspect * rng.uniform(0.9, 1.1), rng.uniform(cfg.crop_least, 1)
+        shape, share = aspect * rng.uniform(0.9, 1.1), rng.uniform(cfg.crop_min_area, 1)
         height = min(H, W / shape) * (share ** 0.5 if attempt < 50 else 1)
         h, w = max(int(height), 1), max(int(height * shape), 1)
         top, left = (rng.integers(H - h + 1), rng.integers(W - w + 1)) if attempt < 50 else ((H - h) // 2, (W - w) // 2)
@@ -184,32 +186,32 @@ class Views:
 
     def __call__(self, frame, rng):
         cfg, grid = self.cfg, self.grid
-        frame = data.augment_cloud(frame, rng, cfg.turn if grid.mirrors[0] else cfg.turn / 4, 0.0, grid.mirrors)
+        frame = data.augment_cloud(frame, rng, cfg.rotation if grid.mirrors[0] else cfg.rotation / 4, 0.0, grid.mirrors)
         low, high = np.float32(grid.low), np.float32(grid.high)
         frame = data.select(frame, ((frame.points[:, :3] >= low) & (frame.points[:, :3] < high)).all(1) & data.of_key_sweep(frame.points))
         size = cfg.crop_h, cfg.crop_w
         boxes, coins, seen = [], [], data.in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images])
         for image, matrix, mine in zip(frame.images, frame.lidar2img, seen):
             uvd = frame.points[mine, :3] @ matrix[:3, :3].T + matrix[:3, 3]
-            boxes.append(random_cut(rng, image.shape[1:], uvd[:, :2] / uvd[:, 2:], size[1] / size[0], cfg))
+            boxes.append(random_crop(rng, image.shape[1:], uvd[:, :2] / uvd[:, 2:], size[1] / size[0], cfg))
             coins.append(rng.random() < 0.5)                        # mirrored [code]
-        frame = data.recut_images(frame, boxes, [size] * len(boxes), coins)
+        frame = data.crop_images(frame, boxes, [size] * len(boxes), coins)
         xyz, ray = frame.points[:, :3], frame.points[:, 4] == 0     # Waymo's other lasers' points are no rays from the origin
         queries, occupied, intensity = occupancy_queries(xyz[ray], frame.points[ray, 3], frame.origin, cfg.queries, cfg.depth, rng)
         near = np.full((len(queries), cfg.neighbours), -1, np.int64)
         if len(xyz):
-            found = cKDTree(xyz).query(queries, cfg.neighbours, distance_upper_bound=cfg.reach)[1].reshape(near.shape)
+            found = cKDTree(xyz).query(queries, cfg.neighbours, distance_upper_bound=cfg.query_radius)[1].reshape(near.shape)
             near = np.where(found < len(xyz), found, -1).astype(np.int64)
         return replace(frame, extra=dict(queries=queries, occupied=occupied, intensity=intensity, neighbours=near))
 
 
-def hide_cells(cameras, shape, cfg, generators):
+def mask_cells(cameras, shape, cfg, generators):
     """Which cells of C5 to hide: exactly a share of them, in a share of the pictures. shape (h, w) -> (B K, h, w) bool, True = hidden."""
     n, hidden = shape[0] * shape[1], []
     for g in generators:
         order = torch.rand(cameras, n, generator=g, device=g.device).argsort(1).argsort(1)
-        chosen = torch.rand(cameras, 1, generator=g, device=g.device) < cfg.hide_pictures
-        hidden.append((order < round(cfg.hide_cells * n)) & chosen)
+        chosen = torch.rand(cameras, 1, generator=g, device=g.device) < cfg.mask_images
+        hidden.append((order < round(cfg.mask_cells * n)) & chosen)
     return torch.cat(hidden).view(-1, *shape)
 
 
@@ -247,7 +249,7 @@ class Codebook(nn.Module):
         """One step: a code moves a share of 1 - momentum towards the mean of both features of every pair that either modality assigned to it. p, q (M, D), a, b (M,)."""
         both = (p + q) / 2
         total = torch.zeros_like(self.total).index_add_(0, torch.cat([a, b]), torch.cat([both, both]))
-        self.total.mul_(self.momentum).add_(over_ranks(total), alpha=1 - self.momentum)
+        self.total.mul_(self.momentum).add_(all_reduce(total), alpha=1 - self.momentum)
         self.codes.copy_(F.normalize(self.total, dim=1))
 
 
@@ -256,8 +258,8 @@ class Codebook(nn.Module):
 def orthogonality(shared, specific):
     """|| F^T G ||_Frobenius / N over the unit rows of every process: 0 if no column of one goes with a column of the other, at most 1.
     shared, specific (N, D) -> ()."""
-    product = SumOverRanks.apply(F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1))                         # (D, D)
-    return product.norm() / over_ranks(product.new_tensor(float(len(shared)))).clamp_min(1)
+    product = AllReduceSum.apply(F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1))                         # (D, D)
+    return product.norm() / all_reduce(product.new_tensor(float(len(shared)))).clamp_min(1)
 
 
 class Cmcr(nn.Module):
@@ -266,7 +268,7 @@ class Cmcr(nn.Module):
     def __init__(self, cfg, grid, frozen):
         super().__init__()
         self.cfg, self.grid, self.frozen, D = cfg, grid, frozen, cfg.dims
-        self.lidar, self.teacher = VoxelNet(grid.low, grid.high, grid.voxel, cfg.width), ResNet(cfg.resnet)
+        self.lidar, self.teacher = VoxelResNet(grid.low, grid.high, grid.voxel, cfg.width), ResNet(cfg.resnet)
         self.teacher.requires_grad_(not frozen)
         C_3D, C_2D = 15 * cfg.width, self.teacher.widths[-1]
         self.shared_3d, self.shared_2d = nn.Linear(C_3D, D), nn.Conv2d(C_2D, D, 1)
@@ -303,7 +305,7 @@ class Cmcr(nn.Module):
 
     def images_2d(self, images, hidden):
         """images (B K, 3, H, W), hidden (B K, h, w) -> shared head's map (B K, D, h, w), cells F^2D (B K h w, D) of unit length, G^2D likewise or None."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), half(images.device):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), bf16_autocast(images.device):
             c5 = self.teacher.stages(images.masked_fill(pixels_of(hidden), 0))[-1].float()            # (B K, C, h, w); hidden pixels are black [code]
         shared = self.shared_2d(c5)
         specific = None if self.cfg.without == "specific" else self.specific_2d(c5).permute(0, 2, 3, 1).flatten(0, 2)
@@ -341,7 +343,7 @@ class Cmcr(nn.Module):
         h, w = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE
 
         # 1 both modalities, the pictures with cells hidden
-        hidden = hide_cells(batch.cameras, (h, w), cfg, generators)                        # (B K, h, w)             D1
+        hidden = mask_cells(batch.cameras, (h, w), cfg, generators)                        # (B K, h, w)             D1
         F_3D, Z_3D, G_3D = self.points_3d(batch)                                           # (N, D) each
         shared, F_2D, G_2D = self.images_2d(batch.images, hidden)                          # (B K, D, h, w), (B K h w, D) each
 
@@ -416,12 +418,12 @@ def load_teacher(name, resnet, rank, cache):
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw(model, batch, out):
+def save_figures(model, batch, out):
     """figures/reconstruction.png, codes.png and occupancy.png of a held-out batch; the last two of its first frame."""
     model.eval()
     cfg, K = model.cfg, batch.cameras
     h, w = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE
-    hidden = hide_cells(K, (h, w), cfg, frame_generators(batch.seeds, batch.points.device))
+    hidden = mask_cells(K, (h, w), cfg, frame_generators(batch.seeds, batch.points.device))
     F_3D, Z_3D, _ = model.points_3d(batch)
     _, F_2D, G_2D = model.images_2d(batch.images, hidden)
     point, image, uv, cell = model.pairs(batch)
@@ -469,7 +471,7 @@ def draw(model, batch, out):
         for n in rng.permutation(len(xyz))[:200]:
             ray = xyz[n].numpy() - origin
             places = xyz[n].numpy() + at[:, None] * ray / np.linalg.norm(ray)
-            near = tree.query(places.astype(np.float32), cfg.neighbours, distance_upper_bound=cfg.reach)[1].reshape(len(at), -1)
+            near = tree.query(places.astype(np.float32), cfg.neighbours, distance_upper_bound=cfg.query_radius)[1].reshape(len(at), -1)
             q, k = np.nonzero(near < len(xyz))
             s = torch.as_tensor(near[q, k])
             offset = torch.as_tensor(places[q], dtype=torch.float32) - xyz[s]
@@ -499,7 +501,7 @@ def train(rank, world, cfg):
         load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
     device = start(cfg, rank, world)
     views = Views(dataset.grid, cfg)
-    size = tuple(round(cfg.enlarge * n) for n in dataset.grid.image)
+    size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views, image=size)
     held_out = list(islice(data.loader(dataset, "val", 2, 0, 1, 0, augment=views, image=size).begin_at(0), BATCHES))     # the same for every process, seed and batch
     model.to(device)
@@ -536,10 +538,10 @@ def train(rank, world, cfg):
 
     log.close()
     found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
-    disband()
+    destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        draw(model, held_out[0].to(device), cfg.out)
+        save_figures(model, held_out[0].to(device), cfg.out)
         loss_curves(cfg.out, {"L_NCE": (found["chance"],), "L_rec": (found["guess_rec"],), "L_occ": (found["chance_occ"],)})
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_NCE {found['L_NCE']} (chance {found['chance']}), L_rec {found['L_rec']} (the picture's mean {found['guess_rec']}), "

@@ -3,20 +3,20 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
-    §0 processes  processes, over_ranks, mean_over_ranks, SumOverRanks,               clap, cmcr, simipu, finetune
+    §0 processes  processes, all_reduce, mean_over_ranks, AllReduceSum,               clap, cmcr, simipu, finetune
                   share_buffers
-    §1 geometry   Cells, corners, gather_weighted, project, in_picture, rays,         clap, cmcr, simipu
+    §1 geometry   Cells, multilinear, gather_weighted, project, in_picture, rays,     clap, cmcr, simipu
                   sample_image, box_exit, inside_boxes
     §2 matching   pair_points                                                         simipu
-    §3 networks   trunk, VoxelNet, ResNet, mlp, conv3d, BatchNorm, segment_sum,       clap, cmcr, simipu, finetune
-                  ravel, half
+    §3 networks   trunk, VoxelResNet, ResNet, mlp, conv3d, BatchNorm, segment_sum,    clap, cmcr, simipu, finetune
+                  ravel, bf16_autocast
     §4 rendering  neus_weights, stratified, importance                                clap
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
-    §7 runs       parse, run_config, launch, disband, start, claim, list_frames,      clap, cmcr, simipu, finetune
-                  on_first, wrap, frame_generators, at_most, cosine, resume,
-                  save, read_units, load_units, load_resnet, Log, evaluate, profile,
-                  written, write_text, figure, loss_curves, join
+    §7 runs       parse, run_config, launch, init_process, start, destroy_group,      clap, cmcr, simipu, finetune
+                  claim, list_frames, rank0_first, wrap, frame_generators, at_most,
+                  cosine, resume, save, read_units, load_units, load_resnet, Log,
+                  evaluate, profile, written, write_text, figure, loss_curves
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
@@ -60,7 +60,7 @@ TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))           # s, how lo
 # ---- §0 processes ----------------------------------------------------------------------------------------------------------------
 # What is summed over the processes of a run. Each works without a process group too. A collective is called by every process or by none.
 
-def over_ranks(x, op=torch.distributed.ReduceOp.SUM):
+def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
     """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
     x = x.detach().clone()
     if torch.distributed.is_initialized():
@@ -78,7 +78,7 @@ def mean_over_ranks(total, count):
 
     DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
     """
-    return total * processes() / over_ranks(total.new_full((), float(count))).clamp_min(1)
+    return total * processes() / all_reduce(total.new_full((), float(count))).clamp_min(1)
 
 
 def share_buffers(model):
@@ -88,16 +88,16 @@ def share_buffers(model):
             torch.distributed.broadcast(buffer, 0)
 
 
-class SumOverRanks(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """Sum of a tensor over all processes; its gradient is the sum of the gradients that the processes have for it."""
 
     @staticmethod
     def forward(ctx, x):
-        return over_ranks(x)
+        return all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return over_ranks(grad)
+        return all_reduce(grad)
 
 
 # ---- §1 geometry -----------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Cells(NamedTuple):
         return Cells(shape, first, tuple(2 * s for s in self.step))
 
 
-def corners(index, shape):
+def multilinear(index, shape):
     """The 2^D cells around a fractional index and their multilinear weights; outside the outermost centres the border value holds.
 
     index (M, D) float, shape D sizes -> flat (M, 2^D) int64 into a table of prod(shape) rows, weight (M, 2^D) float, rows sum to 1.
@@ -212,7 +212,7 @@ def grid_index(uv, feature_hw, padded_hw):
 def sample_image(features, image, uv, padded_hw):
     """Bilinear sampling. features (B K, C, h, w), image (M,), uv (M, 2) px, padded_hw (H, W) of the image tensor -> (M, C)."""
     C, h, w = features.shape[1:]
-    flat, weight = corners(grid_index(uv, (h, w), padded_hw), (h, w))
+    flat, weight = multilinear(grid_index(uv, (h, w), padded_hw), (h, w))
     return gather_weighted(features.permute(0, 2, 3, 1).reshape(-1, C), flat + image[:, None] * (h * w), weight)
 
 
@@ -429,9 +429,9 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         if processes() == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        rows, n = x.float(), over_ranks(x.new_full((), len(x), dtype=torch.float32))
-        mean = SumOverRanks.apply(rows.sum(0)) / n.clamp_min(1)                            # (C,)
-        var = SumOverRanks.apply((rows - mean).square().sum(0)) / n.clamp_min(1)           # (C,), of centred rows: nothing cancels
+        rows, n = x.float(), all_reduce(x.new_full((), len(x), dtype=torch.float32))
+        mean = AllReduceSum.apply(rows.sum(0)) / n.clamp_min(1)                            # (C,)
+        var = AllReduceSum.apply((rows - mean).square().sum(0)) / n.clamp_min(1)           # (C,), of centred rows: nothing cancels
         with torch.no_grad():
             share = self.momentum * (n > 1)                                                # 0 leaves the running statistics as they are
             self.running_mean.lerp_(mean, share)
@@ -482,7 +482,7 @@ class Level(NamedTuple):
         return flat.view(size, *self.cells.shape, -1).permute(0, 4, 1, 2, 3)
 
 
-class VoxelNet(nn.Module):
+class VoxelResNet(nn.Module):
     """Mean of the points in each voxel, then a residual sparse encoder of stride 8: width 1, 1, 2, 4, 8 times `width`.
 
     The shape of OpenPCDet's VoxelResBackBone8x (less the biases before batch norm, which do nothing): one spare layer of voxels above, no padding in z
@@ -536,7 +536,7 @@ class VoxelNet(nn.Module):
         level = self.voxelise(points, b)
         kmap = submanifold_map(level.coords, level.cells.shape)
         x = self.conv_input(level.features, kmap)                   # in float32: bfloat16 would round coordinates to a quarter of a metre
-        with half(points.device):
+        with bf16_autocast(points.device):
             for block in self.conv1:
                 x = block(x, kmap)
             levels = [level._replace(features=x)]
@@ -550,7 +550,7 @@ class VoxelNet(nn.Module):
         return [level._replace(features=level.features.float()) for level in levels]
 
 
-def half(device):
+def bf16_autocast(device):
     """bfloat16 for the encoders on CUDA, nothing on a CPU. What they return is float32 again."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
@@ -616,17 +616,17 @@ class CameraNet(ResNet):
     cameras. Pulling instead of splatting: no frustum tensor, and the same projection as everywhere else. [ours; LSS's depth distribution]
     """
 
-    def __init__(self, depth=50, channels=80, reach=60.0, bins=118):
+    def __init__(self, depth=50, channels=80, max_depth=60.0, bins=118):
         super().__init__(depth)
         self.neck = Neck(self.widths, 2 * channels, channels + bins)
-        self.channels, self.bins, self.near, self.reach = channels, bins, 1.0, reach
+        self.channels, self.bins, self.near, self.max_depth = channels, bins, 1.0, max_depth
 
     def forward(self, batch, cells, hidden=None):
         """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre.
         Hidden pixels and the padding of smaller pictures become the mean colour."""
         padding = ~in_picture(batch.hw, batch.images.shape[-2:])
         hidden = padding if hidden is None else hidden | padding
-        with half(batch.images.device):
+        with bf16_autocast(batch.images.device):
             x = self.neck(self.stages(batch.images, hidden))                               # (B K, C + D, H/8, W/8)
         features, logits = x.float().split([self.channels, self.bins], 1)
         return self.lift(features, logits.softmax(1), batch, cells)
@@ -637,11 +637,11 @@ class CameraNet(ResNet):
         centres = cells.centres(features.device)                                           # (V, 3)
         b = torch.arange(batch.size, device=centres.device).repeat_interleave(V)           # (B V,)
         cell, image, uv, depth = project(centres.repeat(batch.size, 1), b, batch.lidar2img, batch.hw, batch.size, self.near)
-        cell, image, uv, depth = (part[depth < self.reach] for part in (cell, image, uv, depth))
+        cell, image, uv, depth = (part[depth < self.max_depth] for part in (cell, image, uv, depth))
         padded = batch.images.shape[-2:]
         pulled = sample_image(features, image, uv, padded)                                 # (M, C)
-        bin_ = (depth - self.near) / (self.reach - self.near) * D - 0.5                    # (M,) whole numbers at bin centres
-        flat, weight = corners(torch.cat([grid_index(uv, (h, w), padded), bin_[:, None]], 1), (h, w, D))
+        bin_ = (depth - self.near) / (self.max_depth - self.near) * D - 0.5                # (M,) whole numbers at bin centres
+        flat, weight = multilinear(torch.cat([grid_index(uv, (h, w), padded), bin_[:, None]], 1), (h, w, D))
         chance = gather_weighted(probability.permute(0, 2, 3, 1).reshape(-1, 1), flat + image[:, None] * (h * w * D), weight)   # (M, 1)
         volume = segment_sum(pulled * chance * D, cell, batch.size * V)                    # (B V, C); D: 1 at a uniform distribution
         seen = torch.zeros(batch.size * V, dtype=torch.bool, device=cell.device)
@@ -662,15 +662,15 @@ class FusionNet(nn.Module):
         """lidar (B, C, Z, Y, X) or None, camera (B, C', Z, Y, X) or None -> (B, width, Z, Y, X) float32."""
         there = lidar if lidar is not None else camera
         parts = [v if v is not None else there.new_zeros(len(there), c, *there.shape[2:]) for v, c in zip((lidar, camera), self.widths)]
-        with half(there.device):
+        with bf16_autocast(there.device):
             return self.mix(self.reduce(torch.cat(parts, 1))).float()
 
 
 def trunk(grid, resnet, width, bins):
-    """VoxelNet, CameraNet and FusionNet that fit together on a grid: what pre-training trains and fine-tuning loads. resnet 18 or 50, width of the first sparse stage."""
+    """VoxelResNet, CameraNet and FusionNet that fit together on a grid: pre-training trains them, fine-tuning loads them. resnet 18 or 50, width of stage 1."""
     extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))                          # m
-    camera = CameraNet(resnet, 5 * width, reach=extent * 60 / 54, bins=bins)               # BEVFusion's 60 m for 54 m
-    return VoxelNet(grid.low, grid.high, grid.voxel, width), camera, FusionNet(8 * width, 5 * width, 4 * width)
+    camera = CameraNet(resnet, 5 * width, max_depth=extent * 60 / 54, bins=bins)           # BEVFusion's 60 m for 54 m
+    return VoxelResNet(grid.low, grid.high, grid.voxel, width), camera, FusionNet(8 * width, 5 * width, 4 * width)
 
 
 # ---- §4 rendering ----------------------------------------------------------------------------------------------------------------
@@ -827,19 +827,19 @@ def launch(train, cfg):
         if stop.code != 128 + signal.SIGTERM:
             raise
         status = stop.code                              # asked to stop: all wait below until rank 0 has saved
-    disband()
+    destroy_group()
     sys.stdout.flush()
     os._exit(status)                    # gloo's threads may abort a finished interpreter on its way out
 
 
-def disband():
+def destroy_group():
     """The last thing that the processes of a run do together. After it rank 0 may take its time, which the others would not wait for, with figures and scores."""
     if processes() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def join(cfg, world):
+def init_process(cfg, world):
     """This process's device, made ready; with several processes their group."""
     cuda = torch.cuda.is_available() and cfg.gpus != 0
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -859,14 +859,14 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
 
     A folder that holds another configuration is refused with the difference; fields named in `free` and nothing else may change between stop and resume.
     """
-    device = join(cfg, world)
+    device = init_process(cfg, world)
     if cfg.profile:
         return device
-    on_first(rank, lambda: open_run(cfg, world, free))
+    rank0_first(rank, lambda: open_run(cfg, world, free))
     return device
 
 
-def on_first(rank, act):
+def rank0_first(rank, act):
     """act() on rank 0, before which the others do not go on. Where it refuses (SystemExit) every process leaves, rank 0 with the message."""
     told = [None]
     if rank == 0:
@@ -916,7 +916,7 @@ def list_frames(path, dataset, indices, first, rank):
             raise SystemExit(f"{path}: this run began with {len(before)} frames; now there are {len(now)}, {len(new - old)} of them new, {len(old - new)} gone "
                              f"({', '.join(sorted(old ^ new)[:2]) or 'in another order'}, ...). Bring the data set back to what it was, or give another --out.")
         write_text(path, "".join(name + "\n" for name in now))
-    on_first(rank, write)
+    rank0_first(rank, write)
 
 
 def claim(out):
@@ -1048,7 +1048,7 @@ def resume(out, model, *opts):
     """Load the newest whole checkpoint if the run folder has one, into the optimisers too where they are given -> the next step, else 0."""
     state = checkpoint(out)
     step = state["step"] if state else 0
-    low, high = over_ranks(torch.tensor([-step, step], device=next(model.parameters()).device), torch.distributed.ReduceOp.MAX).tolist()
+    low, high = all_reduce(torch.tensor([-step, step], device=next(model.parameters()).device), torch.distributed.ReduceOp.MAX).tolist()
     if -low != high:
         raise SystemExit(f"{out}: of {processes()} processes some found the checkpoint of step {-low}, some that of {high}; they must all see one folder: "
                          "give an --out that they share, or try again if it could not be read for a moment")
@@ -1164,7 +1164,7 @@ class Log:
         """Whether any process was asked to stop: the same answer on every rank, so that all leave after the same step."""
         if processes() == 1:
             return self.asked > 0                       # no wait for the GPU
-        return bool(over_ranks(torch.tensor(float(self.asked > 0), device=self.device), torch.distributed.ReduceOp.MAX))
+        return bool(all_reduce(torch.tensor(float(self.asked > 0), device=self.device), torch.distributed.ReduceOp.MAX))
 
     def batches(self, loader, first):
         """(step, batch on the device) from step `first` on, timing the wait for data."""
@@ -1186,7 +1186,7 @@ class Log:
         bad = [k for k, v in zip(terms, local.tolist()) if not math.isfinite(v)]
         if bad:
             raise FloatingPointError(f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on {', '.join(names)}; nothing was updated, the last checkpoint stands")
-        values = {prefix + k: round(v, 7) for k, v in zip(terms, (over_ranks(local) / processes()).tolist())}
+        values = {prefix + k: round(v, 7) for k, v in zip(terms, (all_reduce(local) / processes()).tolist())}
         if self.rank:
             return
         try:

@@ -232,13 +232,13 @@ def warp_frame(frame, a2b):
         lidar2img=(frame.lidar2img @ b2a).astype(np.float32), lidar2world=frame.lidar2world @ b2a)
 
 
-def augment_cloud(frame, rng, turn, scale, flip):
-    """Random turn about z ~ U(-turn, turn) rad, scale ~ U(1 - scale, 1 + scale), and x and y mirrored with p = 0.5 each where flip (x, y) says so.
+def augment_cloud(frame, rng, rotation, scale, flip):
+    """Random turn about z ~ U(-rotation, rotation) rad, scale ~ U(1 - scale, 1 + scale), and x and y mirrored with p = 0.5 each where flip (x, y) says so.
 
     flip is the data set's Grid.mirrors: mirroring x on KITTI would put what the camera sees behind the range. rng is a np.random.Generator;
     it is asked for the same numbers whatever the options, so switching one keeps the others' draws.
     """
-    angle, size, mirror = rng.uniform(-turn, turn), rng.uniform(1 - scale, 1 + scale), rng.random(2) < 0.5
+    angle, size, mirror = rng.uniform(-rotation, rotation), rng.uniform(1 - scale, 1 + scale), rng.random(2) < 0.5
     a2b = np.eye(4)
     a2b[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     a2b[:3, :3] *= size
@@ -246,7 +246,7 @@ def augment_cloud(frame, rng, turn, scale, flip):
     return warp_frame(frame, a2b)
 
 
-def recut_images(frame, boxes, sizes, mirrored):
+def crop_images(frame, boxes, sizes, mirrored):
     """A part of each picture, resized, and mirrored left to right where asked; lidar2img follows with the exact ratios.
 
     boxes K x (top, left, height, width) px, sizes K x (H, W), mirrored K x bool.

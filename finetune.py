@@ -37,15 +37,15 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, claim, cosine, disband, figure, half, join, launch, list_frames, load_units, loss_curves, mean_over_ranks, on_first, over_ranks, parse,
-                    processes, profile, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
+from common import (Log, all_reduce, bf16_autocast, claim, cosine, destroy_group, figure, init_process, launch, list_frames, load_units, loss_curves, mean_over_ranks,
+                    parse, processes, profile, rank0_first, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
     "nuscenes": (("car",), ("truck", "construction_vehicle"), ("bus", "trailer"), ("barrier",), ("motorcycle", "bicycle"), ("pedestrian", "traffic_cone")),
     "kitti": (("Car", "Pedestrian", "Cyclist"),), "waymo": (("Vehicle", "Pedestrian", "Cyclist"),)}
 CODE = 2, 1, 3, 2, 2                                                # offset, z, log size, sin and cos of yaw, velocity
-MOST = 500                                                          # boxes a frame [devkit]
+MAX_BOXES = 500                                                     # boxes a frame [devkit]
 PER_FRAME_SHOWN, SCORE_SHOWN = 4, 0.3                               # figures only [ours]
 
 
@@ -73,11 +73,11 @@ class Config:
     steps: int = 0                     # 0: epochs decide; small 60 [ours]
     batch: int = 4                     # frames a process; 4 [code CenterPoint], small 2 [ours]
     lr: float = 1e-3                   # of what starts from nothing; AdamW, half a cosine to 0; 1e-3 [code CenterPoint] D1
-    lr_init: float = 1e-3              # of what was loaded; 1e-3 [ours]: the best of three on the embedded world
+    lr_pretrained: float = 1e-3        # of what was loaded; 1e-3 [ours]: the best of three on the embedded world
     warmup: int = 200                  # steps from a third of it, at most a quarter of all; 200, small 10 [ours]
     weight_decay: float = 0.01         # 0.01 [code CenterPoint]
     clip: float = 35.0                 # gradient norm [code CenterPoint]
-    turn: float = 0.3927               # rad, rotation U(-turn, turn) about z [code CenterPoint: its configuration of 0.1 m voxels, 0.3925]
+    rotation: float = 0.3927           # rad, rotation U(-rotation, rotation) about z [code CenterPoint: its configuration of 0.1 m voxels, 0.3925]
     scale: float = 0.05                # scaling U(1 - scale, 1 + scale) [code CenterPoint]; x and y flip with probability 1/2 where the range is symmetric
     # networks
     resnet: Literal[18, 50] = 50       # image backbone, as pre-trained; small 18 [ours]
@@ -86,8 +86,8 @@ class Config:
     # losses and targets
     w_box: float = 0.25                # of the box codes against the heat maps [code CenterPoint]
     w_velocity: float = 0.2            # of velocity within the box code [code CenterPoint]
-    overlap: float = 0.1               # IoU that a box moved by the Gaussian's radius keeps [code CenterPoint]
-    radius: int = 2                    # cells, smallest radius [code CenterPoint]
+    gaussian_overlap: float = 0.1      # IoU that a box moved by the Gaussian's radius keeps [code CenterPoint]
+    min_radius: int = 2                # cells, smallest radius [code CenterPoint]
 
 
 SMALL = dict(workers=0, save_every=60, epochs=0, steps=60, batch=2, warmup=10, resnet=18, width=8, bins=36)     # explained in Config
@@ -123,7 +123,7 @@ def gaussian_radius(length, width, overlap):
 def heat_targets(cell, label, b, boxes, shape, cells, cfg):
     """Gaussians at the centres, the largest where they meet. cell (M, 2), label (M,) within the group, b (M,), shape (B, C, Y, X) -> that shape, 1 at centres."""
     length, width = boxes[:, 3] / cells.step[0], boxes[:, 4] / cells.step[1]
-    r = gaussian_radius(length, width, cfg.overlap).floor().clamp_min(cfg.radius)          # (M,)
+    r = gaussian_radius(length, width, cfg.gaussian_overlap).floor().clamp_min(cfg.min_radius)   # (M,)
     sigma = (2 * r + 1) / 6
     dy, dx = (torch.arange(n, device=cell.device) - cell[:, axis, None] for axis, n in enumerate(shape[2:]))            # (M, Y), (M, X)
     gauss = [torch.exp(-d * d / (2 * sigma[:, None] ** 2)) * (d.abs() <= r[:, None]) for d in (dy, dx)]
@@ -194,7 +194,7 @@ class Detector(nn.Module):
         lidar = None if self.lidar is None else self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
         camera = None if self.camera is None else self.camera(batch, self.cells)[0]
         volume = self.fuse(lidar, camera)                                                  # (B, 4 w, Z, Y, X)
-        with half(volume.device):
+        with bf16_autocast(volume.device):
             bev = self.shared(self.neck(volume.flatten(1, 2)))                             # (B, 4 w, Y, X)
             return [head(bev) for head in self.heads]
 
@@ -223,7 +223,7 @@ class Detector(nn.Module):
         for group, (heat, codes) in zip(self.groups, self.maps(batch)):
             heat = heat.sigmoid()
             heat = heat * (heat == F.max_pool2d(heat, 3, 1, 1))                            # 3 x 3 peaks
-            (Y, X), n = heat.shape[2:], min(MOST, heat[0].numel())
+            (Y, X), n = heat.shape[2:], min(MAX_BOXES, heat[0].numel())
             scores, best = heat.flatten(1).topk(n)                                         # (B, n)
             for b in range(batch.size):
                 at = torch.stack([best[b] % (Y * X) // X, best[b] % X], 1)                 # (n, 2) y, x
@@ -232,7 +232,7 @@ class Detector(nn.Module):
         frames = []
         for parts in found:
             boxes, labels, scores = map(torch.cat, zip(*parts))
-            order = scores.argsort(descending=True, stable=True)[:MOST]
+            order = scores.argsort(descending=True, stable=True)[:MAX_BOXES]
             order = order[~(scores[order] <= 0)]                                           # a score that is no number stays: see check_found
             frames.append((boxes[order], labels[order], scores[order]))
         return frames
@@ -560,19 +560,19 @@ def check_found(frames, names):
         raise ValueError(f"{name}: {'predicted but not held out' if name in frames else 'held out but not predicted'}; expected each of {len(names)} frames once")
     for name, (boxes, _, scores, _) in frames.items():
         strange = ~np.isfinite(np.c_[boxes, scores]).all(1)
-        if len(boxes) > MOST or strange.any():
+        if len(boxes) > MAX_BOXES or strange.any():
             raise FloatingPointError(f"{name}: {len(boxes)} boxes predicted, {strange.sum()} of them with numbers that are not finite; "
-                                     f"expected at most {MOST} and finite ones: the weights are broken, go back to an earlier checkpoint")
+                                     f"expected at most {MAX_BOXES} and finite ones: the weights are broken, go back to an earlier checkpoint")
 
 
 def finish(model, cfg, out, held_out, device, rank):
     """Predict the held-out split, write detections, metrics.json and the figures into `out`, print the table and the README row."""
     frames = predict_all(model, held_out, device)
-    disband()
+    destroy_group()
     if rank == 0:
         of_nuscenes = partial(finish_nuscenes, modality=cfg.modality)
         told = dict(nuscenes=of_nuscenes, kitti=finish_kitti, waymo=finish_waymo)[held_out.grid.dataset](held_out, frames, Path(out))
-        draw(held_out, frames, Path(out))
+        save_figures(held_out, frames, Path(out))
         print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} | seed {cfg.seed} | {told} |")
 
 
@@ -647,7 +647,7 @@ def birds_eye(ax, frame, shown, grid):
     ax.set_aspect("equal")
 
 
-def draw(held_out, frames, out):
+def save_figures(held_out, frames, out):
     """figures/bev.png and images.png of frames spread over the held-out split."""
     grid, names = held_out.grid, held_out.dataset.names
     chosen = held_out.indices[np.unique(np.linspace(0, len(held_out.indices) - 1, PER_FRAME_SHOWN).astype(int))]
@@ -693,11 +693,11 @@ def draw_curves(curves, present, out):
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
 
-def augment(frame, rng, turn, scale, flip):
+def augment(frame, rng, rotation, scale, flip):
     """data.loader's: boxes that hold no point of the key sweep leave, the rest turns, scales and mirrors with the cloud.  D4"""
     xyz = frame.points[data.of_key_sweep(frame.points), :3]
     keep = np.array([data.inside_box(xyz, box).any() for box in frame.boxes], bool)
-    return data.augment_cloud(replace(frame, boxes=frame.boxes[keep], labels=frame.labels[keep]), rng, turn, scale, flip)
+    return data.augment_cloud(replace(frame, boxes=frame.boxes[keep], labels=frame.labels[keep]), rng, rotation, scale, flip)
 
 
 def check(cfg, dataset):
@@ -744,13 +744,13 @@ def train(rank, world, cfg):
     torch.manual_seed(cfg.seed)
     crop = dataset.grid.dataset == "kitti"                          # labels end where the picture does [code OpenPCDet]
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop,
-                         augment=partial(augment, turn=cfg.turn, scale=cfg.scale, flip=dataset.grid.mirrors))
+                         augment=partial(augment, rotation=cfg.rotation, scale=cfg.scale, flip=dataset.grid.mirrors))
     held_out = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop)
     loader.indices = drawn
     model = Detector(cfg, dataset.grid).to(device)
     loaded = load_units(cfg.init, model, wanted, possible, dataset.grid, rank) if cfg.init != "none" else set()
     groups = [[p for name, p in model.named_parameters() if (name in loaded) == old] for old in (False, True)]
-    opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_init))], weight_decay=cfg.weight_decay, fused=True)
+    opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_pretrained))], weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
         branches = {name: (branch, "forward") for name, branch in (("trunk", model.lidar), ("camera", model.camera)) if branch is not None}
@@ -760,12 +760,12 @@ def train(rank, world, cfg):
     list_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
     mine = np.concatenate([np.zeros(0, int), *[dataset.annotations(i)["label"] for i in drawn[rank::world]]])
-    count = over_ranks(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
+    count = all_reduce(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
     if rank == 0:
         describe_draw(cfg)
         print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
         print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
-              f"lr {cfg.lr:g} new, {cfg.lr_init:g} loaded, {device}", flush=True)
+              f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded, {device}", flush=True)
 
     for step, batch in log.batches(loader, first):
         for group in opt.param_groups:
@@ -800,12 +800,12 @@ def rescore(rank, world, cfg):
         raise SystemExit(f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; expected a folder that finetune.py wrote")
     run = config_of(cfg.eval_only)
     run = replace(run, data=cfg.data or run.data, gpus=cfg.gpus, workers=cfg.workers, eval_only="")
-    device, dataset = join(cfg, world), data.open_dataset(run.data, run.preset)
+    device, dataset = init_process(cfg, world), data.open_dataset(run.data, run.preset)
     model = Detector(run, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)
     if not step:
         raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
-    on_first(rank, lambda: claim(Path(cfg.eval_only)))
+    rank0_first(rank, lambda: claim(Path(cfg.eval_only)))
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
     held_out = data.loader(dataset, "val", run.batch, rank, world, run.seed, workers=run.workers, crop=dataset.grid.dataset == "kitti")
@@ -815,7 +815,7 @@ def rescore(rank, world, cfg):
 # ---- weights for other projects --------------------------------------------------------------------------------------------------
 
 def openpcdet_names(state):
-    """VoxelNet's tensors {name: tensor} as OpenPCDet's VoxelResBackBone8x under backbone_3d names and shapes them. Source: its spconv_backbone.py, spconv 2.
+    """VoxelResNet's tensors {name: tensor} as OpenPCDet's VoxelResBackBone8x under backbone_3d names and shapes them. Source: its spconv_backbone.py, spconv 2.
 
     A convolution (27, in, out), offsets z slowest, becomes (out, 3, 3, 3, in) with z, y, x in the middle; those of the residual blocks have a bias there: zeros.
     Strides, paddings, spatial shape and the batch norms' eps are the same; the norms' momentum is 0.1 here and 0.01 there, which training alone reads.

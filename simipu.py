@@ -3,7 +3,7 @@
     python simipu.py --data /kitti --gpus 8           # the released code's sizes
     python simipu.py                                  # the embedded world, minutes on two CPU cores
 
-Read with: common.py §1 project, sample_image; §2 pair_points; §3 ResNet; §5 info_nce; data.py Batch, recut_images.
+Read with: common.py §1 project, sample_image; §2 pair_points; §3 ResNet; §5 info_nce; data.py Batch, crop_images.
 What is kept is the image network: finetune.py --init RUN --modality camera, or any torchvision ResNet (keys of camera.resnet, minus fc).
 
 [paper] is the paper, [code] the released inter_intro_decorator_moco_better.py and simipu_kitti.py, [ours] what neither says.
@@ -57,8 +57,8 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, at_most, disband, evaluate, figure, frame_generators, half, in_picture, info_nce, launch, list_frames, load_resnet,
-                    loss_curves, mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
+from common import (BatchNorm, Log, ResNet, at_most, bf16_autocast, destroy_group, evaluate, figure, frame_generators, in_picture, info_nce, launch, list_frames,
+                    load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds            FORK 3
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
@@ -90,14 +90,14 @@ class Config:
     decay: float = 0.99                # of both learning rates, an epoch [code]
     # the two views
     points: int = 16384                # points drawn of a cloud, of which a sixteenth is matched; 16384 [code], small 4096 [ours]
-    turn: float = 1.5708               # rad, T turns by U(-turn, turn) about z [code]
+    rotation: float = 1.5708           # rad, T turns by U(-rotation, rotation) about z [code]
     scale: float = 0.25                # T scales by U(1 - scale, 1 + scale); y is mirrored with probability 1/2, the pictures with it; no translation [code]
     zoom_low: float = 0.515            # pictures are resized by the smaller of two draws from U(zoom_low, zoom_high); 0.515 [code], small 0.75 [ours]
     zoom_high: float = 1.92            # 1.92 [code], small 1.5 [ours]
     # networks
     resnet: Literal[18, 50] = 50       # image network; 50 [paper], small 18 [ours]
     width: int = 32                    # first layers of the point network; its points have 32 times that; 32 [code], small 16 [ours]
-    reach: float = 1.0                 # factor of RADII; 1 [code], small 2 [ours]: the embedded LiDAR is a third as dense
+    radius_scale: float = 1.0          # factor of RADII; 1 [code], small 2 [ours]: the embedded LiDAR is a third as dense
     dims: int = 128                    # of what is compared [paper]
     # losses
     match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: row by row, each partner once, as the code has it and never calls it [code]; Table 5's "repeats"
@@ -108,7 +108,7 @@ class Config:
 
 
 SMALL = dict(workers=0, eval_every=50, save_every=100, epochs=0, steps=300, batch=2, points=4096, zoom_low=0.75, zoom_high=1.5, resnet=18, width=16,
-             optimiser="adamw", lr=1e-3, reach=2.0)                 # explained in Config
+             optimiser="adamw", lr=1e-3, radius_scale=2.0)          # explained in Config
 
 
 def check(cfg):
@@ -117,8 +117,8 @@ def check(cfg):
                          f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
                         (cfg.points < 64 or cfg.points % 32, f"--points {cfg.points}: a multiple of 32, at least 64; a sixteenth is matched, half from each sampler"),
                         (cfg.w_intra < 0 or cfg.w_inter < 0 or not cfg.w_intra + cfg.w_inter, "--w-intra and --w-inter: not negative and not both 0"),
-                        (not 0 <= cfg.scale < 1 or cfg.turn < 0, f"--turn {cfg.turn}, --scale {cfg.scale}: from 0, and scale below 1"),
-                        (min(cfg.tau, cfg.reach) <= 0, f"--tau {cfg.tau} and --reach {cfg.reach} are positive"),
+                        (not 0 <= cfg.scale < 1 or cfg.rotation < 0, f"--rotation {cfg.rotation}, --scale {cfg.scale}: from 0, and scale below 1"),
+                        (min(cfg.tau, cfg.radius_scale) <= 0, f"--tau {cfg.tau} and --radius-scale {cfg.radius_scale} are positive"),
                         (not 0 < cfg.zoom_low <= cfg.zoom_high, f"--zoom-low {cfg.zoom_low} --zoom-high {cfg.zoom_high}: expected 0 < low <= high"),
                         (min(cfg.batch, cfg.eval_every, cfg.save_every, cfg.pairs) < 1, "--batch, --pairs, --eval-every and --save-every start at 1")):
         if wrong:
@@ -127,9 +127,9 @@ def check(cfg):
 
 # ---- two views of a cloud: FORK 1, what a frame gives ----------------------------------------------------------------------------
 
-def random_transform(rng, centre, turn, scale):
+def random_transform(rng, centre, rotation, scale):
     """T: turn about the vertical through `centre` (3,), then scale about the origin, then mirror y half of the time [code]. -> (4, 4) float64, mirrored bool."""
-    angle, size, mirrored = rng.uniform(-turn, turn), rng.uniform(1 - scale, 1 + scale), bool(rng.random() < 0.5)
+    angle, size, mirrored = rng.uniform(-rotation, rotation), rng.uniform(1 - scale, 1 + scale), bool(rng.random() < 0.5)
     T = np.eye(4)
     T[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     T[:3, 3] = centre - T[:3, :3] @ centre
@@ -164,7 +164,7 @@ class TwoViews:
     """
     grid: data.Grid
     points: int
-    turn: float
+    rotation: float
     scale: float
     zoom: tuple[float, float]
 
@@ -173,9 +173,9 @@ class TwoViews:
         seen = data.in_view(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
         rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.of_key_sweep(cloud) & seen
         rows = rows.nonzero()[0]
-        T, mirrored = random_transform(rng, (low + high) / 2, self.turn, self.scale)
+        T, mirrored = random_transform(rng, (low + high) / 2, self.rotation, self.scale)
         whole, factor = [(0, 0, *image.shape[1:]) for image in frame.images], min(rng.uniform(*self.zoom, 2))
-        frame = data.recut_images(frame, whole, [(max(round(h * factor), 1), max(round(w * factor), 1)) for _, _, h, w in whole], [mirrored] * len(whole))
+        frame = data.crop_images(frame, whole, [(max(round(h * factor), 1), max(round(w * factor), 1)) for _, _, h, w in whole], [mirrored] * len(whole))
         if len(rows):                                               # in random order; with repetition if there are too few
             frame = data.select(frame, rng.choice(rows, self.points, replace=len(rows) < self.points))
         else:
@@ -270,10 +270,10 @@ class SetAbstraction(nn.Module):
 class PointEncoder(nn.Module):
     """F_P: three set abstractions, n -> n/4 -> n/8 -> n/16 points, w = 32: 128, 256, 1024 features [code]."""
 
-    def __init__(self, w, reach):
+    def __init__(self, w, radius_scale):
         super().__init__()
         self.channels = 32 * w
-        radii = [tuple(reach * r for r in shells) for shells in RADII]
+        radii = [tuple(radius_scale * r for r in shells) for shells in RADII]
 
         def stage(inputs, a, outputs, level):
             return SetAbstraction(inputs, [(a, a, 2 * a), (a, a, 2 * a), (2 * a, 2 * a, 4 * a)], outputs, radii[level], NEIGHBOURS[level])
@@ -311,7 +311,7 @@ class SimIPU(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.points, self.camera = PointEncoder(cfg.width, cfg.reach), ResNet(cfg.resnet)
+        self.points, self.camera = PointEncoder(cfg.width, cfg.radius_scale), ResNet(cfg.resnet)
         P, C = self.points.channels, self.camera.widths[-1]
         self.head_intra, self.head_point, self.head_image = (nn.Sequential(mlp(c, c, c, cfg.dims), BatchNorm(cfg.dims)) for c in (P, P, C))
         for weight, parts in ((cfg.w_intra, (self.points, self.head_intra)), (cfg.w_inter, (self.camera, self.head_point, self.head_image))):
@@ -337,7 +337,7 @@ class SimIPU(nn.Module):
         """images (B K, 3, H, W) uint8, hw (B K, 2) -> C5 (B K, C, h, w), size (2,) px that it is of: that of the batch, up to whole cells of stride 32."""
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
-        with half(images.device):
+        with bf16_autocast(images.device):
             return self.camera.stages(images, ~in_picture(hw, images.shape[-2:]))[-1].float(), images.shape[-2:]
 
     @torch.no_grad()
@@ -422,7 +422,7 @@ def spread_of(z):
 # ---- figures ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw(model, batch, out):
+def save_figures(model, batch, out):
     """figures/matches.png and similarity.png of a held-out batch's first frame."""
     import matplotlib.pyplot as plt
     model.eval()
@@ -482,7 +482,7 @@ def train(rank, world, cfg):
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     device = start(cfg, rank, world)
-    augment = TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
+    augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1
     loader.indices = loader.indices[::every]
@@ -526,10 +526,10 @@ def train(rank, world, cfg):
 
     log.close()
     found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
-    disband()
+    destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        draw(model, held_out[0].to(device), cfg.out)
+        save_figures(model, held_out[0].to(device), cfg.out)
         loss_curves(cfg.out, {"L_intra": (found["chance_intra"], found["floor_intra"]), "L_inter": (found["chance_inter"], found["cell_inter"])})
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_intra {found['L_intra']} (chance {found['chance_intra']}, floor {found['floor_intra']}), "

@@ -265,7 +265,7 @@ def bench_convolution(rounds, level, C, share):
 
 
 def spconv_trunk(spconv, net):
-    """VoxelNet's layers as spconv's modules with net's weights, and net's own batch norms -> function of Level 0 that gives the sites of stride 8, the weights."""
+    """VoxelResNet's layers as spconv's modules with net's weights, and net's own batch norms -> function of Level 0 that gives the sites of stride 8, the weights."""
     weights, algo = [], spconv.ConvAlgo.Native if DEVICE.type == "cpu" else None           # None: it chooses
     if DEVICE.type == "cpu":
         spconv.ops.get_current_stream = lambda: 0                                          # its backward asks for CUDA's
@@ -306,7 +306,7 @@ def bench_trunk(rounds, net, points, b):
     spconv, level = installed("spconv.pytorch"), net.eval().voxelise(points, b)
     weights = [part.weight for part in net.modules() if isinstance(part, common.SparseConv)]
     forward = backward = None
-    with mock.patch.object(net, "voxelise", lambda *_: level), mock.patch.object(common, "half", lambda _: contextlib.nullcontext()):
+    with mock.patch.object(net, "voxelise", lambda *_: level), mock.patch.object(common, "bf16_autocast", lambda _: contextlib.nullcontext()):
         last = net(points, b)[-1]
         grad = move(torch.randn(last.features.shape, generator=torch.Generator().manual_seed(0)))
         if spconv:
@@ -387,12 +387,12 @@ def bench_curvature(rounds, xyz, k=32):
 # ---- rendering and images --------------------------------------------------------------------------------------------------------
 
 def sample_volume(volume, index):
-    """F.grid_sample in place of corners and gather_weighted. volume (1, C, Z, Y, X), index (M, 3) fractional cells z, y, x -> (M, C)."""
+    """F.grid_sample in place of multilinear and gather_weighted. volume (1, C, Z, Y, X), index (M, 3) fractional cells z, y, x -> (M, C)."""
     at = index / (index.new_tensor(volume.shape[2:]) - 1) * 2 - 1
     return F.grid_sample(volume, at.flip(1).view(1, 1, 1, -1, 3), "bilinear", "border", True)[0, :, 0, 0].t()
 
 
-PLAINLY = dict(corners=lambda index, shape: (index, None), gather_weighted=lambda volume, index, _: sample_volume(volume, index))
+PLAINLY = dict(multilinear=lambda index, shape: (index, None), gather_weighted=lambda volume, index, _: sample_volume(volume, index))
 
 
 def shoot(xyz, grid, R):
@@ -414,7 +414,7 @@ def field_step(plain, end, noise, u, field, volume, origin, direction):
 def bench_rendering(rounds, xyz, grid, R=2048, C=32, S=72, finer=24, reach=60.0):
     """R rays from the LiDAR to its points, samples as in the paper's preset. xyz (M, 3) m."""
     torch.manual_seed(0)
-    cells = common.VoxelNet(grid.low, grid.high, grid.voxel).cells[-1]
+    cells = common.VoxelResNet(grid.low, grid.high, grid.voxel).cells[-1]
     volume = move(torch.randn(1, C, *cells.shape)).requires_grad_()
     table = volume.detach().permute(0, 2, 3, 4, 1).reshape(-1, C).requires_grad_()
     origin, direction, surface, far = shoot(xyz, grid, R)
@@ -422,7 +422,7 @@ def bench_rendering(rounds, xyz, grid, R=2048, C=32, S=72, finer=24, reach=60.0)
     at, grad = (direction[:, None] * depth[..., None]).view(-1, 3), move(torch.randn(depth.numel(), C))
 
     def gather():
-        return common.gather_weighted(table, *common.corners(cells.index(at), cells.shape))
+        return common.gather_weighted(table, *common.multilinear(cells.index(at), cells.shape))
 
     a, b = torch.autograd.grad(gather(), table, grad)[0], torch.autograd.grad(sample_volume(volume, cells.index(at)), volume, grad)[0]
     same(gather(), sample_volume(volume, cells.index(at)), 1e-4, "trilinear samples")
@@ -480,7 +480,7 @@ def bench_images(rounds, frame, key, C=64):
 
 def bench_lift(rounds, frame, cells, camera):
     """Image features and depths into the volume's cells, every one asking every camera. camera: a CameraNet, for its sizes."""
-    batch, C, D, near, reach = move(data.collate([frame], [0])), camera.channels, camera.bins, camera.near, camera.reach
+    batch, C, D, near, reach = move(data.collate([frame], [0])), camera.channels, camera.bins, camera.near, camera.max_depth
     H, W = batch.images.shape[-2:]
     torch_rng, matrix, centres = torch.Generator().manual_seed(0), batch.lidar2img, cells.centres(batch.hw.device)
     features, logits = (move(torch.randn(len(matrix), n, H // 8, W // 8, generator=torch_rng)).to(memory_format=torch.channels_last) for n in (C, D))
@@ -660,7 +660,7 @@ def bench_scaling(rounds, net, levels, points, b, sweep, grid):
 
     frames = [(sweep.repeat(n, 1), move(torch.arange(n).repeat_interleave(len(sweep)))) for n in sizes(10)]
     with torch.no_grad():
-        fit(f"frames of {len(sweep)} points: VoxelNet forward", sizes(10), [lambda batch=batch: net.eval()(*batch) for batch in frames])
+        fit(f"frames of {len(sweep)} points: VoxelResNet forward", sizes(10), [lambda batch=batch: net.eval()(*batch) for batch in frames])
 
 
 def sample_with(sampler, run, rounds):
@@ -727,7 +727,7 @@ def main():
               "common.keep_large_buffers() is on, as in training on a CPU: it spares the alternatives more page faults than us")
     print(f"input: {frame.name if real else 'ten frames of the embedded world'}, {len(points)} points, {len(key)} of one sweep", flush=True)
 
-    net, levels = move(common.VoxelNet(grid.low, grid.high, grid.voxel)), []
+    net, levels = move(common.VoxelResNet(grid.low, grid.high, grid.voxel)), []
     levels.append(net.voxelise(points, b))
     for pad, cells in zip(net.pads[:2], net.cells[1:]):
         coords = common.strided_map(levels[-1].coords, levels[-1].cells.shape, pad)[0]

@@ -95,7 +95,7 @@ def command(key, rows, runs):
     init = "none" if name == "none" else str(runs / f"pretrain_{name}_{seed if kind != 'rate' else 0}")
     steps = ["--steps", str(LONGER)] if kind == "longer" else []
     return ["finetune.py", *steps, "--preset", "small", "--init", init, "--fraction", fraction, "--modality", modality, "--seed", seed,
-            "--lr", f"{lr:g}", "--lr-init", f"{lr:g}", "--out", str(out)], out
+            "--lr", f"{lr:g}", "--lr-pretrained", f"{lr:g}", "--out", str(out)], out
 
 
 def keep(key, argv, out, seconds, threads, runs):

@@ -53,7 +53,7 @@ def one_of_two(function, rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=100))
     words = torch.load(f"{folder}/words.pt", weights_only=False)        # a file: a process takes no more than 256 tensors as arguments
     torch.save(function(rank, *words), f"{folder}/{rank}.pt")
-    common.disband()
+    common.destroy_group()
     os._exit(0)                                                         # gloo's threads may abort a finished interpreter
 
 

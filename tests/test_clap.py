@@ -21,20 +21,20 @@ import torch.nn.functional as F
 
 import clap
 import data
-from common import VoxelNet, wrap
+from common import VoxelResNet, wrap
 from conftest import on_two
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = clap.Config(preset="small", **{**clap.SMALL, "w_colour": 0.05, "rays": 96,
-                                      "pixels": 24, "samples": 12, "finer": 6, "prototypes": 8, "dims": 16, "width": 4, "bins": 12})
+                                      "pixels": 24, "samples": 12, "importance_samples": 6, "prototypes": 8, "dims": 16, "width": 4, "bins": 12})
 
 
 @pytest.fixture(scope="module")
 def batch(world):
     """Two frames of the embedded world with small images and their curvature."""
     return next(data.loader(str(world), "train", 2, preset="small", image=(48, 128), prepare=clap.Curvature(32),
-                            augment=partial(data.augment_cloud, turn=0.39, scale=0.05, flip=True)).begin_at(0))
+                            augment=partial(data.augment_cloud, rotation=0.39, scale=0.05, flip=True)).begin_at(0))
 
 
 @pytest.fixture()
@@ -246,19 +246,19 @@ def test_pixels_are_drawn_by_weight():
 
 
 def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path, monkeypatch):
-    """--sampler sdf: uniform for warm_epochs epochs, held-out terms likewise; a step an epoch here."""
+    """--sampler sdf: uniform for uniform_epochs epochs, held-out terms likewise; a step an epoch here."""
     asked, forward = [], clap.Clap.forward
-    for name in ("draw", "loss_curves"):
+    for name in ("save_figures", "loss_curves"):
         monkeypatch.setattr(clap, name, lambda *_: None)
     monkeypatch.setattr(clap, "examine", lambda *_: dict.fromkeys(("range_hidden", "beam_mean", "nearest_ray", "range_visible")))
     monkeypatch.setattr(clap.Clap, "forward", lambda self, batch, uniform=False: asked.append((self.training, uniform)) or forward(self, batch, uniform))
-    clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=3, warm_epochs=2, eval_every=1))
+    clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=3, uniform_epochs=2, eval_every=1))
     assert [uniform for training, uniform in asked if training] == [True, True, False] == [uniform for training, uniform in asked if not training]
 
 
 def test_a_warm_up_that_never_ends_is_refused(three_frames, tmp_path):
     with pytest.raises(SystemExit, match="2 steps of uniform sampling, the run has 2: the SDF would never"):
-        clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=2, warm_epochs=2))
+        clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=2, uniform_epochs=2))
 
 
 def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monkeypatch):
@@ -454,8 +454,8 @@ def test_without_prototypes_only_rendering_is_left(batch):
 def test_what_is_hidden_stays_hidden(batch, model):
     """Nothing of a hidden point or pixel enters the volume; most is hidden; blocks are 8 voxels wide."""
     model.eval()
-    hidden = clap.hide_points(batch.points, batch.b_points, 2, model.lidar, 0.9, clap.frame_generators(batch.seeds, CPU))
-    hidden_px = clap.hide_pixels(batch.images, batch.cameras, 0.3, clap.frame_generators(batch.seeds, CPU))
+    hidden = clap.mask_points(batch.points, batch.b_points, 2, model.lidar, 0.9, clap.frame_generators(batch.seeds, CPU))
+    hidden_px = clap.mask_pixels(batch.images, batch.cameras, 0.3, clap.frame_generators(batch.seeds, CPU))
     before = model.encode(batch, hidden, hidden_px)[0]
     points, images = batch.points.clone(), batch.images.clone()
     points[hidden, :4] = points[hidden, :4].flip(0)
@@ -503,12 +503,12 @@ def test_targets_and_sampling(batch, model):
 
 def test_sdf_curvature_through_the_trilinear_volume(model):
     """An exact sphere SDF stored at the cells and read back through the field's own query: within a few per cent of sqrt(2) / R on even cells."""
-    cells = VoxelNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
+    cells = VoxelResNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
     R = 3.0
     table = (cells.centres(CPU).norm(dim=1) - R)[:, None]
 
     def sdf(p, b):
-        flat, weight = clap.corners(cells.index(p), cells.shape)
+        flat, weight = clap.multilinear(cells.index(p), cells.shape)
         return clap.gather_weighted(table, flat, weight)[:, 0]
     p = F.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1) * R
     omega = clap.sdf_curvature(p, torch.zeros(500, dtype=torch.int64), None, sdf, cells.step[0] / 2)
@@ -570,7 +570,7 @@ def test_one_frame_can_be_learned(batch, model):
 def run(world, out, *more, wait=True):
     command = [sys.executable, str(ROOT / "clap.py"), "--data", str(world), "--preset", "small", "--out", str(out), "--steps", "4", "--save-every", "1",
                "--eval-every", "2", "--batch", "1",
-               "--rays", "64", "--pixels", "16", "--samples", "8", "--finer", "4", "--width", "4", *more]
+               "--rays", "64", "--pixels", "16", "--samples", "8", "--importance-samples", "4", "--width", "4", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=out.parent)
@@ -631,7 +631,7 @@ def test_a_run_leaves_what_it_should(three_frames, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(blur=8), "odd"), (dict(prototypes=1), "at least 2"),
-                                         (dict(eval_every=0), "start at 1"), (dict(hide_points=90), "shares"), (dict(sky=-0.1), "shares"), (dict(rays=0), "start at 1"),
+                                         (dict(eval_every=0), "start at 1"), (dict(mask_points=90), "shares"), (dict(sky=-0.1), "shares"), (dict(rays=0), "start at 1"),
                                          (dict(samples=1), "at 2"), (dict(tau=0.0), "positive"), (dict(neighbours=3), "plane")])
 def test_contradictory_flags_are_refused_before_anything_is_written(tmp_path, flags, told):
     with pytest.raises(SystemExit, match=told):

@@ -14,10 +14,10 @@ import common
 import data
 import finetune
 from conftest import on_two, run
-from cmcr import SMALL, Cmcr, Codebook, Config, Views, hide_cells, occupancy_queries, orthogonality, random_cut
+from cmcr import SMALL, Cmcr, Codebook, Config, Views, mask_cells, occupancy_queries, orthogonality, random_crop
 
 GRID = data.GRIDS["nuscenes", "small"]
-TINY = Config(preset="small", **{**SMALL, "width": 4, "crop_h": 64, "crop_w": 96, "crop_points": 60, "codes": 16, "pairs": 200, "queries": 90, "hide_pictures": 0.7})
+TINY = Config(preset="small", **{**SMALL, "width": 4, "crop_h": 64, "crop_w": 96, "crop_points": 60, "codes": 16, "pairs": 200, "queries": 90, "mask_images": 0.7})
 VIEWS = Views(GRID, TINY)
 
 
@@ -39,7 +39,7 @@ def pairs_of(batch):
 
 
 def hidden_of(batch, cfg=TINY):
-    return hide_cells(batch.cameras, (2, 3), cfg, common.frame_generators(batch.seeds, torch.device("cpu")))
+    return mask_cells(batch.cameras, (2, 3), cfg, common.frame_generators(batch.seeds, torch.device("cpu")))
 
 
 # ---- cuts and masks ----
@@ -52,7 +52,7 @@ def test_a_cut_keeps_the_points_on_their_colours(world, whole):
     points = frame.points.copy()
     points[:, 3] = np.arange(len(points)) / 2 ** 16                 # who is who
     frame = data.replace(frame, points=points, images=[np.stack([u, v, 0 * u]).astype(np.uint8)] * 6)
-    other = VIEWS(frame, np.random.default_rng(0)) if whole else data.recut_images(frame, [(3, 40, 61, 120)] * 6, [(64, 96)] * 6, [False, True] * 3)
+    other = VIEWS(frame, np.random.default_rng(0)) if whole else data.crop_images(frame, [(3, 40, 61, 120)] * 6, [(64, 96)] * 6, [False, True] * 3)
     assert all(image.shape == (3, 64, 96) for image in other.images)
     assert whole != np.allclose(other.points[:, :3], points[(other.points[:, 3] * 2 ** 16).astype(int), :3], atol=0.1)
     rows = points[(other.points[:, 3] * 2 ** 16).astype(int)]
@@ -72,26 +72,26 @@ def test_cuts_show_enough_points_or_are_the_middle():
     rng, seen = np.random.default_rng(0), []
     uv = rng.uniform((0, 40), (250, 96), (500, 2))
     for _ in range(50):
-        top, left, h, w = random_cut(rng, (96, 256), uv, 96 / 64, TINY)
+        top, left, h, w = random_crop(rng, (96, 256), uv, 96 / 64, TINY)
         assert 0 <= top and top + h <= 96 and 0 <= left and left + w <= 256 and 1.3 < w / h < 1.7
         within = ((uv >= (left, top)) & (uv < (left + w, top + h))).all(1).sum()
         assert within >= 60 or w * h > 0.9 * 96 * 130
         seen.append(h * w)
     assert min(seen) < 0.6 * max(seen)
     apart = np.concatenate([np.tile([(0., 0)], (500, 1)), np.tile([(255., 95)], (500, 1))])                                 # no cut shows three quarters of these
-    top, left, h, w = random_cut(rng, (96, 256), apart, 96 / 64, replace(TINY, crop_points=1000))
+    top, left, h, w = random_crop(rng, (96, 256), apart, 96 / 64, replace(TINY, crop_points=1000))
     assert h >= 95 and (top, left) == ((96 - h) // 2, (256 - w) // 2)
-    assert random_cut(rng, (96, 256), np.zeros((0, 2)), 1.5, TINY)[2] > 0                                                   # a camera without points
+    assert random_crop(rng, (96, 256), np.zeros((0, 2)), 1.5, TINY)[2] > 0                                                   # a camera without points
 
 
 def test_masks_hide_exactly_half_of_the_cells_of_some_pictures():
     cfg, generators = Config(), [torch.Generator().manual_seed(i) for i in range(40)]
-    hidden = hide_cells(6, (7, 13), cfg, generators)
+    hidden = mask_cells(6, (7, 13), cfg, generators)
     count = hidden.flatten(1).sum(1)
     assert hidden.shape == (240, 7, 13) and set(count.tolist()) == {0, round(0.5 * 91)}
     assert 0.4 < (count > 0).float().mean() < 0.6
     assert 0.4 < hidden[count > 0].float().mean(0).min() + 0.1 and hidden[count > 0].float().mean(0).max() < 0.68            # every cell alike
-    assert torch.equal(hide_cells(6, (7, 13), cfg, [torch.Generator().manual_seed(3)]), hidden[18:24])                       # a frame's own stream
+    assert torch.equal(mask_cells(6, (7, 13), cfg, [torch.Generator().manual_seed(3)]), hidden[18:24])                       # a frame's own stream
 
 
 def test_what_is_hidden_does_not_reach_the_network_and_its_change_is_not_seen(batch, model):
@@ -317,7 +317,7 @@ def test_every_loss_written_out(batch, model):
         shared, G_2D = model.shared_2d(c5), model.specific_2d(c5)
         point, image, uv, cell = pairs_of(batch)
         generators = common.frame_generators(batch.seeds, torch.device("cpu"))
-        hide_cells(batch.cameras, (2, 3), cfg, generators)
+        mask_cells(batch.cameras, (2, 3), cfg, generators)
         chosen = common.at_most(TINY.pairs, (~hidden.flatten()[cell]).nonzero()[:, 0], generators[0])
         p, q = F_3D[point[chosen]], []
         for n in chosen.tolist():
@@ -449,7 +449,7 @@ def test_frames_without_points_or_masks_are_fine(world):
     full, empty = VIEWS(dataset.load(0), rng), VIEWS(data.select(dataset.load(1), np.zeros(0, np.int64)), rng)
     assert empty.extra["neighbours"].shape == (0, 32)
     for frames, share in (([full, empty], 0.7), ([empty], 1.0), ([full], 0.0)):
-        model = Cmcr(replace(TINY, hide_pictures=share), GRID, frozen=True)
+        model = Cmcr(replace(TINY, mask_images=share), GRID, frozen=True)
         loss, terms = model(data.collate(frames, list(range(len(frames)))))
         loss.backward()
         assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -515,8 +515,8 @@ def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(crop_h=100), "multiples of 32"), (dict(codes=1), "--without codebook"),
-                                         (dict(hide_cells=1.5), "0 to 1"), (dict(teacher="moco"), "is a ResNet-50"), (dict(batch=0, teacher="none"), "start at 1"),
-                                         (dict(turn=-1.0, teacher="none"), "starts at 0"), (dict(reach=0.0, teacher="none"), "positive"),
+                                         (dict(mask_cells=1.5), "0 to 1"), (dict(teacher="moco"), "is a ResNet-50"), (dict(batch=0, teacher="none"), "start at 1"),
+                                         (dict(rotation=-1.0, teacher="none"), "starts at 0"), (dict(query_radius=0.0, teacher="none"), "positive"),
                                          (dict(steps=-5), "the other positive"), (dict(teacher="nowhere.pth"), "no readable weights")])
 def test_flags_that_cannot_work_are_refused(flags, told, three_frames, tmp_path):
     with pytest.raises(SystemExit, match=told):

@@ -39,7 +39,7 @@ def test_multilinear_interpolation_is_grid_sample(shape):
     torch.manual_seed(0)
     table = torch.randn(*shape, 3, dtype=torch.float64, requires_grad=True)
     at = torch.rand(200, len(shape), dtype=torch.float64) * 1.4 - 0.2                  # some outside the outermost centres
-    index, weight = common.corners(at * (torch.tensor(shape) - 1), shape)
+    index, weight = common.multilinear(at * (torch.tensor(shape) - 1), shape)
     ours = common.gather_weighted(table.reshape(-1, 3), index, weight)
     where = (at * 2 - 1).flip(1).view(1, *[1] * (len(shape) - 1), -1, len(shape))
     theirs = F.grid_sample(table.permute(-1, *range(len(shape)))[None], where, align_corners=True, padding_mode="border").reshape(3, -1).t()
@@ -50,7 +50,7 @@ def test_multilinear_interpolation_is_grid_sample(shape):
 
 
 def test_interpolating_nothing():
-    index, weight = common.corners(torch.zeros(0, 3), (2, 3, 4))
+    index, weight = common.multilinear(torch.zeros(0, 3), (2, 3, 4))
     assert common.gather_weighted(torch.randn(24, 5), index, weight).shape == (0, 5)
 
 
@@ -108,11 +108,11 @@ def test_points_in_boxes_against_rotated_coordinates():
 
 def test_a_linear_field_survives_trunk_lift_and_query():
     """One definition of where a cell is: half-cell shifts are the classic silent bug."""
-    net = common.VoxelNet(**GRID, width=2)
+    net = common.VoxelResNet(**GRID, width=2)
     slope, cells = torch.tensor([0.7, -1.3, 2.1]), net.cells[-1]
     field = cells.centres("cpu") @ slope + 0.3                                          # by cell, the memory order of dense volumes
     inner = torch.rand(300, 3) * (torch.tensor(cells.shape[::-1]) - 1) * torch.tensor(cells.step) + torch.tensor(cells.first)
-    index, weight = common.corners(cells.index(inner), cells.shape)
+    index, weight = common.multilinear(cells.index(inner), cells.shape)
     torch.testing.assert_close(common.gather_weighted(field[:, None], index, weight)[:, 0], inner @ slope + 0.3, atol=1e-5, rtol=1e-5)
 
     every = torch.cat([torch.zeros(math.prod(net.cells[0].shape), 1, dtype=torch.int64), torch.cartesian_prod(*map(torch.arange, net.cells[0].shape))], 1)
@@ -227,7 +227,7 @@ def cloud(n=400, size=3, seed=0):
 
 
 def test_voxels_hold_the_mean_of_their_points():
-    net = common.VoxelNet(**GRID, width=2)
+    net = common.VoxelResNet(**GRID, width=2)
     points, b = cloud(3000)
     points[1500:, :3], b[1500:] = points[:1500, :3].clone(), b[:1500].clone()           # two in a voxel, which differ in the rest
     points[:5, 0] = 99.0                                                                # outside
@@ -246,7 +246,7 @@ def test_voxels_hold_the_mean_of_their_points():
 
 def test_voxel_net_does_not_mind_order_empty_frames_or_whole_steps():
     torch.manual_seed(0)
-    net = common.VoxelNet(**GRID, width=2).eval()
+    net = common.VoxelResNet(**GRID, width=2).eval()
     points, b = cloud()
     a, shuffled = net(points, b)[-1], torch.randperm(len(points), generator=torch.Generator().manual_seed(1))
     other = net(points[shuffled], b[shuffled])[-1]
@@ -269,7 +269,7 @@ def test_kernel_maps_are_built_once_a_level(monkeypatch):
     for name in ("submanifold_map", "strided_map"):
         original = getattr(common, name)
         monkeypatch.setattr(common, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
-    common.VoxelNet(**GRID, width=2)(*cloud())
+    common.VoxelResNet(**GRID, width=2)(*cloud())
     assert calls.count("submanifold_map") == 4 and calls.count("strided_map") == 3
 
 
@@ -305,7 +305,7 @@ def test_image_weights_are_torchvision_s_less_fc(depth):
 
 def test_hidden_pixels_and_padding_do_not_matter_and_seen_ones_do():
     torch.manual_seed(0)
-    net, cells = common.CameraNet(18, 4, reach=6.0, bins=3).eval(), common.VoxelNet(**GRID, width=2).cells[-1]
+    net, cells = common.CameraNet(18, 4, reach=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
     images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
     hidden[:, :, :32] = True
     def volume(images, hidden=hidden, size=(48, 64)):
@@ -490,10 +490,10 @@ def test_batch_norm_over_two_processes_is_that_of_the_joined_rows(server, tmp_pa
 
 def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
     torch.manual_seed(0)
-    net = common.VoxelNet((-8., -8., -2.), (8., 8., 2.), (0.25, 0.25, 0.25), 8)
+    net = common.VoxelResNet((-8., -8., -2.), (8., 8., 2.), (0.25, 0.25, 0.25), 8)
     points = torch.rand(4000, 5) * torch.tensor([16., 16., 1., 1., 0.]) - torch.tensor([8., 8., 1., 0., 0.])
     exact = net(points, torch.zeros(4000, dtype=torch.int64))
-    monkeypatch.setattr(common, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(common, "bf16_autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     rough = net(points, torch.zeros(4000, dtype=torch.int64))
     for a, b in zip(exact, rough, strict=True):
         assert b.features.dtype == torch.float32 and torch.equal(a.coords, b.coords)
@@ -512,16 +512,16 @@ def test_every_script_trains_in_bfloat16(script, three_frames, monkeypatch):
     cfg, dataset = config(script, three_frames, ""), data.open_dataset(three_frames, "small")
     module, modality = importlib.import_module(script), dict(modality="fusion") if script == "finetune" else {}
     cfg, prepare = replace(cfg, **modality), module.Curvature(32) if script == "clap" else None
-    augment = dict(clap=lambda: partial(data.augment_cloud, turn=0.1, scale=0., flip=dataset.grid.mirrors), cmcr=lambda: module.Views(dataset.grid, cfg),
-                   finetune=lambda: None, simipu=lambda: module.TwoViews(dataset.grid, cfg.points, cfg.turn, cfg.scale, (cfg.zoom_low, cfg.zoom_high)))[script]()
+    augment = dict(clap=lambda: partial(data.augment_cloud, rotation=0.1, scale=0., flip=dataset.grid.mirrors), cmcr=lambda: module.Views(dataset.grid, cfg),
+                   finetune=lambda: None, simipu=lambda: module.TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, (cfg.zoom_low, cfg.zoom_high)))[script]()
     batch = next(data.loader(dataset, "train", 1, augment=augment, prepare=prepare).begin_at(0))
     torch.manual_seed(0)
     model = dict(clap=lambda: module.Clap(cfg, dataset.grid), cmcr=lambda: module.Cmcr(cfg, dataset.grid, False), simipu=lambda: module.SimIPU(cfg),
                  finetune=lambda: module.Detector(cfg, dataset.grid))[script]()
     exact = model(batch)[0]
     for place in {common, module}:
-        if hasattr(place, "half"):
-            monkeypatch.setattr(place, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+        if hasattr(place, "bf16_autocast"):
+            monkeypatch.setattr(place, "bf16_autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     rough = model(batch)[0]
     rough.backward()
     assert rough.dtype == torch.float32 and rough != exact and abs(rough - exact) < 0.1 * abs(exact), (rough, exact)

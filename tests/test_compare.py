@@ -64,7 +64,7 @@ def test_a_row_s_command_has_its_own_pre_training_and_the_chosen_rate(results, t
         return script, dict(zip(rest[::2], rest[1::2]))
     script, asked = flags("finetune/clap/0.2/lidar/3")
     assert script == "finetune.py" and asked["--init"] == str(tmp_path / "pretrain_clap_3") and asked["--seed"] == "3"
-    assert asked["--lr"] == asked["--lr-init"] == "0.0004" and asked["--fraction"] == "0.2" and asked["--modality"] == "lidar" and "--steps" not in asked
+    assert asked["--lr"] == asked["--lr-pretrained"] == "0.0004" and asked["--fraction"] == "0.2" and asked["--modality"] == "lidar" and "--steps" not in asked
     assert flags("longer/none/0.05/fusion/1")[1].items() >= {"--init": "none", "--steps": "240", "--lr": "0.001"}.items()
     _, asked = flags("rate/cmcr/0.003")
     assert asked["--init"] == str(tmp_path / "pretrain_cmcr_0") and asked["--seed"] == "9" and asked["--lr"] == "0.003"

@@ -44,7 +44,7 @@ def trained(model):
 def lidar(tmp_path_factory):
     """A run that holds a LiDAR network of OpenPCDet's width, and that network."""
     torch.manual_seed(0)
-    model = trained(common.VoxelNet(GRID.low, GRID.high, GRID.voxel, 16))
+    model = trained(common.VoxelResNet(GRID.low, GRID.high, GRID.voxel, 16))
     return leave(tmp_path_factory.mktemp("lidar") / "run", nn.ModuleDict({"lidar": model}), cmcr.UNITS), model
 
 
@@ -106,7 +106,7 @@ def test_offsets_are_in_their_places(lidar, tmp_path):
 
 
 def test_a_run_of_another_width_says_that_openpcdet_would_leave_it_out(tmp_path, capsys):
-    narrow = nn.ModuleDict({"lidar": common.VoxelNet(GRID.low, GRID.high, GRID.voxel, 8)})
+    narrow = nn.ModuleDict({"lidar": common.VoxelResNet(GRID.low, GRID.high, GRID.voxel, 8)})
     file = export(leave(tmp_path / "run", narrow, cmcr.UNITS), "openpcdet", tmp_path / "narrow.pth")
     assert file["model_state"]["backbone_3d.conv4.0.0.weight"].shape == (64, 3, 3, 3, 32)
     assert "This run is 8 wide, OpenPCDet's network 16" in capsys.readouterr().out

@@ -51,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 STEPS, RUNNING = 4, []
 SMALL = dict(preset="small", gpus=0, batch=1, width=4)
 RUNS = {        # script: fields of its Config that make a step take a fraction of a second
-    "clap": dict(SMALL, steps=STEPS, save_every=1, eval_every=3, rays=64, pixels=16, samples=8, finer=4),
+    "clap": dict(SMALL, steps=STEPS, save_every=1, eval_every=3, rays=64, pixels=16, samples=8, importance_samples=4),
     "simipu": dict(SMALL, steps=STEPS, save_every=1, eval_every=3, points=256, zoom_low=0.4, zoom_high=0.5),
     "cmcr": dict(SMALL, steps=STEPS, save_every=1, eval_every=3, teacher="none", crop_h=64, crop_w=96, crop_points=60, pairs=200, queries=90),
     "finetune": dict(SMALL, steps=STEPS, save_every=1, bins=12, modality="lidar", fraction=1.0, warmup=2),
@@ -81,7 +81,7 @@ def go(script, cfg, said, fault, argument):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     module = sys.modules["__main__"] = importlib.import_module(script)
-    for name in ("draw", "draw_curves", "loss_curves"):
+    for name in ("save_figures", "draw_curves", "loss_curves"):
         if hasattr(module, name):
             setattr(module, name, lambda *_: None)
     if fault:
@@ -600,9 +600,9 @@ def ends(rank, folder, port, asked):
 
     def train(rank, world, cfg):
         device = common.join(cfg, world)
-        assert common.over_ranks(torch.ones(1, device=device)) == 2
+        assert common.all_reduce(torch.ones(1, device=device)) == 2
         if not asked:
-            common.disband()
+            common.destroy_group()
         if rank == 0:
             while not asked and not (folder / "other has left").exists():
                 time.sleep(0.01)

@@ -223,7 +223,7 @@ def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
     """AP above 0.9 for every class present, on the frames themselves, within the range. Minutes on two cores."""
     torch.manual_seed(0)
     steps, cfg = 260, replace(Config(preset="small", **SMALL), modality=modality)
-    loader = data.loader(world, "train", 2, preset="small", augment=partial(finetune.augment, turn=0., scale=0., flip=(False, False)))
+    loader = data.loader(world, "train", 2, preset="small", augment=partial(finetune.augment, rotation=0., scale=0., flip=(False, False)))
     loader.indices = loader.indices[[0, 2, 3, 5]]
     model = Detector(cfg, loader.grid)
     opt = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
@@ -338,7 +338,7 @@ def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path, capsys):
     cfg = clap.Config(preset="small", out=str(tmp_path / "before"), **{**clap.SMALL, "width": 4, "bins": 12})
     clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
     (tmp_path / "before" / "frames.txt").write_text("\n".join(data.open_dataset(three_frames).names[:1]))
-    tuned = run(tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "before"), "--fraction", "1", "--steps", "2", "--lr-init", "4e-4")
+    tuned = run(tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "before"), "--fraction", "1", "--steps", "2", "--lr-pretrained", "4e-4")
     assert tuned.returncode == 0, tuned.stderr[-2000:]
     assert "labels of 2 frames" in tuned.stdout and "1 of them were in the pre-training" in tuned.stdout and "of step 7" in tuned.stdout
     last = tuned.stdout.splitlines()[-1]

@@ -85,7 +85,7 @@ def test_shared_area_is_that_of_clipped_polygons_and_symmetric(a, b):
 @QUICK
 @given(st.tuples(st.floats(-25.9, 25.2), st.floats(-25.9, 25.2), st.floats(-3, 3), st.floats(0.1, 20), st.floats(0.1, 20), st.floats(0.1, 5), angles, metres, metres))
 def test_boxes_survive_their_code(box):
-    cells = common.VoxelNet(GRID.low, GRID.high, GRID.voxel, 2).cells[-1]                # centres at -25.55, -24.75, ... 24.85 m
+    cells = common.VoxelResNet(GRID.low, GRID.high, GRID.voxel, 2).cells[-1]                # centres at -25.55, -24.75, ... 24.85 m
     box = torch.tensor([box], dtype=torch.float64)
     cell, code, within = finetune.encode(box, cells)
     assert within.all()
@@ -113,7 +113,7 @@ def test_sparse_convolutions_of_any_sites_are_dense_ones(taken, strided, seed):
 @given(arrays.arrays(np.float32, st.tuples(st.integers(0, 60), st.just(3)), elements=st.floats(-30, 30, width=32)), st.integers(1, 3))
 def test_voxels_are_the_means_of_their_points(xyz, frames):
     """Doubled points, borders, points outside, frames without any."""
-    net = common.VoxelNet(GRID.low, GRID.high, GRID.voxel, 2)
+    net = common.VoxelResNet(GRID.low, GRID.high, GRID.voxel, 2)
     b = torch.arange(len(xyz)) % frames
     points = torch.cat([torch.as_tensor(xyz), torch.rand(len(xyz), 2)], 1)
     level, sums = net.voxelise(points, b), {}

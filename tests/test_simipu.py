@@ -24,7 +24,7 @@ from simipu import SMALL, Config, SimIPU, TwoViews, ball_query, farthest_feature
 
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{**SMALL, "points": 256, "width": 4, "zoom_low": 0.515, "zoom_high": 1.92})
-VIEWS = TwoViews(GRID, TINY.points, TINY.turn, TINY.scale, (0.6, 1.2))
+VIEWS = TwoViews(GRID, TINY.points, TINY.rotation, TINY.scale, (0.6, 1.2))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_pictures_keep_their_points(world):
     frame = replace(frame, images=[np.stack([ramp, ramp, ramp])] * 6)
     for factor, mirrored in ((1.4, False), (0.55, True), (1.0, True)):
         H, W = round(96 * factor), round(256 * factor)
-        other = data.recut_images(frame, [(0, 0, 96, 256)] * 6, [(H, W)] * 6, [mirrored] * 6)
+        other = data.crop_images(frame, [(0, 0, 96, 256)] * 6, [(H, W)] * 6, [mirrored] * 6)
         assert all(image.shape == (3, H, W) for image in other.images)
         for a, b in zip(frame.lidar2img, other.lidar2img):
             (u, v, d), (u_, v_, d_) = (before @ a.T)[:, :3].T, (before @ b.T)[:, :3].T
@@ -487,7 +487,7 @@ def test_the_ablations_run_to_their_end(flags, three_frames, tmp_path):
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(points=100), "a multiple of 32"), (dict(w_intra=0., w_inter=0.), "not both 0"),
                                          (dict(zoom_low=3.), "0 < low <= high"), (dict(batch=0), "start at 1"), (dict(scale=1.5), "scale below 1"),
-                                         (dict(reach=0.), "positive"), (dict(steps=-5), "the other positive")])
+                                         (dict(radius_scale=0.), "positive"), (dict(steps=-5), "the other positive")])
 def test_flags_that_cannot_work_are_refused(flags, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
         simipu.train(0, 1, replace(TINY, out=str(tmp_path / "run"), **flags))

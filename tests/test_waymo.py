@@ -334,7 +334,7 @@ def test_upright_iou():
 
 # ---- whole runs ----
 
-TINY = {"clap.py": "--rays 64 --pixels 8 --samples 8 --finer 4 --bins 12", "simipu.py": "--points 256 --zoom-low 0.5 --zoom-high 0.6",
+TINY = {"clap.py": "--rays 64 --pixels 8 --samples 8 --importance-samples 4 --bins 12", "simipu.py": "--points 256 --zoom-low 0.5 --zoom-high 0.6",
         "cmcr.py": "--teacher none --crop-h 64 --crop-w 96 --crop-points 60 --pairs 200 --queries 90", "finetune.py": "--bins 12 --modality lidar --fraction 0.01"}
 
 
