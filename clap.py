@@ -31,8 +31,8 @@ Departures and readings:
       bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head is three plain layers on feature, geometry and view: no SDF gradient (no second-order derivatives in the render path) and no position, which
       UniPAD's four layers have; the SDF's feature enters before its five hidden layers, UniPAD's also before the output.
-  D4  Range targets and curvature are of the key sweep only; older sweeps were shot from elsewhere. They stay in the encoder's input. (The paper draws about one
-      point in a hundred, which fits all ten sweeps better than one.)
+  D4  Range targets are of the key sweep only, since older sweeps were shot from elsewhere; so is curvature, its neighbours are of all sweeps, as is the encoder's
+      input. (The paper draws about one point in a hundred, which fits all ten sweeps better than one.)
   D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
       renormalised, as printed.
   D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau) in L_SwAV, the same at the paper's tau = 1; L_EM has none.
@@ -217,7 +217,7 @@ SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weigh
 
 
 def sane(weights):
-    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, none zero, all 1 if none is positive. [ours] weights (M,) -> (M,)."""
+    """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, all positive (a tiny floor), all 1 if none was. [ours] weights (M,) -> (M,)."""
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
         return torch.ones_like(weights)
@@ -480,7 +480,7 @@ class Clap(nn.Module):
 
     @torch.no_grad()
     def both_see(self, lidar, seen, points, b_points, generators, most=8192):
-        """Sites whose own cell holds one of these visible points and that some camera sees, at most `most` a frame [ours].  D7  -> rows (N_3D,) of the level."""
+        """Sparse sites whose own cell holds a visible point and that some camera sees, at most `most` random ones a frame [ours].  D7  -> rows (N_3D,) of the level."""
         cells, inside = lidar.cells, self.lidar.inside(points)
         zyx = cells.index(points[inside, :3]).round().long().clamp_min(0)
         zyx = zyx.minimum(zyx.new_tensor(cells.shape) - 1)                                 # the outer half of a border cell

@@ -94,7 +94,7 @@ class Config:
     crop_w: int = 416                  # px; 416 [code], small 224 [ours]
     image_scale: float = 1.0           # pictures are read at the data set's size times this, then cut; 1 [ours] D10
     crop_min_area: float = 0.3         # least share in area of the largest part of the cut's aspect; 0.3 [code: of the whole picture] D10
-    crop_points: int = 1024            # a cut that shows fewer points is drawn again, unless it has three quarters; 1024 [code], small 256 [ours]
+    crop_points: int = 1024            # a cut that shows fewer is drawn again, unless it shows 3/4 of the picture's points; 1024 [code], small 256 [ours]
     # networks
     resnet: Literal[18, 50] = 50       # teacher; 50 [code], small 18 [ours]
     width: int = 16                    # first sparse stage; the four levels have 1, 2, 4, 8 times that; 16 [code OpenPCDet], small 8 [ours]
@@ -109,7 +109,7 @@ class Config:
     mask_cells: float = 0.5            # share of the cells of a masked picture [code]
     mask_images: float = 0.5           # share of the pictures that are masked [code]
     # occupancy
-    queries: int = 2048                # a frame, a third each behind, before and far before a point; 2048 [code], small 1024 [ours]
+    queries: int = 2048                # a frame: a third each just behind a point, just before it, anywhere before it; 2048 [code], small 1024 [ours]
     depth: float = 0.1                 # m, behind and before [code]
     query_radius: float = 1.0          # m, neighbours of a query [code]
     neighbours: int = 32               # at most [code] D6

@@ -74,7 +74,7 @@ def processes():
 
 
 def mean_over_ranks(total, count):
-    """The mean over every process's rows: (sum of totals) / (sum of counts). total () with gradient, count rows behind it here.
+    """The mean over every process's rows: (sum of totals) / (sum of counts). total (): this process's sum, with gradient; count: its number of rows.
 
     DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
     """
@@ -82,7 +82,7 @@ def mean_over_ranks(total, count):
 
 
 def share_buffers(model):
-    """Every process takes rank 0's running statistics, which are the ones that are saved. Before looking at held-out frames; DDP does so before each training step."""
+    """Broadcast rank 0's batch-norm statistics, the ones that are saved. To be called before held-out frames are scored; DDP does it before a training step."""
     if processes() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
@@ -174,7 +174,7 @@ def project(xyz, b, lidar2img, hw, size, near=0.1):
     """Every pair of a point and an image that sees it (deeper than near, inside that image's own height and width).
 
     xyz (N, 3) m, b (N,) frame, lidar2img (B K, 4, 4), hw (B K, 2), size B
-    -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px with pixel centres at +0.5, depth (M,) m; by frame, image, point.
+    -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px with pixel centres at +0.5, depth (M,) m; sorted by frame, image, point.
     """
     K, found = len(lidar2img) // size, []
     for frame in range(size):
@@ -697,7 +697,7 @@ def stratified(near, far, jitter):
 def importance(depth, weights, u):
     """Samples from the sections' weights by inverting their cumulative sum. depth (R, S), weights (R, S - 1), u (R, n) in [0, 1) -> (R, n). No gradient.
 
-    Weights that are not numbers give depths that are: a place that is none cannot be looked up, and the loss, of the same field, tells.
+    NaN weights give finite depths, since a NaN position would be an index out of range; the NaN shows in the loss, which is of the same field.
     """
     weights = weights + 1e-5                                        # a ray without a surface is sampled evenly
     cdf = F.pad((weights / weights.sum(1, keepdim=True)).cumsum(1), (1, 0))                # (R, S)
@@ -833,7 +833,7 @@ def launch(train, cfg):
 
 
 def destroy_group():
-    """The last thing that the processes of a run do together. After it rank 0 may take its time, which the others would not wait for, with figures and scores."""
+    """The last collective of a run: a barrier, then the process group is destroyed. After it rank 0 may take long over figures and scores; nobody waits for it."""
     if processes() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -867,7 +867,7 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
 
 
 def rank0_first(rank, act):
-    """act() on rank 0, before which the others do not go on. Where it refuses (SystemExit) every process leaves, rank 0 with the message."""
+    """Run act() on rank 0 while the others wait. If it raises SystemExit, every process exits, rank 0 with the message."""
     told = [None]
     if rank == 0:
         try:
@@ -1019,7 +1019,7 @@ def cosine(step, warmup, steps):
 
 
 def checkpoint(out, aloud=False, mmap=False):
-    """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict, or None where there is neither. None of them whole is an error.
+    """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict, or None if neither file exists. If none of them can be read: SystemExit.
 
     aloud: say when it is not last.pt, and move an unreadable last.pt out of the way. mmap: leave the tensors on the disk until they are looked at.
     """
@@ -1222,7 +1222,7 @@ class Log:
 
 @torch.no_grad()
 def evaluate(model, batches, device, *more):
-    """Mean of every term of model(batch, *more) over held-out batches, in eval mode; random streams are the frames' own: every call asks the same. -> {name: float}."""
+    """Mean of every term of model(batch, *more) over held-out batches, in eval mode. Seeds are the frames': every call has the same masks. -> {name: float}."""
     share_buffers(model)
     model.eval()
     rows = [model(batch.to(device), *more)[1] for batch in batches]

@@ -236,7 +236,7 @@ def augment_cloud(frame, rng, rotation, scale, flip):
     """Random turn about z ~ U(-rotation, rotation) rad, scale ~ U(1 - scale, 1 + scale), and x and y mirrored with p = 0.5 each where flip (x, y) says so.
 
     flip is the data set's Grid.mirrors: mirroring x on KITTI would put what the camera sees behind the range. rng is a np.random.Generator;
-    it is asked for the same numbers whatever the options, so switching one keeps the others' draws.
+    the same numbers are drawn whatever the options, so switching one off leaves the others as they were.
     """
     angle, size, mirror = rng.uniform(-rotation, rotation), rng.uniform(1 - scale, 1 + scale), rng.random(2) < 0.5
     a2b = np.eye(4)
@@ -360,7 +360,7 @@ def split_frames(who, split_of, name):
     """Rows where split_of (n,) bytes is `name`, "train", "val" or "test" -> (m,) int64: the data set's own split.
 
     If train or val has no frame on disk, both come from all frames there but those of test, which have no labels (from these only if there is nothing else),
-    cut 80/20 in their order: taking only the empty one from there would put the same frames into both.
+    cut 80/20 in their order. Both are cut anew even if only one is empty: else frames could be in both.
     """
     if name not in ("train", "val", "test"):
         raise DataError(f"{who}: no split {name!r}; there are train, val and test")

@@ -72,8 +72,8 @@ class Config:
     epochs: int = 20                   # over the drawn frames; 20 [code CenterPoint, on full data, rare classes drawn more often] D1; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 60 [ours]
     batch: int = 4                     # frames a process; 4 [code CenterPoint], small 2 [ours]
-    lr: float = 1e-3                   # of what starts from nothing; AdamW, half a cosine to 0; 1e-3 [code CenterPoint] D1
-    lr_pretrained: float = 1e-3        # of what was loaded; 1e-3 [ours]: the best of three on the embedded world
+    lr: float = 1e-3                   # of new layers; AdamW, half a cosine to 0; 1e-3 [code CenterPoint] D1
+    lr_pretrained: float = 1e-3        # of the weights loaded from --init; 1e-3 [ours]: the best of three on the embedded world
     warmup: int = 200                  # steps from a third of it, at most a quarter of all; 200, small 10 [ours]
     weight_decay: float = 0.01         # 0.01 [code CenterPoint]
     clip: float = 35.0                 # gradient norm [code CenterPoint]
@@ -199,7 +199,7 @@ class Detector(nn.Module):
             return [head(bev) for head in self.heads]
 
     def forward(self, batch):
-        """-> L (), {name: ()}. Boxes whose centre lies off the map are not asked for; velocities that are unknown neither."""
+        """-> L (), {name: ()}. Boxes whose centre is off the map and unknown (NaN) velocities are left out of the losses."""
         cfg = self.cfg
         cell, code, within = encode(batch.boxes, self.cells)
         L_heat = L_box = 0.0                                                                                            # [code CenterPoint]
@@ -362,7 +362,7 @@ def kitti_iou(a, b, kind):
 
 
 def kitti_match(iou, truth, found, score, least, threshold=None, stuff=None):
-    """One frame. iou (M, N), truth (M,), found (N,): 0 counts, 1 is passed over, -1 is not there -> scores of the hits, false alarms.
+    """One frame. iou (M, N), truth (M,), found (N,): 0 counted, 1 ignored (neither hit nor false), -1 left out -> scores of the hits, false alarms.
 
     Without a threshold a truth takes its best-scored candidate, with one its best-overlapping; what is passed over is taken only if nothing else is.
     stuff (N,) bool: detections that a DontCare covers.
@@ -476,8 +476,8 @@ def waymo_ap(frames, label, least):
     """AP and APH in % -> [at level 1, at level 2], nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
 
     At each score cut-off the detections are assigned to the truths so that the sum of their overlaps is greatest (Hungarian), overlaps below `least` being none.
-    Truths hold at least one point; hard ones are marked so, or unmarked with 5 points or fewer. At level 1 a hard one that is missed does not count, one that is found
-    does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
+    Truths without a point are left out. Hard (level 2): marked so, or unmarked with 5 points or fewer. At level 1 a hard one that is missed does not count, one that is
+    found does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
     """
     hits, weighted, alarms = np.zeros((3, len(WAYMO_CUTOFFS)))
     missed, total = np.zeros((2, len(WAYMO_CUTOFFS))), 0                                   # at level 1 and 2

@@ -22,8 +22,8 @@ frozen point network. The points of a frame fall on few cells of stride 32: cell
 features were read from the nearest cell. They are interpolated, so it can go below, but the network has no more than those cells to say it with.
 
 Departures:
-  D1  Eq. 7 as printed: points ask, images answer, and f_alpha is cut *before* its head, which therefore learns. The code asks from the image and cuts after the
-      head, which so stays as it was drawn.
+  D1  Eq. 7 as printed: points ask, images answer, and f_alpha is cut *before* its head, which therefore learns. In the code image features are the queries and the cut is
+      after the head, which so keeps its random initial weights.
   D2  beta is a constant in Eq. 4, as in the code; the paper does not say. Both losses are means over pairs (the paper writes sums).
   D3  Relative coordinates go into every set abstraction, as in the two works it cites; the released configuration leaves them out (intensity alone).
   D4  The last sampling takes half of the points from the feature-sampled block and half from the distance-sampled one, split at their border, as 3DSSD means it;
@@ -141,7 +141,7 @@ def random_transform(rng, centre, rotation, scale):
 def farthest_points(xyz, count):
     """D-FPS: from row 0 on, always the point farthest from those chosen. xyz (n, 3) -> (count,) int64. In the loader's workers: numpy in, numpy out.
 
-    It does not mind turning, mirroring or scaling the cloud, and the first k of it are the k-point choice, from the cloud as from any larger choice.
+    Invariant to rotation, mirroring and scaling of the cloud. Greedy: the first k of a sample are the sample of k, from the cloud or from any larger sample of it.
     """
     planes, chosen = np.ascontiguousarray(xyz.T, np.float32), np.zeros(count, np.int64)
     nearest, square, parts = np.full(len(xyz), np.inf, np.float32), np.empty(len(xyz), np.float32), np.empty_like(planes)
@@ -204,7 +204,7 @@ def farthest_features(x, count):
 
 @torch.no_grad()
 def ball_query(centres, sources, radii, most):
-    """Neighbours of each centre in shells: the first k sources, in their order, with r_in <= d < r_out; a source at the very centre is in every shell.
+    """Neighbours of each centre in spherical shells: the first k sources, in their order, with r_in <= d < r_out; a source at distance 0 is in every shell.
 
     Fewer than k are filled up with the first. centres (B, m, 3) are among sources (B, n, 3) m, radii increasing, most a k for each
     -> [(B m, k) int64 rows of the (B n) sources]. Sources are sorted into cells as wide as the largest radius; three cells in a row are one run. [ours]
@@ -402,7 +402,7 @@ def quantile(x, q):
 
 
 def log_repeats(ids):
-    """Mean log of how many rows have the same number: what InfoNCE cannot go below if equal numbers mean equal features. ids (M,) -> ()."""
+    """Mean over rows of log(rows with the same id): the lower bound of InfoNCE if equal ids have equal features. ids (M,) -> ()."""
     _, where, count = torch.unique(ids, return_inverse=True, return_counts=True)
     return count[where].float().log().sum() / max(len(ids), 1)
 
