@@ -657,7 +657,7 @@ def train(rank, world, cfg):
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
+        return profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
     steps, uniform_steps = cfg.steps or cfg.epochs * loader.steps_per_epoch, cfg.uniform_epochs * loader.steps_per_epoch
     if cfg.sampler == "sdf" and uniform_steps >= steps:
         raise SystemExit(f"--uniform-epochs {cfg.uniform_epochs:g} are {uniform_steps:.0f} steps, the run has {steps}: the SDF would never be sampled by")

@@ -29,9 +29,10 @@ Departures:
   D2  Masked cells get the code of their points' mean feature, or a learned token where no point falls: the figure's replacement, which the release has not.
   D3  Pairs are distinct, visible, and shared by contrast and codebook; quantisation and decoding work on cells, not on the million pixels that interpolate them.
       A pixel's feature is read between cell centres (the code aligns corners), so beside a hidden cell it holds some of that.
-  D4  One symmetric codebook step, sums taken over all processes first. Counts are not kept: codes have unit length, so counts cancel.
-  D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, with one weight (the code has the points' alone), divided by the rows of all
-      processes, so that it does not grow with the batch.
+  D4  One symmetric codebook step, sums taken over all processes first (the release averages them, so with six processes its first steps are a sixth of these).
+      Counts are not kept: codes have unit length, so counts cancel.
+  D5  L_rec is over masked pixels only; L_orth over F and G of both modalities, with one weight (the code has that of its voxels alone, here rows are points),
+      divided by the rows of all processes, so that it does not grow with the batch.
   D6  Neighbours of a query are the nearest 32 within 1 m (the code's library takes some 32); queries are drawn anew each epoch, after the augmentation.
   D7  The trunk is the one that the detector loads (VoxelResNet, the data set's range and voxels, the mean of all five point features in a voxel; the age is 0 here,
       since only the key sweep is read) instead of a MinkUNet on the intensity of one point in each voxel of 0.1 m; on CUDA it and the teacher run in bfloat16.
@@ -81,7 +82,7 @@ class Config:
     eval_every: int = 500              # steps between held-out terms; 500, small 50 [ours]
     save_every: int = 500              # steps between checkpoints; 500, small 80 [ours]
     profile: int = 0                   # steps to time instead of training; 0: train [ours]
-    teacher: str = ""                  # moco, none (random, trained along), or weights with torchvision's names; default moco with --data, else none D9
+    teacher: str = ""                  # moco, none (random, trained along), or weights with torchvision's names; default moco with --data and --resnet 50, else none D9
     # optimisation
     epochs: int = 10                   # 10 [code]; small 0: steps decide
     steps: int = 0                     # 0: epochs decide; small 320 [ours]
@@ -246,7 +247,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, p, q, a, b):
-        """One step: a code moves a share of 1 - momentum towards the mean of both features of every pair that either modality assigned to it. p, q (M, D), a, b (M,)."""
+        """One step: total <- momentum total + (1 - momentum) (sum of (p + q) / 2 over the pairs that either modality assigned). p, q (M, D), a, b (M,).
+
+        A total begins with length 1, so a code with many pairs goes to their mean within a few steps; later it moves by about 1 - momentum.
+        """
         both = (p + q) / 2
         total = torch.zeros_like(self.total).index_add_(0, torch.cat([a, b]), torch.cat([both, both]))
         self.total.mul_(self.momentum).add_(all_reduce(total), alpha=1 - self.momentum)
@@ -369,7 +373,10 @@ class Cmcr(nn.Module):
         pixels = pixels_of(hidden[some])
         truth = batch.images[some].float() / 255                                           # (n, 3, H, W)
         mean = (truth * ~pixels).sum((2, 3), keepdim=True) / (~pixels).sum((2, 3), keepdim=True).clamp_min(1)           # (n, 3, 1, 1) of what is visible
-        L_rec, guess = (mean_over_ranks(((x - truth).square() * pixels).sum() / 3, int(pixels.sum())) for x in (rebuilt, mean))               # [figure]  D5
+
+        def error(x):                                                                      # over hidden pixels and channels
+            return mean_over_ranks(((x - truth).square() * pixels).sum() / 3, int(pixels.sum()))
+        L_rec = error(rebuilt)                                                                                          # [figure]  D5
         out, query = self.occupied(Z_3D, batch)                                            # (E, 2), (E,)            D6
         occupied, intensity = batch.extra["occupied"][query], batch.extra["intensity"][query]
         known = (intensity >= 0).float()
@@ -377,7 +384,8 @@ class Cmcr(nn.Module):
         L_int = mean_over_ranks(((out[:, 1] - intensity).abs() * known).sum(), int(known.sum()))                        # [code; ALSO]
         L = L + L_rec + L_occ + L_int                                                                                   # [figure], [code: L_int]
         share = occupied.sum() / max(len(occupied), 1)
-        terms |= dict(L_rec=L_rec, guess_rec=guess, L_occ=L_occ, chance_occ=F.binary_cross_entropy(share, share), L_int=L_int, covered=covered, edges=float(len(out)))
+        terms |= dict(L_rec=L_rec, guess_rec=error(mean), covered=covered, L_occ=L_occ, chance_occ=F.binary_cross_entropy(share, share), L_int=L_int,
+                      edges=float(len(out)))
         if cfg.without != "specific":
             visible = ~hidden.flatten()
             L_orth = orthogonality(F_3D, G_3D) + orthogonality(F_2D[visible], G_2D[visible])                            # [figure]  D5
@@ -468,7 +476,8 @@ def save_figures(model, batch, out):
         """Probability of being occupied along a few rays, from the points within reach; the ray's own point at 0."""
         rng, at, curves = np.random.default_rng(0), np.linspace(-0.8, 0.8, 33), []
         tree, origin = cKDTree(xyz.numpy()), batch.origin[0].cpu().numpy()
-        for n in rng.permutation(len(xyz))[:200]:
+        rays_own = (batch.points[first, 4].cpu().numpy() == 0) & (np.linalg.norm(xyz.numpy() - origin, axis=1) > 0)     # Waymo's other lasers shot from elsewhere
+        for n in rng.permutation(np.flatnonzero(rays_own))[:200]:
             ray = xyz[n].numpy() - origin
             places = xyz[n].numpy() + at[:, None] * ray / np.linalg.norm(ray)
             near = tree.query(places.astype(np.float32), cfg.neighbours, distance_upper_bound=cfg.query_radius)[1].reshape(len(at), -1)
@@ -491,7 +500,7 @@ def save_figures(model, batch, out):
 # ---- training --------------------------------------------------------------------------------------------------------------------
 
 def train(rank, world, cfg):
-    cfg = replace(cfg, teacher=cfg.teacher or ("moco" if cfg.data else "none"))
+    cfg = replace(cfg, teacher=cfg.teacher or ("moco" if cfg.data and cfg.resnet == 50 else "none"))
     check(cfg)
     dataset = data.open_dataset(cfg.data, cfg.preset)
     dataset.grid = replace(dataset.grid, sweeps=1)                  # Views keeps no other; D7
@@ -508,7 +517,7 @@ def train(rank, world, cfg):
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, [opt], device, rank, trunk=(model.lidar, "forward"), camera=(model.teacher, "stages"), rebuild=(model, "rebuild"),
+        return profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.teacher, "stages"), rebuild=(model, "rebuild"),
                        occupancy=(model, "occupied"))
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume

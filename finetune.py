@@ -753,7 +753,7 @@ def train(rank, world, cfg):
     opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_pretrained))], weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        branches = {name: (branch, "forward") for name, branch in (("trunk", model.lidar), ("camera", model.camera)) if branch is not None}
+        branches = {name: (branch, "forward") for name, branch in (("lidar", model.lidar), ("camera", model.camera)) if branch is not None}
         return profile(cfg, net, loader, [opt], device, rank, cfg.fraction, **branches)
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)

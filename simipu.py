@@ -30,17 +30,17 @@ Departures:
       the code's split is a left-over of other sizes.
   D5  Sampling of C5 divides by the size of the padded batch, in the area convention; a point that no camera sees makes no pair. The code divides by each image's
       own size and lets unseen points read zeros.
-  D6  Images are RGB with ImageNet's mean and deviation, batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
+  D6  Images are RGB with ImageNet's mean and deviation, its batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
       identities, the point network as torch draws it (the code's as mmcv does). Batch norms over points and pairs count every process's rows (the code's only
-      their own); on CUDA the image network runs in bfloat16.
+      their own), those of the point network with eps 1e-3 throughout (the code's 1e-5 where shells are joined); on CUDA the image network runs in bfloat16.
   D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
       Of Waymo all five cameras are used (the paper: the front one).
   D8  At most 4096 pairs a process: the paper's number is the code's 4 frames of 1024; negatives are those of the same process.
   D9  Pictures have the data set's size in data.py before they are resized at random, not that on disk.
-  D10  Of Waymo every fifth frame is seen and of KITTI the 3,712 of the training split, as in the released configurations; the paper counts all of Waymo's, and
-      KITTI's test frames too (11,230).
+  D10  Of Waymo every fifth frame is seen, as the release's README says, and of KITTI the 3,712 of the training split, as in its configuration; the paper counts all
+      of Waymo's, and KITTI's test frames too (11,230).
   D11  The small preset trains image network and heads with AdamW. With the code's SGD at 0.03 and two frames a step the first layer became a blur of brightness
-      within ten steps (`stem` 45 to 2) while L_inter fell as if all were well; whether that happens at the paper's batch of 32 is not known: look at `stem`.
+      within ten steps (`stem` 45 to 2) while L_inter fell as if all were well; whether that happens at the code's batch of 32 is not known: look at `stem`.
 """
 import json
 import math
@@ -63,7 +63,7 @@ from common import (BatchNorm, Log, ResNet, at_most, bf16_autocast, destroy_grou
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds            FORK 3
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
 NEIGHBOURS = (32, 32, 64), (32, 32, 64), (16, 16, 16)               # most points in each [code]
-WAYMO_EVERY = 5                                                     # of Waymo's frames every n-th is seen [code] D10
+WAYMO_EVERY = 5                                                     # of Waymo's frames every n-th is seen [code: its README] D10
 BATCHES = 3                                                         # held-out batches that are looked at [ours]
 
 
@@ -160,7 +160,7 @@ class TwoViews:
     """data.loader's augment: draws the points, T, and the pictures' size and side; what of the sampling needs no feature is done here, in the worker.
 
     -> points the same n rows for both views, in view alpha's order; extra: a2b (4, 4) T; order (n,) rows of alpha in beta's order; first_alpha, first_beta (n / 4,)
-    D-FPS of each; seen (1,) how many points of the frame were to draw from. A frame that shows none gives n points far apart and seen 0.
+    D-FPS of each; seen (1,) how many points of the frame were to draw from. One that shows fewer than n / 64 counts as empty: n points far apart, seen 0.
     """
     grid: data.Grid
     points: int
@@ -172,14 +172,14 @@ class TwoViews:
         low, high, cloud = np.array(self.grid.low), np.array(self.grid.high), frame.points
         seen = data.in_view(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
         rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.of_key_sweep(cloud) & seen
-        rows = rows.nonzero()[0]
+        rows = rows.nonzero()[0] if rows.sum() >= self.points / 64 else np.zeros(0, np.int64)          # n copies of one point were neighbours by the million
         T, mirrored = random_transform(rng, (low + high) / 2, self.rotation, self.scale)
         whole, factor = [(0, 0, *image.shape[1:]) for image in frame.images], min(rng.uniform(*self.zoom, 2))
         frame = data.crop_images(frame, whole, [(max(round(h * factor), 1), max(round(w * factor), 1)) for _, _, h, w in whole], [mirrored] * len(whole))
         if len(rows):                                               # in random order; with repetition if there are too few
             frame = data.select(frame, rng.choice(rows, self.points, replace=len(rows) < self.points))
         else:
-            apart = np.outer(100.0 * np.arange(self.points), [1, 0, 0, 0, 0])               # m: nobody's neighbours, which would be many in one place
+            apart = np.outer(100.0 * np.arange(self.points), [1, 0, 0, 0, 0])               # m: nobody's neighbours
             frame = replace(frame, points=apart.astype(np.float32))
         order = rng.permutation(self.points)
         first = [farthest_points(frame.points[at, :3], self.points // 4) for at in (slice(None), order)]

@@ -794,8 +794,8 @@ def test_profile_tells_where_a_step_goes_and_writes_nothing(three_frames, tmp_pa
     clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0, batch=1, profile=2))
     said = capsys.readouterr().out
     parts = {line[:18].strip(): line[18:].split() for line in said.splitlines() if " ms a step" in line}
-    assert list(parts) == ["wait for data", "transfer", "trunk", "camera", "render", "rest of forward", "backward", "optimiser", "in all"]
+    assert list(parts) == ["wait for data", "transfer", "lidar", "camera", "render", "rest of forward", "backward", "optimiser", "in all"]
     times = {name: float(words[0]) for name, words in parts.items()}
-    assert sum(times.values()) - times["in all"] == pytest.approx(times["in all"], abs=1) and times["backward"] > 0 < times["trunk"]
+    assert sum(times.values()) - times["in all"] == pytest.approx(times["in all"], abs=1) and times["backward"] > 0 < times["lidar"]
     assert f"2 steps of 1 frames, small size, cpu, {threads} threads" in said and "GFLOP a step" in said and "28130 training frames of nuscenes" in said
     assert not (tmp_path / "run").exists()

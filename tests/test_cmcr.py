@@ -1,4 +1,5 @@
 """cmcr.py: cuts, masks, pairs, codebook, queries and losses against slow transcriptions and closed forms; which loss teaches what; the script as it is run."""
+import copy
 import hashlib
 import json
 import math
@@ -76,8 +77,8 @@ def test_cuts_show_enough_points_or_are_the_middle():
         assert 0 <= top and top + h <= 96 and 0 <= left and left + w <= 256 and 1.3 < w / h < 1.7
         within = ((uv >= (left, top)) & (uv < (left + w, top + h))).all(1).sum()
         assert within >= 60 or w * h > 0.9 * 96 * 130
-        seen.append(h * w)
-    assert min(seen) < 0.6 * max(seen)
+        seen.append((h / 96) ** 2)                                  # share of the largest part of its aspect, which is as high as the picture
+    assert 0.28 < min(seen) < 0.45 and max(seen) > 0.9
     apart = np.concatenate([np.tile([(0., 0)], (500, 1)), np.tile([(255., 95)], (500, 1))])                                 # no cut shows three quarters of these
     top, left, h, w = random_crop(rng, (96, 256), apart, 96 / 64, replace(TINY, crop_points=1000))
     assert h >= 95 and (top, left) == ((96 - h) // 2, (256 - w) // 2)
@@ -129,7 +130,8 @@ def test_point_features_are_those_of_the_nearest_site_of_each_level(batch, model
 
 
 def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
-    point, image, uv, cell = pairs_of(batch)
+    point, image, uv, cell = model.pairs(batch)
+    assert all(torch.equal(a, b) for a, b in zip((point, image, uv, cell), pairs_of(batch)))
     assert (batch.b_points[point] == image // 6).all() and len(torch.unique(point * 100 + image)) == len(point)
     masked = hidden_of(batch).flatten()[cell]
     shown = ~masked
@@ -140,6 +142,25 @@ def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
     assert len(everything.unique()) == shown.sum()                                          # the release comes to two a camera
     with torch.no_grad():
         assert model.eval()(batch)[1]["distinct"] == 1
+
+
+@pytest.mark.parametrize("name, most", [("nuscenes", math.pi), ("kitti", math.pi / 4)])
+def test_clouds_are_rotated_and_mirrored_as_the_range_allows_pictures_each_by_itself(world, name, most):
+    frame = data.open_dataset(world, "small").load(0)
+    points, ramp = frame.points[frame.points[:, 4] == 0], np.tile(np.arange(256, dtype=np.uint8), (96, 1))
+    points[:, 3] = np.arange(len(points)) / 2 ** 16                                         # who is who
+    frame, views = replace(frame, points=points, images=[np.stack([ramp] * 3)] * 6), Views(data.GRIDS[name, "small"], TINY)
+    angles, flips, coins = [], set(), []
+    for seed in range(16):
+        viewed = views(frame, np.random.default_rng(seed))
+        rows = points[(viewed.points[:, 3] * 2 ** 16).astype(int)]
+        linear = np.linalg.lstsq(rows[:, :2], viewed.points[:, :2], rcond=None)[0].T         # mirror @ rotation
+        flip = bool(np.linalg.det(linear) < 0)
+        flips.add(flip)
+        turned = np.diag([1, -1 if flip else 1]) @ linear                                    # where only y may be mirrored
+        angles.append(abs(math.atan2(turned[1, 0], turned[0, 0])))
+        coins += [image[0, 0, 0] > image[0, 0, -1] for image in viewed.images]
+    assert most / 2 < max(angles) <= most + 1e-3 and flips == {True, False} and 0.25 < np.mean(coins) < 0.75
 
 
 # ---- codebook ----
@@ -191,6 +212,19 @@ def test_the_codebook_is_saved_and_rests_when_it_is_looked_at(batch, model):
         assert torch.equal(model.codebook.codes, before)
         model.train()(batch)
     assert not torch.equal(model.codebook.codes, before)
+
+
+def test_a_step_reads_the_codes_before_its_update(batch, model):
+    model.train()
+    still = copy.deepcopy(model)
+    still.codebook.update = lambda *_: None
+    (L, terms), (expected, wanted) = model(batch), still(batch)
+    assert not torch.equal(model.codebook.codes, still.codebook.codes)
+    assert torch.equal(L, expected) and all(float(value) == float(wanted[name]) for name, value in terms.items())
+
+
+def test_codes_stay_of_unit_length(batch, model):
+    model.train()(batch)
     torch.testing.assert_close(model.codebook.codes.norm(dim=1), torch.ones(16))
 
 
@@ -512,6 +546,14 @@ def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
     detector = finetune.Detector(finetune.Config(preset="small", modality="lidar", **{**finetune.SMALL, "width": 4, "bins": 12}), GRID)
     finetune.load_units(tmp_path / "whole", detector, (), ["lidar", "fuse"], GRID, 0)
     assert "loaded lidar 120/120 tensors of step 2" in capsys.readouterr().out
+
+
+def test_the_rate_ends_where_it_was_asked_to_and_the_small_preset_needs_no_download(three_frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(cmcr, "save_figures", lambda *_: None)
+    monkeypatch.setattr(cmcr, "loss_curves", lambda *_, **__: None)
+    cmcr.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, steps=2, lr_end=0.2))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if "lr" in row] == pytest.approx([TINY.lr, 0.6 * TINY.lr])
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(crop_h=100), "multiples of 32"), (dict(codes=1), "--without codebook"),

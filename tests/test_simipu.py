@@ -322,7 +322,7 @@ def test_both_losses_written_out(batch, model):
     with torch.no_grad():
         L, terms = model(batch)
         alpha = batch.points.view(2, 256, 5)[..., :4]
-        q_intra, k_intra, q_inter, k_inter = [], [], [], []
+        q_intra, k_intra, q_inter, k_inter, apart = [], [], [], [], []
         images = (batch.images / 255 - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
         for image, (h, w) in zip(images, batch.hw.tolist()):
             image[:, h:], image[:, :, w:] = 0, 0
@@ -337,6 +337,7 @@ def test_both_losses_written_out(batch, model):
             l_b, f_b, _ = model.points(beta[None], batch.extra["first_beta"].view(2, -1)[b:b + 1])
             back = (l_b[0].double() - T[:3, 3]) @ torch.linalg.inv(T[:3, :3]).t()
             _, j = linear_sum_assignment(cdist(l_a[0], back))
+            apart.append((l_a[0] - back[j]).norm(dim=1))
             q_intra.append(model.head_intra(f_a[0]))
             k_intra.append(model.head_intra(f_b[0][j]))
             for p in range(16):
@@ -357,6 +358,37 @@ def test_both_losses_written_out(batch, model):
     for name, value in found.items():
         assert float(terms[name]) == pytest.approx(value, rel=2e-3), name
     assert float(L) == pytest.approx(found["L_intra"] + found["L_inter"], rel=2e-3)
+    for name, share in (("matched_median", 0.5), ("matched_p90", 0.9)):                     # in metres of view alpha
+        assert float(terms[name]) == pytest.approx(float(torch.cat(apart).quantile(share)), rel=1e-3)
+
+
+def test_beta_is_a_constant_and_the_losses_have_their_weights(batch, monkeypatch):
+    """D2: of Eq. 4 only alpha's side learns, of Eq. 7 both; Eq. 8 weighs them."""
+    asked, plain = [], simipu.info_nce
+    monkeypatch.setattr(simipu, "info_nce", lambda q, k, tau: asked.append((q.requires_grad, k.requires_grad)) or plain(q, k, tau))
+    L, terms = SimIPU(replace(TINY, w_intra=0.3, w_inter=2.0))(batch)
+    assert asked == [(True, False), (True, True)]
+    assert L.item() == pytest.approx(0.3 * terms["L_intra"].item() + 2.0 * terms["L_inter"].item())
+
+
+def test_two_views_draw_what_is_seen_in_range_and_mirror_the_pictures_with_the_cloud(world):
+    frame = data.open_dataset(world, "small").load(0, (48, 128))
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8), (48, 1))
+    frame, matrices, sides = replace(frame, images=[np.stack([ramp] * 3)] * 6), frame.lidar2img, set()
+    outside = ~data.in_view(frame.points, matrices, [(48, 128)] * 6).any(0)
+    assert outside.sum() > 100 and (abs(frame.points[~outside, :2]) > 25.6).any(1).sum() > 100
+    for seed in range(12):
+        view, again = VIEWS(frame, np.random.default_rng(seed)), np.random.default_rng(seed)
+        random_transform(again, np.zeros(3), TINY.rotation, TINY.scale)
+        factor = min(again.uniform(0.6, 1.2), again.uniform(0.6, 1.2))
+        assert all(image.shape[1:] == (round(48 * factor), round(128 * factor)) for image in view.images)
+        mirrored = bool(np.linalg.det(view.extra["a2b"][:3, :3]) < 0)
+        assert all((image[0, 0, 0] > image[0, 0, -1]) == mirrored for image in view.images)
+        sides.add(mirrored)
+        assert ((view.points[:, :3] > GRID.low) & (view.points[:, :3] < GRID.high)).all()
+        assert data.in_view(view.points, matrices, [(48, 128)] * 6).any(0).all()
+        assert len(np.unique(view.points, axis=0)) == 256
+    assert sides == {True, False}
 
 
 def test_which_loss_teaches_what(batch, model):
@@ -400,11 +432,14 @@ def test_a_frame_that_shows_no_point_has_no_pair(world, model):
     assert not len(cKDTree(frames[1].points[:, :3]).query_pairs(2 * 9.6))                     # nothing in one place, which would be neighbours by the million
     loss, terms = model.train()(mixed)
     assert loss.isfinite() and terms["chance_intra"] == pytest.approx(math.log(16))
-    loss.backward()
     nothing = data.collate([frames[1]], [0])
-    loss, terms = model(nothing)
-    loss.backward()
-    assert loss == 0 and not terms["matched_median"]
+    other, terms = model(nothing)
+    assert other == 0 and not terms["matched_median"]
+    for one in (loss, other):
+        model.zero_grad()
+        one.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert VIEWS(data.select(few, np.arange(3)), rng).extra["seen"] == 0                     # hundreds of copies of three points: slow, and nothing to learn
 
 
 def test_no_more_pairs_than_asked(batch):
@@ -441,6 +476,14 @@ def test_directions_of_filters():
 def test_floors_count_the_rows_that_share(batch):
     assert simipu.log_repeats(torch.tensor([4, 4, 4, 7])).item() == pytest.approx(3 * math.log(3) / 4)
     assert simipu.log_repeats(torch.arange(5)) == 0 and simipu.log_repeats(torch.arange(0)) == 0
+
+
+def test_rows_of_two_frames_share_no_point(world, model):
+    frame = VIEWS(data.open_dataset(world, "small").load(0, (48, 128)), np.random.default_rng(0))
+    frame.extra["order"][:] = np.arange(256)                                                 # the same rows are drawn in both views
+    with torch.no_grad():
+        one, two = (model.eval()(data.collate([frame] * n, list(range(n))))[1]["floor_intra"] for n in (1, 2))
+    torch.testing.assert_close(one, two)
 
 
 # ---- the script ----
@@ -483,6 +526,16 @@ def test_the_first_layer_stays_alive_in_the_small_preset(flags, least, most, thr
 def test_the_ablations_run_to_their_end(flags, three_frames, tmp_path):
     simipu.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, epochs=0, steps=1, batch=1, **flags))
     assert math.isfinite(json.loads((tmp_path / "metrics.json").read_text())["L_intra"])
+
+
+def test_rates_fall_an_epoch(three_frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(simipu, "save_figures", lambda *_: None)
+    monkeypatch.setattr(simipu, "loss_curves", lambda *_: None)
+    simipu.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, steps=3, batch=1, decay=0.5))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if "lr" in row] == [TINY.lr, TINY.lr, TINY.lr / 2]
+    points, rest = (opt["param_groups"][0] for opt in torch.load(tmp_path / "last.pt", weights_only=True)["optimizers"])
+    assert (points["lr"], points["betas"], points["weight_decay"]) == (TINY.lr_points / 2, (0.95, 0.99), 0.01) and rest["lr"] == TINY.lr / 2
 
 
 @pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(points=100), "a multiple of 32"), (dict(w_intra=0., w_inter=0.), "not both 0"),
