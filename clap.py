@@ -24,20 +24,21 @@ a review); elsewhere stands what the equation is about.
 
 Departures and readings:
   D1  Points are drawn by PCA surface variation of the raw cloud, as this project was asked to; the paper's weight, the norm of the derivative of the learned
-      SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times; the field is
-      constant beyond the outermost cell centres, so tilted surfaces within a cell and a half of the box's faces look bent). Weights of either are clipped at
-      the 99th percentile of a frame, and a pixel takes the largest of its points'.
+      SDF's unit normal, is --sampler sdf (Frobenius norm, central differences: exact autograd of a trilinear field underestimates it 3.5 times; the feature
+      is constant beyond the outermost cell centres, so tilted surfaces within one cell of the box's low faces and two of its high ones look bent). Weights of
+      either are clipped at the 99th percentile of a frame, and a pixel takes the largest of its points'.
   D2  The image branch is a ResNet whose hidden pixels take the mean colour (no mask token), with a lift by pulling: depth probability times the number of
       bins, nothing beyond the last bin. The paper has Swin and a lift through T. The volume is 5 x 180 x 180 on nuScenes.
   D3  The colour head is three plain layers on feature, geometry and view: no SDF gradient (no second-order derivatives in the render path) and no position, which
       UniPAD's four layers have; the SDF's feature enters before its five hidden layers, UniPAD's also before the output.
   D4  Range targets are of the key sweep only, since older sweeps were shot from elsewhere; so is curvature, its neighbours are of all sweeps, as is the encoder's
-      input. (The paper draws about one point in a hundred, which fits all ten sweeps better than one.)
+      input. Rays start where the LiDAR stands at the frame's time, also to points that a reader has moved to it. (The paper draws about one point in a hundred,
+      which fits all ten sweeps better than one.)
   D5  r_n is the middle of its section (NeuS), c_n the mean of its ends; section starts would shorten every range by half a section. Weights are not
       renormalised, as printed.
   D6  The printed softmax has tau outside the exponential, where it cancels; here exp(S / tau) in L_SwAV, the same at the paper's tau = 1; L_EM has none.
   D7  Prototypes meet cells that hold a point left visible and that some camera sees, at most 8192 a frame; the paper does not say which. (The sparse
-      encoder's last sites are five times as many: strided convolutions spread each point over its neighbours.)
+      encoder's last sites are three to four times as many: strided convolutions spread each point over its neighbours.)
   D8  Sinkhorn runs in the log domain (exp(S / 0.05) overflows) and counts every process's cells; L_GMM is linear and signed, as printed.
   D9  Finer samples follow the weights of the coarse ones at h = 64, drawn independently; NeuS estimates them from the steepest of neighbouring sections, UniPAD draws
       evenly spread ones.
@@ -114,7 +115,7 @@ class Config:
     w_surface: float = 0.05            # omega_sur [paper]
     w_colour: float = 0.05             # omega_C; 0.05 [paper], small 0.5 [ours]: a few hundred steps at 0.05 leave the colours grey
     # prototypes
-    prototypes: int = 512              # N_K; 512 [paper], small 64 [ours]: a small batch has about 380 cells, and Sinkhorn wants several a prototype
+    prototypes: int = 512              # N_K; 512 [paper], small 64 [ours]: a small batch has 380 cells, a KITTI frame 240; Sinkhorn wants several a prototype
     dims: int = 128                    # d_K [code SwAV]
     tau: float = 1.0                   # softmax temperature [paper] D6
     epsilon: float = 0.05              # Sinkhorn [code SwAV]
@@ -247,7 +248,7 @@ def pixel_weights(weights, xyz, b, batch, blur):
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
     spread = F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0].clamp_min(0)                        # of a transform's rounding
-    return spread * below_sky(batch, 0)                                                    # none in the padding
+    return spread * in_picture(batch.hw, (H, W))                                           # none in the padding
 
 
 def below_sky(batch, sky):
@@ -307,7 +308,7 @@ class Field(nn.Module):
             return (origin[:, None] + direction[:, None] * depth[..., None]).view(-1, 3), b.repeat_interleave(depth.shape[1])
 
         with torch.no_grad():                                                              # where to look closer, h = 64 [code NeuS, UniPAD]  D9
-            depth = stratified(far.new_full((), NEAR).expand_as(far), far, jitter)         # (R, S)
+            depth = stratified(torch.full_like(far, NEAR), far, jitter)         # (R, S)
             s = self.sdf(table, *at(depth))[0].view_as(depth)
             depth = torch.cat([depth, importance(depth, neus_weights(s, 64.0), u)], 1).sort(1).values                   # (R, S + S')
         s, geometry, feature = self.sdf(table, *at(depth))
@@ -348,18 +349,18 @@ class Prototypes(nn.Module):
 
     def forward(self, lidar, image):
         """lidar (N, C), image (N, C') features of the same N cells -> L_SwAV, L_EM, L_GMM, {monitor: ()}."""
-        cfg, K, N = self.cfg, self.K, len(lidar)
+        cfg, K, N, N_K = self.cfg, self.K, len(lidar), len(self.K)
         S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()                           # (N, N_K)            Eq. 13
         S_I = F.normalize(self.head_image(image), dim=1) @ K.t()                           # (N, N_K)            Eq. 14
         Q_P, Q_I = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn), sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)                   # no gradient
         log_P, log_I = F.log_softmax(S_P / cfg.tau, 1), F.log_softmax(S_I / cfg.tau, 1)    # (N, N_K)            D6
-        L_SwAV = mean_over_ranks(-(Q_I * log_P + Q_P * log_I).sum(), N) / cfg.prototypes   # [paper, swapped prediction]
-        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / cfg.prototypes    # [paper, EM]
+        L_SwAV = mean_over_ranks(-(Q_I * log_P + Q_P * log_I).sum(), N) / N_K             # [paper, swapped prediction]
+        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / N_K              # [paper, EM]
         G = K @ K.t()                                                                      # (N_K, N_K)
-        L_GMM = (G.sum() - G.diagonal().sum()) / (len(K) * (len(K) - 1))                   # [paper, Gram]         D8
+        L_GMM = (G.sum() - G.diagonal().sum()) / (N_K * (N_K - 1))                         # [paper, Gram]         D8
         with torch.no_grad():
             best_P, best_I = S_P.argmax(1), S_I.argmax(1)
-            monitors = dict(perplexity_P=perplexity(best_P, len(K)), perplexity_I=perplexity(best_I, len(K)), perplexity_Q=perplexity(Q_P.argmax(1), len(K)),
+            monitors = dict(perplexity_P=perplexity(best_P, N_K), perplexity_I=perplexity(best_I, N_K), perplexity_Q=perplexity(Q_P.argmax(1), N_K),
                             agreement=(best_P == best_I).float().sum() / max(N, 1), prototype_norm=K.norm(dim=1).mean())
         return L_SwAV, L_EM, L_GMM, monitors
 
@@ -422,6 +423,7 @@ class Clap(nn.Module):
     def forward(self, batch, uniform=False):
         """-> L (), {name: ()}. uniform: sample uniformly for now, while the SDF is noise."""
         cfg, generators = self.cfg, frame_generators(batch.seeds, batch.points.device)
+        sampler = "uniform" if uniform else cfg.sampler
 
         # 1 both branches see what is left of the same frame
         hidden, hidden_px = self.hide(batch, generators)                                   # (N,) (B K, H, W)
@@ -431,9 +433,9 @@ class Clap(nn.Module):
         rows, direction, r = self.targets(batch)                                           # (M,) (M, 3) (M,)
         xyz, b = batch.points[rows, :3], batch.b_points[rows]
         with torch.no_grad():
-            omega = self.weights(table, batch, rows, uniform)                              # (M,)
+            omega = self.weights(table, batch, rows, sampler)                              # (M,)
             drawn = draw_points(omega, b, cfg.rays, generators)                            # (R,) into M, R <= B N_L
-            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, uniform), cfg.pixels, batch.size, generators)        # (R',) each, R' <= B N_C
+            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, sampler), cfg.pixels, batch.size, generators)        # (R',) each, R' <= B N_C
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
 
         # 3 render range along LiDAR rays and colour along camera rays
@@ -461,20 +463,20 @@ class Clap(nn.Module):
         return L, terms | self.shares(batch, xyz, b)
 
     @torch.no_grad()
-    def weights(self, table, batch, rows, uniform):
-        """The chosen sampler's weight of each of these points, made safe frame by frame. Its step for differences is half a cell [ours]. rows (M,) -> (M,)."""
-        sampler, xyz, b = SAMPLERS["uniform" if uniform else self.cfg.sampler], batch.points[rows, :3], batch.b_points[rows]
-        pca = batch.extra["points_curvature"][rows] if self.cfg.sampler == "pca" else None
-        omega = sampler(xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
+    def weights(self, table, batch, rows, sampler):
+        """This sampler's weight of each of these points, made safe frame by frame. Its step for differences is half a cell [ours]. rows (M,) -> (M,)."""
+        xyz, b = batch.points[rows, :3], batch.b_points[rows]
+        pca = batch.extra["points_curvature"][rows] if sampler == "pca" else None
+        omega = SAMPLERS[sampler](xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
         safe = torch.empty_like(omega)
         for frame in b.unique().tolist():
             safe[b == frame] = sane(omega[b == frame])
         return safe
 
     @torch.no_grad()
-    def maps(self, omega, xyz, b, batch, uniform):
+    def maps(self, omega, xyz, b, batch, sampler):
         """Weight of every pixel: the points' own, spread; under uniform sampling equal below the sky. -> (B K, H, W)."""
-        if uniform or self.cfg.sampler == "uniform":
+        if sampler == "uniform":
             return below_sky(batch, self.cfg.sky)
         return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
 
@@ -508,10 +510,10 @@ class Clap(nn.Module):
 def examine(model, loader, device):
     """What the volume knows of held-out frames under the training mask. -> {name: float}, ranges in metres, colours in [0, 1], all mean absolute errors.
 
-    range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range of the ray's own beam over these very
-    frames (which flatters it), nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of the other held-out frame of its batch went
-    in, in the embedded world often one of the same scene. range_all is over the same rays. colour / colour_blind: pixels drawn as in training, hidden or not, with
-    the training mask and with every pixel hidden; colour_mean: of their mean colour. None where no ray is left.
+    range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range in the ray's half degree of elevation (on
+    nuScenes its beam) over these very frames, which flatters it; nearest_ray: the range of the angularly nearest visible ray. range_swapped: the cloud of the other
+    held-out frame of its batch went in, in the embedded world often one of the same scene. range_all is over the same rays. colour / colour_blind: pixels drawn as in
+    training, hidden or not, with the training mask and with every pixel hidden; colour_mean: of their mean colour. None where no ray is left.
     """
     model.eval()
     cfg, ray, colour = model.cfg, [], []
@@ -527,8 +529,8 @@ def examine(model, loader, device):
         r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
         r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
-        omega = model.weights(given, batch, rows, False)
-        at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, False), cfg.pixels, batch.size, generators)
+        omega = model.weights(given, batch, rows, cfg.sampler)
+        at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, cfg.sampler), cfg.pixels, batch.size, generators)
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
         _, c_hat, valid = model.render(given, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
         _, c_blind, _ = model.render(blind, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
@@ -587,10 +589,10 @@ def save_figures(model, batch, out, stride=2):
                    ("rendered, black above the volume", rendered.view(*v.shape, 3).cpu())]
     figure(Path(out) / "figures" / "rendered.png", pictures + panels, 3, (5.0, 2.0))
 
-    omega = model.weights(table, batch, rows, False)
+    omega = model.weights(table, batch, rows, model.cfg.sampler)
     drawn = draw_points(omega, b, cfg.rays, generators[:1])
     first = replace(batch, size=1, images=batch.images[:K], hw=batch.hw[:K], lidar2img=batch.lidar2img[:K])
-    maps = model.maps(omega, xyz, b, first, False)
+    maps = model.maps(omega, xyz, b, first, model.cfg.sampler)
     at, v, u = draw_pixels(maps, cfg.pixels, 1, generators[:1])
     top, x, y = float(omega.quantile(0.99)), xyz[:, 0].cpu(), xyz[:, 1].cpu()
     panels = [(f"{cfg.sampler} weight of every point", lambda ax: ax.scatter(-y, x, 1, omega.cpu(), cmap="viridis", vmax=top)),

@@ -32,9 +32,11 @@ TINY = clap.Config(preset="small", **{**clap.SMALL, "w_colour": 0.05, "rays": 96
 
 @pytest.fixture(scope="module")
 def batch(world):
-    """Two frames of the embedded world with small images and their curvature."""
-    return next(data.loader(str(world), "train", 2, preset="small", image=(48, 128), prepare=clap.Curvature(32),
+    """Two frames of the embedded world with small images and their curvature; every seventh point as if of an older sweep."""
+    made = next(data.loader(str(world), "train", 2, preset="small", image=(48, 128), prepare=clap.Curvature(32),
                             augment=partial(data.augment_cloud, rotation=0.39, scale=0.05, flip=True)).begin_at(0))
+    made.points[::7, 4] = 0.1
+    return made
 
 
 @pytest.fixture()
@@ -85,14 +87,14 @@ def test_sinkhorn_at_the_edges():
 
 
 def prototypes(scores_P, scores_I, **change):
-    """The module with its heads replaced so that unit embeddings give the wanted scores: embeddings one-hot, prototypes the transposed scores."""
+    """The module with its heads replaced so that unit embeddings give the wanted scores: embeddings along the axes, prototypes the transposed scores."""
     cfg = replace(TINY, prototypes=scores_P.shape[1], **change)
     module = clap.Prototypes(cfg, 4, 4)
     N = len(scores_P)
     module.head_lidar = module.head_image = torch.nn.Identity()
     module.K = torch.nn.Parameter(torch.cat([scores_P, scores_I]).t().contiguous())     # (N_K, 2 N)
     eye = torch.eye(2 * N, dtype=scores_P.dtype)
-    return module(eye[:N], eye[N:])
+    return module(3 * eye[:N], 0.2 * eye[N:])                                           # of any length before they are normalised
 
 
 def test_prototype_losses_written_out_in_loops():
@@ -257,7 +259,7 @@ def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path
 
 
 def test_a_warm_up_that_never_ends_is_refused(three_frames, tmp_path):
-    with pytest.raises(SystemExit, match="2 steps of uniform sampling, the run has 2: the SDF would never"):
+    with pytest.raises(SystemExit, match="--uniform-epochs 2 are 2 steps, the run has 2: the SDF would never"):
         clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=2, uniform_epochs=2))
 
 
@@ -490,19 +492,64 @@ def test_prototypes_meet_cells_that_hold_a_point_and_that_a_camera_sees(batch, m
 
 def test_targets_and_sampling(batch, model):
     assert torch.equal(model.targets(batch)[0], slow_targets(batch))
-    table = torch.zeros(2 * math.prod(model.lidar.cells[-1].shape), 8, requires_grad=True)
+    table = torch.randn(2 * math.prod(model.lidar.cells[-1].shape), 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     rows = model.targets(batch)[0]
+    mine = batch.b_points[rows] == 1
     for sampler in clap.SAMPLERS:
-        model.cfg = replace(TINY, sampler=sampler)
-        omega = model.weights(table, batch if sampler == "pca" else replace(batch, extra={}), rows, False)
+        given = batch if sampler == "pca" else replace(batch, extra={})
+        omega = model.weights(table, given, rows, sampler)
         assert not omega.requires_grad and omega.isfinite().all() and (omega > 0).all(), sampler
-    mine = batch.b_points[rows] == 1                                                    # a frame's weights do not depend on its neighbours
-    alone = model.weights(table, batch, rows[mine], False)
-    assert torch.equal(alone, omega[mine])
+        assert (omega.std() > 1e-3 * omega.mean()) == (sampler != "uniform")
+        torch.testing.assert_close(model.weights(table, given, rows[mine], sampler), omega[mine])           # whatever its neighbours are
+        other = model.weights(table, replace(given, b_points=1 - batch.b_points), rows, sampler)             # the sdf's volume is the frame's own
+        assert torch.allclose(other, omega) == (sampler != "sdf"), sampler
 
 
-def test_sdf_curvature_through_the_trilinear_volume(model):
-    """An exact sphere SDF stored at the cells and read back through the field's own query: within a few per cent of sqrt(2) / R on even cells."""
+def test_settings_of_the_field_and_the_prototypes(batch, model, monkeypatch):
+    """h begins at e^3; prototypes as normal numbers, since L_EM is inert with short ones; the SDF's differences are half a cell wide."""
+    assert float(model.field.h) == pytest.approx(math.exp(3))
+    assert float(clap.Prototypes(replace(TINY, prototypes=64), 4, 4).K.norm(dim=1).mean()) == pytest.approx(math.sqrt(16), rel=0.1)
+    steps = []
+    monkeypatch.setitem(clap.SAMPLERS, "sdf", lambda xyz, b, pca, sdf, step: steps.append(step) or xyz[:, 0].abs())
+    model.weights(None, batch, model.targets(batch)[0], "sdf")
+    assert steps == pytest.approx([0.4])                                                # m: a cell is 8 voxels of 0.1
+
+
+def test_forward_hides_draws_by_curvature_and_pairs_what_stayed_visible(batch, model, monkeypatch):
+    """What the pieces are given, against slow or independent values: masks, weights, the rays' origins, cells and their pairing."""
+    points, calls = batch.points, {}
+    batch = replace(batch, origin=torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 0.0]]))
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.setdefault(name, []).append((a, out := original(*a, **k))) or out)
+    for owner, name in ((model, "encode"), (model, "render"), (model.proto, "forward"), (clap, "draw_points"), (clap, "draw_pixels")):
+        spy(owner, name)
+    model(batch)
+    (_, hidden, hidden_px), (_, lidar, image, seen) = calls["encode"][0]
+    assert all(torch.equal(a, b) for a, b in zip((hidden, hidden_px), model.hide(batch, clap.frame_generators(batch.seeds, CPU))))
+    rows = slow_targets(batch)
+    b, omega = batch.b_points[rows], batch.extra["points_curvature"][rows]
+    omega = torch.cat([clap.sane(omega[b == frame]) for frame in range(2)])
+    assert torch.equal(calls["draw_points"][0][0][0], omega) and omega.std() > 0
+    assert torch.equal(calls["draw_pixels"][0][0][0], clap.pixel_weights(omega, points[rows, :3], b, batch, 9))
+    drawn, (_, origin, direction, *_) = rows[calls["draw_points"][0][1]], calls["render"][0][0]
+    assert torch.equal(origin, batch.origin[batch.b_points[drawn]])
+    torch.testing.assert_close(direction, F.normalize(points[drawn, :3] - origin, dim=1))
+
+    shown = ~hidden & model.lidar.inside(points)
+    zyx = lidar.cells.index(points[shown, :3])
+    zyx = torch.stack([zyx[:, axis].round().clamp(0, n - 1) for axis, n in enumerate(lidar.cells.shape)], 1).long()
+    held = torch.cat([batch.b_points[shown, None], zyx], 1).unique(dim=0)
+    held = tuple(held[seen[tuple(held.t())]].t())
+    expected = torch.cat([volume.permute(0, 2, 3, 4, 1)[held] for volume in (lidar.dense(2), image)], 1)     # a cell's two halves side by side
+    given = torch.cat(calls["forward"][0][0], 1)
+    assert len(given) == len(expected) > 30
+    assert sorted(map(tuple, given.tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+def test_sdf_curvature_through_the_trilinear_volume():
+    """An exact sphere SDF stored at the cells and interpolated as the field does: within a few per cent of sqrt(2) / R on even cells."""
     cells = VoxelResNet((-8, -8, -8), (8, 8, 8), (0.075, 0.075, 0.075), 2).cells[-1]
     R = 3.0
     table = (cells.centres(CPU).norm(dim=1) - R)[:, None]
@@ -579,7 +626,10 @@ def run(world, out, *more, wait=True):
 
 def test_held_out_errors_written_out(batch, model, monkeypatch):
     """A volume that renders 7 m everywhere, 9 with the other frame's cloud; grey 7 / 20, with every pixel hidden 5 / 20. Slow loops."""
+    asked = model.hide(batch, clap.frame_generators(batch.seeds, CPU))
+
     def encode(x, hidden, hidden_px):
+        assert torch.equal(hidden, asked[0]) and (hidden_px.all() or torch.equal(hidden_px, asked[1]))
         return (torch.tensor(9.0 if not torch.equal(x.b_points, batch.b_points) else 5.0 if hidden_px.all() else 7.0),)
 
     def render(table, origin, direction, b, generators, colour):
@@ -639,7 +689,7 @@ def test_contradictory_flags_are_refused_before_anything_is_written(tmp_path, fl
     assert not (tmp_path / "run").exists()
 
 
-def test_help_states_every_number_with_its_source():
+def test_help_has_names_values_and_sources():
     shown = subprocess.run([sys.executable, str(ROOT / "clap.py"), "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, cwd=ROOT)
     assert shown.returncode == 0
     for words in ("8192", "N_L", "[paper]", "--sampler {pca,sdf,uniform}", "omega_GMM", "[code SwAV]"):
