@@ -162,6 +162,18 @@ def test_sdf_curvature_of_analytic_shapes(name, sdf, expected):
     torch.testing.assert_close(clap.sdf_curvature(p @ turn, b, None, lambda q, f: sdf(q @ turn.t(), f), 0.02), ours, atol=2e-4, rtol=0)
 
 
+def test_sdf_orders_edges_before_faces():
+    """A box of side 2: on its edges and corners, not on its faces nor the ground about it."""
+    def sdf(p, b):
+        q = p.abs() - 1
+        return torch.minimum(q.clamp_min(0).norm(dim=1) + q.amax(1).clamp_max(0), p[:, 2] + 1)
+    at = torch.linspace(-0.6, 0.6, 5)
+    edge, corner = torch.stack([torch.ones(5), at, torch.ones(5)], 1), torch.ones(1, 3)
+    face, ground = torch.stack([at, at.flip(0), torch.ones(5)], 1), torch.stack([3 + at, at, -torch.ones(5)], 1)
+    weight = clap.sdf_curvature(torch.cat([corner, edge, face, ground]), torch.zeros(16, dtype=torch.int64), None, sdf, 0.2)
+    assert weight[0] > weight[1:6].max() and weight[1:6].min() > 2 and weight[6:].max() < 1e-4
+
+
 def test_sdf_curvature_asks_for_19_values_a_point():
     asked = []
     clap.sdf_curvature(torch.zeros(10, 3), torch.zeros(10, dtype=torch.int64), None, lambda p, b: asked.append(len(p)) or p[:, 0], 0.3)
