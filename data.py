@@ -1443,7 +1443,7 @@ def collate_jobs(pairs):
 
 
 class Loader:
-    """Batches of one split for one rank; see loader(). The contents are a function of (seed, step), never of rank count or workers.
+    """Batches of one split for one rank; see loader(). The contents are a function of seed, step and frames a step, never of rank or workers.
 
     `indices`, the frames of the split, may be cut down before the first batch.
     """

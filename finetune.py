@@ -416,7 +416,7 @@ def kitti_ap(frames, name, level, kind):
 
 
 def kitti_rows(dataset, i, boxes, labels):
-    """Detections of frame i as label rows. boxes (n, 9) in the LiDAR's place, labels (n,) -> rows (m,), kept (m,): those that the picture shows."""
+    """Detections of frame i as label rows. boxes (n, 9), labels (n,) -> rows (m,), kept (m,): those that the picture shows whole before the camera."""
     lidar2rect, rect2img = dataset.calibration(i)
     rows = np.zeros(len(boxes), data.KITTI_LABEL)
     rows["type"], rows["truncated"], rows["occluded"] = np.array(dataset.grid.classes)[labels], -1, -1
@@ -445,7 +445,7 @@ def kitti_score(dataset, frames, folder):
         rows, kept = kitti_rows(dataset, number[name], boxes.astype(np.float64), labels)
         cases.append((dataset.annotations(number[name]), rows, scores[kept]))
         write_text(folder / f"{name.rsplit('/', 1)[1]}.txt", "".join(
-            f"{row['type']} -1 -1 {' '.join(f'{v:.4f}' for v in (row['alpha'], *row['bbox'], *row['hwl'], *row['location'], row['rotation_y'], score))}\n"
+            f"{row['type']} -1 -1 {' '.join(f'{v:.4f}' for v in (row['alpha'], *row['bbox'], *row['hwl'], *row['location'], row['rotation_y']))} {score:.9g}\n"
             for row, score in zip(rows, scores[kept])))
     found = {}
     for kind in ("2d", "bev", "3d"):
@@ -457,7 +457,7 @@ def kitti_score(dataset, frames, folder):
 
 
 # ---- Waymo's metric --------------------------------------------------------------------------------------------------------------
-# Source: the official detection_metrics.cc and metrics_utils.cc with the configuration of compute_detection_metrics_main.cc.
+# Source: the official detection_metrics.cc and metrics_utils.cc with the configuration of compute_detection_metrics_main.cc; detections in no-label zones count here.
 
 WAYMO_IOU = {"Vehicle": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 WAYMO_CUTOFFS = (np.arange(101) / 100).astype(np.float32)                             # least scores at which detections are matched to the truth anew
@@ -619,7 +619,7 @@ def finish_waymo(held_out, frames, out):
     print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}   (our implementation, not the official server)")
     for name, levels in found.items():
         print(f"{name:12}" + "".join(f"{v:8.2f}" for level in ("L1", "L2") for v in levels[level]))
-    mean = [np.nanmean([levels["L2"][n] for levels in found.values()] or [math.nan]) for n in (0, 1)]
+    mean = [np.nanmean([levels["L2"][n] for levels in found.values()]) for n in (0, 1)]
     return f"L2 mAP {mean[0]:.2f} | L2 mAPH {mean[1]:.2f}"
 
 
@@ -721,7 +721,7 @@ def check(cfg, dataset):
 
 
 def asked_units(cfg):
-    """The units to load: --use, or all of the run's that the modality has (None: the run decides)."""
+    """-> the units that --use names (none: all that the run holds), all that the modality has."""
     absent = {"lidar": ("camera.resnet", "camera.neck"), "camera": ("lidar",), "fusion": ()}[cfg.modality]
     use = tuple(unit for word in cfg.use for unit in word.split(","))
     for unit in use:

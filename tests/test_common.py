@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-from conftest import on_two
+from conftest import on_two, trained
 
 GRID = dict(low=(-3.2, -3.2, -2.0), high=(3.2, 3.2, 1.2), voxel=(0.1, 0.1, 0.1))      # 32 (+1) x 64 x 64 voxels
 
@@ -128,7 +128,7 @@ def test_a_linear_field_survives_trunk_lift_and_query():
     assert level.cells == cells
     torch.testing.assert_close(level.dense(1).flatten(), field)
 
-    camera = common.CameraNet(18, channels=2, reach=6.0, bins=4)                        # the lift: an image that shows its own coordinates
+    camera = common.CameraNet(18, channels=2, max_depth=6.0, bins=4)                        # the lift: an image that shows its own coordinates
     batch = SimpleNamespace(images=torch.zeros(4, 3, 48, 64, dtype=torch.uint8), hw=torch.tensor([[48, 64]] * 4), lidar2img=pinhole(1, 4), size=1)
     v, u = torch.meshgrid(torch.arange(6) * 8.0 + 4, torch.arange(8) * 8.0 + 4, indexing="ij")
     volume, seen = camera.lift(torch.stack([u, v])[None].repeat(4, 1, 1, 1), torch.full((4, 4, 6, 8), 0.25), batch, cells)
@@ -136,6 +136,15 @@ def test_a_linear_field_survives_trunk_lift_and_query():
     once = (torch.bincount(point, minlength=len(field)) == 1)[point] & ((uv > 4) & (uv < torch.tensor([60.0, 44.0]))).all(1)
     torch.testing.assert_close(volume[0].flatten(1).t()[point[once]], uv[once], atol=1e-3, rtol=1e-4)
     assert once.sum() > 20 and seen.sum() == len(point.unique())
+
+
+def test_the_gradient_of_an_interpolation_counts_every_row():
+    """More rows than one chunk of the backward pass holds."""
+    torch.manual_seed(0)
+    table, pull = torch.randn(30, 3, dtype=torch.float64, requires_grad=True), torch.randn(10_000, 3, dtype=torch.float64)
+    index, weight = common.multilinear(torch.rand(10_000, 2, dtype=torch.float64) * 4, (5, 6))
+    ours, plain = common.gather_weighted(table, index, weight), (table[index] * weight[..., None]).sum(1)
+    torch.testing.assert_close(*(torch.autograd.grad((y * pull).sum(), table)[0] for y in (ours, plain)))
 
 
 # ---- §3 networks ----
@@ -305,7 +314,7 @@ def test_image_weights_are_torchvision_s_less_fc(depth):
 
 def test_hidden_pixels_and_padding_do_not_matter_and_seen_ones_do():
     torch.manual_seed(0)
-    net, cells = common.CameraNet(18, 4, reach=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
+    net, cells = common.CameraNet(18, 4, max_depth=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
     images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
     hidden[:, :, :32] = True
     def volume(images, hidden=hidden, size=(48, 64)):
@@ -321,6 +330,82 @@ def test_an_absent_branch_counts_as_zeros():
     net, lidar, camera = common.FusionNet(4, 3, 5).eval(), torch.randn(2, 4, 2, 6, 6), torch.randn(2, 3, 2, 6, 6)
     assert torch.equal(net(lidar, None), net(lidar, torch.zeros_like(camera))) and torch.equal(net(None, camera), net(torch.zeros_like(lidar), camera))
     assert not torch.equal(net(lidar, camera), net(lidar, None))
+
+
+def test_the_encoder_is_the_dense_network_on_occupied_sites():
+    """Convolutions, norms, residuals and the four levels written out with conv3d; what test_export.py asks of spconv, where that is installed."""
+    torch.manual_seed(0)
+    net, (points, b) = trained(common.VoxelResNet(**GRID, width=2)), cloud(3000, 2)
+    level = net.voxelise(points, b)
+    x, shown = (dense(level.coords, f, 2, level.cells.shape) for f in (level.features, torch.ones(len(level.coords), 1)))
+
+    def layer(x, conv, bn, shown, **how):
+        weight = conv.weight.view(3, 3, 3, *conv.weight.shape[1:]).permute(4, 3, 0, 1, 2)
+        return F.batch_norm(F.conv3d(x, weight, **how), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-3) * shown
+
+    def block(x, part, shown):
+        y = layer(x, part.conv1, part.bn1, shown, padding=1).relu()
+        return (x + layer(y, part.conv2, part.bn2, shown, padding=1)).relu()
+    x, expected = layer(x, net.conv_input.conv, net.conv_input.bn, shown, padding=1).relu(), []
+    for blocks, pad in ((net.conv1, None), (net.conv2, (1, 1, 1)), (net.conv3, (1, 1, 1)), (net.conv4, (0, 1, 1))):
+        if pad:
+            down, *blocks = blocks
+            shown = (F.conv3d(shown, torch.ones(1, 1, 3, 3, 3), stride=2, padding=pad) > 0).float()
+            x = layer(x, down.conv, down.bn, shown, stride=2, padding=pad).relu()
+        for part in blocks:
+            x = block(x, part, shown)
+        expected.append((x, shown))
+    for found, (x, shown) in zip(net(points, b), expected, strict=True):
+        assert torch.equal(found.coords, shown[:, 0].nonzero()) and found.features.std() > 0.02
+        torch.testing.assert_close(found.dense(2), x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_lift_written_out_camera_by_camera(monkeypatch):
+    """Two frames, three cameras that look at the same cells: feature and chance of the depth by torch's own interpolation, summed over the cameras that see a cell."""
+    torch.manual_seed(0)
+    C, D, far, cells = 3, 5, 3.0, common.VoxelResNet(**GRID, width=2).cells[-1]
+    net, x = common.CameraNet(18, C, max_depth=far, bins=D).eval(), 2 * torch.randn(6, C + D, 6, 8)
+    matrices, hw = torch.cat([pinhole(yaw=yaw) for yaw in (0.0, 0.3, 2.5)] * 2), torch.tensor([[48, 64], [48, 64], [40, 56]] * 2)
+    shift = torch.eye(4).repeat(6, 1, 1)
+    shift[:, :3, 3] = 0.4 * torch.randn(6, 3)
+    batch = SimpleNamespace(images=torch.zeros(6, 3, 48, 64, dtype=torch.uint8), hw=hw, lidar2img=matrices @ shift, size=2)
+    monkeypatch.setattr(net.neck, "forward", lambda stages: x)
+    with torch.no_grad():
+        volume, seen = net(batch, cells)
+    expected, cameras, beyond = torch.zeros(2, C, len(cells.centres("cpu"))), torch.zeros(2, len(cells.centres("cpu")), dtype=torch.int64), 0
+    for i, (matrix, (h, w)) in enumerate(zip(batch.lidar2img, hw.tolist())):
+        u, v, depth = (cells.centres("cpu") @ matrix[:3, :3].t() + matrix[:3, 3]).unbind(1)
+        u, v = u / depth, v / depth
+        shown = (depth > 1) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
+        beyond += (shown & (depth >= far)).sum()
+        shown &= depth < far
+        at = torch.stack([u / 64, v / 48, (depth - 1) / (far - 1)], 1)[shown] * 2 - 1
+        chance = x[i, C:].exp() / x[i, C:].exp().sum(0)
+        pulled = F.grid_sample(x[None, i, :C], at[None, None, :, :2], align_corners=False, padding_mode="border")[0, :, 0]
+        chance = F.grid_sample(chance[None, None], at[None, None, None], align_corners=False, padding_mode="border")[0, 0, 0, 0]
+        expected[i // 3][:, shown] += pulled * chance * D
+        cameras[i // 3] += shown
+    assert (cameras > 1).sum() > 20 < beyond and cameras.amax(1).tolist() == [2, 2]
+    torch.testing.assert_close(volume.flatten(2), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(seen.flatten(1), cameras > 0)
+
+
+def test_padding_stays_hidden_where_a_mask_is_given():
+    """Waymo's side pictures under CLAP's mask, which does not know where a picture ends."""
+    torch.manual_seed(0)
+    net, cells = common.CameraNet(18, 4, max_depth=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
+    images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
+    hidden[:, :16] = True
+    other = torch.cat([images[..., :32], 255 - images[..., 32:]], 3)
+    one, two = (net(SimpleNamespace(images=x, hw=torch.tensor([[48, 32]] * 4), lidar2img=pinhole(1, 4), size=1), cells, hidden)[0] for x in (images, other))
+    assert torch.equal(one, two) and one.any()
+
+
+def test_the_lift_reaches_as_far_as_the_range():
+    """BEVFusion's 60 m are for 54 m; KITTI's range ends at 70.4 m, Waymo's at 75.2 m."""
+    for low, high, depth in (((-54., -54., -5.), (54., 54., 3.), 60.), ((0., -40., -3.), (70.4, 40., 1.), 70.4 * 60 / 54)):
+        _, camera, _ = common.trunk(SimpleNamespace(low=low, high=high, voxel=(0.4, 0.4, 0.4)), 18, 2, 4)
+        assert camera.max_depth == pytest.approx(depth)
 
 
 # ---- §4 rendering ----
@@ -441,6 +526,44 @@ def test_a_figure_shows_what_it_is_given(tmp_path):
     assert (picture == [255, 0, 0]).all(1).mean() > 0.1 and (picture == [0, 0, 255]).all(1).any()
 
 
+def test_some_rows_are_drawn_at_random_and_stay_in_order():
+    rows = torch.arange(100, 400, 3)
+    drawn = torch.stack([common.at_most(30, rows, torch.Generator().manual_seed(seed)) for seed in range(300)])
+    assert (drawn.diff(dim=1) > 0).all() and torch.isin(drawn, rows).all()
+    assert (torch.bincount(drawn.flatten(), minlength=400)[rows] / 300 - 0.3).abs().max() < 0.13                        # each as often; sd 0.026
+    assert torch.equal(common.at_most(30, rows, torch.Generator().manual_seed(7)), drawn[7]) and torch.equal(common.at_most(101, rows, torch.Generator()), rows)
+
+
+class Judge(torch.nn.Module):
+    """A model with running statistics: its terms are those of normalised rows."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2, affine=False)
+        self.norm.running_mean.fill_(mean)
+
+    def forward(self, batch, factor=1.0):
+        y = factor * self.norm(batch.rows)
+        return y.sum(), {"L_sum": y.sum(), "L_most": y.max()}
+
+
+def rows_of(*sizes):
+    """Batches of so many rows: 0, 1, 2, ..."""
+    batches = [SimpleNamespace(rows=torch.arange(2.0 * n).view(n, 2)) for n in sizes]
+    for batch in batches:
+        batch.to = lambda device, batch=batch: batch
+    return batches
+
+
+def test_held_out_terms_are_those_of_eval_mode_and_leave_no_trace():
+    model = Judge(3.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = common.evaluate(model, rows_of(4, 2), "cpu", 2.0)
+    expected = [2 * (batch.rows - 3) / (1 + 1e-5) ** 0.5 for batch in rows_of(4, 2)]
+    assert found == {"L_sum": pytest.approx(np.mean([float(y.sum()) for y in expected])), "L_most": pytest.approx(np.mean([float(y.max()) for y in expected]))}
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # ---- several processes ----
 
 COUNTS = [(5, 2), (4, 0), (1, 1), (1, 0), (0, 0), (3, 3)]                           # rows on the two processes
@@ -486,7 +609,32 @@ def test_batch_norm_over_two_processes_is_that_of_the_joined_rows(server, tmp_pa
             assert part[6] == (not few) and part[7] == torch.bfloat16
 
 
+def log_stop_and_score(rank, out):
+    log = common.Log(out, rank, 0, 10, 1, torch.device("cpu"))
+    log(3, ["a"], loss=torch.tensor(1.0 + 2 * rank), L_x=0.25 * rank)
+    log.asked = float(rank)                                                         # only one of the two was asked to stop
+    stop = log.stopping()
+    log.close()
+    return stop, common.evaluate(Judge(float(rank)), rows_of(3), "cpu")
+
+
+def test_two_processes_log_their_mean_stop_together_and_score_with_the_saved_statistics(server, tmp_path):
+    one, two = on_two(server, log_stop_and_score, tmp_path, str(tmp_path))
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [{"step": 3, "loss": 2.0, "L_x": 0.125}]
+    assert one == two == (True, common.evaluate(Judge(0.0), rows_of(3), "cpu"))       # rank 0's are the ones that are saved
+
+
 # ---- bfloat16, as on CUDA ----
+
+def test_coordinates_are_not_rounded_to_bfloat16(monkeypatch):
+    """The first convolution reads metres: in bfloat16 50.1 m is 50.0 m."""
+    net, kinds = common.VoxelResNet(**GRID, width=2), []
+    for conv in (net.conv_input.conv, net.conv1[0].conv1):
+        conv.register_forward_hook(lambda module, given, out: kinds.append(out.dtype))
+    monkeypatch.setattr(common, "bf16_autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    net(*cloud())
+    assert kinds == [torch.float32, torch.bfloat16]
+
 
 def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
     torch.manual_seed(0)

@@ -149,6 +149,20 @@ def test_older_sweeps_lie_where_the_devkit_puts_them(nuscenes_root, devkit):
         assert 0 <= len(all_theirs) - len(mine) < 400                   # but for a little more of the car
 
 
+def test_older_sweeps_stand_where_they_were_in_the_world(world):
+    """The embedded world's sweeps are its keyframes: each, read by itself, is a part of the merged cloud, of its age, in the same places of the world."""
+    merged, single = data.NuScenes(world, "paper"), data.NuScenes(world, "small")
+    frame, begin = merged.load(2, (12, 32)), 0
+    for other in (single.load(i, (12, 32)) for i in (2, 1, 0)):
+        points, begin = frame.points[begin:begin + len(other.points)], begin + len(other.points)
+        there, here = (p[:, :3].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3] for p, pose in ((points, frame.lidar2world), (other.points, other.lidar2world)))
+        np.testing.assert_allclose(there, here, atol=1e-3)
+        np.testing.assert_allclose(points[:, 4], frame.time - other.time, atol=1e-5)
+        np.testing.assert_array_equal(points[:, 3], other.points[:, 3])
+    assert begin == len(frame.points) and frame.time - other.time == pytest.approx(1, abs=0.01)
+    assert np.linalg.norm(frame.lidar2world[:3, 3] - other.lidar2world[:3, 3]) > 0.5
+
+
 # ---- pictures and matrices ----
 
 def clone(root, to):
@@ -501,6 +515,21 @@ def test_loader_refuses_impossible_numbers(world, wrong):
         data.loader(world, "train", preset="small", **wrong)
     with pytest.raises(ValueError, match="nuScenes v1.0-embedded: crop is for KITTI"):
         data.loader(world, "train", 1, preset="small", crop=True)
+
+
+def draw_once(frame, rng):
+    return replace(frame, time=rng.random())
+
+
+def test_random_streams_are_of_seed_epoch_and_frame_and_no_step_has_a_frame_twice(world):
+    drawn, seeds, count = set(), set(), 0
+    for seed in (0, 1):
+        loader = data.loader(world, "train", 1, seed=seed, preset="small", image=(12, 32), augment=draw_once)
+        for batch in take(loader.begin_at(0), 2 * loader.steps_per_epoch):
+            drawn, seeds, count = drawn | {float(batch.time)}, seeds | {int(batch.seeds)}, count + 1
+    assert len(drawn) == len(seeds) == count == 4 * len(loader.indices)
+    loader = data.loader(world, "train", 4, preset="small", image=(12, 32))                             # of six frames: two of each epoch are left out
+    assert loader.steps_per_epoch == 1 and all(len(set(batch.names)) == 4 for batch in take(loader.begin_at(0), 6))
 
 
 # ---- splits and versions ----

@@ -15,6 +15,7 @@ import common
 import data
 import finetune
 import simipu
+from conftest import trained
 from finetune import SMALL, Config, Detector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,16 +29,6 @@ def leave(folder, model, units, cfg=WIDE):
     (folder / "provenance.json").write_text('[{"commit": "a1b2c3d"}]')
     common.save(replace(cfg, out=str(folder)), 7, model, [], units, GRID)
     return folder
-
-
-def trained(model):
-    """Batch norms as after training: a forgotten or mixed up statistic changes the output. -> the model in eval mode."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in ((module.running_mean, -.2, .2), (module.running_var, .3, 2.), (module.weight, .5, 1.5), (module.bias, -.3, .3)):
-                nn.init.uniform_(tensor, low, high)
-            module.num_batches_tracked.fill_(5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

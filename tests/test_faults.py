@@ -599,7 +599,7 @@ def ends(rank, folder, port, asked):
     join(None, (rank, port, 60))
 
     def train(rank, world, cfg):
-        device = common.join(cfg, world)
+        device = common.init_process(cfg, world)
         assert common.all_reduce(torch.ones(1, device=device)) == 2
         if not asked:
             common.destroy_group()

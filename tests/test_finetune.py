@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,13 @@ def test_kitti_is_learned_and_scored_without_what_the_picture_does_not_show(kitt
         assert kept[:400].all() and 400 < kept.sum() < 700 and len(data.crop_to_view(full).points) < kept.sum() == len(batch.points)
     source = (ROOT / "finetune.py").read_text()
     assert source.count("data.loader(") == source.count("crop=") == 3
+
+
+def test_augment_turns_scales_and_mirrors_as_asked(world):
+    frame = data.open_dataset(world, "small").load(0, (12, 32))
+    for seed in range(4):
+        found, asked = (act(frame, np.random.default_rng(seed), 0.4, 0.05, (True, False)) for act in (finetune.augment, data.augment_cloud))
+        assert np.array_equal(found.points, asked.points) and np.array_equal(found.lidar2img, asked.lidar2img) and 3 < len(found.boxes) < len(asked.boxes)
 
 
 # ---- codes, targets, losses ----
@@ -241,6 +249,48 @@ def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
     assert len(present) > 5 and all(metrics["mean_dist_aps"][name] > 0.9 for name in present), metrics["mean_dist_aps"]
 
 
+def test_peaks_are_of_three_by_three_cells_and_one_class(world, monkeypatch):
+    batch = next(data.loader(str(world), "train", 2, preset="small", image=(48, 128)).begin_at(0))
+    model = finetune.Detector(TINY, GRID)
+    maps = [(torch.full((2, len(group), 64, 64), -20.), torch.zeros(2, 10, 64, 64)) for group in model.groups]
+    for y, x, logit in ((20, 20, 9.), (21, 21, 8.), (19, 20, 8.), (20, 18, 7.), (23, 20, 6.)):            # of cars the second and third stand beside the first
+        maps[0][0][1, 0, y, x] = logit
+    maps[1][0][1, 0, 20, 20], maps[1][0][1, 1, 21, 20] = 5., 4.                             # neighbours of two classes
+    monkeypatch.setattr(model, "maps", lambda batch: maps)
+    (_, _, none), (boxes, labels, scores) = model.predict(batch)
+    assert not (none > 0.5).any() and labels[scores > 0.5].tolist() == [0, 0, 0, 1, 2]
+    cell = finetune.encode(boxes[:5], model.cells)[0]
+    assert cell.tolist() == [[20, 20], [20, 18], [23, 20], [20, 20], [21, 20]]
+
+
+def test_every_class_has_a_head_that_begins_at_a_tenth():
+    for (name, _), grid in data.GRIDS.items():
+        assert sorted(name for group in finetune.GROUPS[name] for name in group) == sorted(grid.classes)
+    assert finetune.Head(8, 2).branches[0][-1].bias.sigmoid().tolist() == pytest.approx([0.1, 0.1], abs=1e-3)
+
+
+def test_a_frame_is_predicted_alike_alone_and_among_others(world):
+    """Three held-out frames in one batch and in three: running statistics, each frame's own points, pictures and pose."""
+    dataset = data.open_dataset(world, "small")
+    torch.manual_seed(0)
+    model = finetune.Detector(TINY, GRID)
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.momentum = 1.                                                            # the statistics of one step
+    loaders = [data.loader(dataset, "val", batch, image=(48, 128)) for batch in (1, 3)]
+    with torch.no_grad():
+        model.maps(next(iter(loaders[1].once())))
+    alone, among = (finetune.predict_all(model, loader, torch.device("cpu")) for loader in loaders)
+    assert list(alone) == list(among) == [dataset.names[i] for i in dataset.split("val")]
+    for i, name in zip(dataset.split("val"), alone):
+        np.testing.assert_allclose(among[name][2], alone[name][2], atol=1e-5)
+        np.testing.assert_allclose(among[name][0][:20], alone[name][0][:20], atol=1e-3)
+        pose = dataset.load(int(i), (12, 32)).lidar2world
+        assert np.array_equal(alone[name][3], pose) and np.array_equal(among[name][3], pose)
+    (one, *_), (two, *_), _ = alone.values()
+    assert abs(one[:20] - two[:20]).max() > 1
+
+
 # ---- few labels ----
 
 def test_labels_are_drawn_as_asked(world):
@@ -322,6 +372,40 @@ def test_results_are_in_the_official_format(world):
         "vehicle.moving", "vehicle.stopped", "vehicle.parked", "pedestrian.moving", "cycle.without_rider", ""]
 
 
+def test_attributes_follow_class_and_speed():
+    fast = {"car": "vehicle.moving", "bus": "vehicle.moving", "pedestrian": "pedestrian.moving", "bicycle": "cycle.with_rider", "motorcycle": "cycle.with_rider",
+            "barrier": "", "traffic_cone": ""}
+    slow = {"car": "vehicle.parked", "trailer": "vehicle.parked", "bus": "vehicle.stopped", "pedestrian": "pedestrian.standing", "motorcycle": "cycle.without_rider",
+            "barrier": "", "traffic_cone": ""}
+    for speed, expected in ((0.3, fast), (0.1, slow)):
+        boxes = np.array([[5., 0, 0, 4, 2, 1.5, 0, 0, -speed]] * len(expected))
+        labels = np.array([GRID.classes.index(name) for name in expected])
+        rows, = finetune.nuscenes_results({"nuscenes/s/t": (boxes, labels, np.ones(len(boxes)), np.eye(4))}, GRID.classes)["results"].values()
+        assert {row["detection_name"]: row["attribute_name"] for row in rows} == expected
+
+
+def test_what_is_written_of_a_nuscenes_run(world, tmp_path, monkeypatch, capsys):
+    """True boxes within 27 m of the LiDAR and none beyond: within 25.6 m everything is found, over the metric's not. One class is said to be absent."""
+    dataset, score, frames = data.open_dataset(world, "small"), finetune.nuscenes_score, {}
+    for name, (boxes, labels, scores, pose) in truth_as_predictions(dataset, dataset.split("val")).items():
+        near = np.hypot(*boxes[:, :2].T) < 27
+        frames[name] = boxes[near], labels[near], scores[near], pose
+    monkeypatch.setattr(finetune, "predict_all", lambda *_: frames)
+    monkeypatch.setattr(finetune, "nuscenes_score", lambda *words: [part if n < 2 else part[1:] for n, part in enumerate(score(*words))])
+    for name in ("save_figures", "draw_curves"):
+        monkeypatch.setattr(finetune, name, lambda *_: None)
+    finetune.finish(None, replace(TINY, modality="lidar", init="before"), tmp_path, SimpleNamespace(grid=GRID, dataset=dataset), None, 0)
+    found, told = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out.splitlines()
+    meta = json.loads((tmp_path / "results_nusc.json").read_text())["meta"]
+    assert not meta["use_camera"] and meta["use_lidar"] and found["reach"] == 25.6 and found["frames"] == 3
+    assert all(ap == pytest.approx(1, abs=1e-6) for ap in found["AP_reach"].values()) and found["mAP_reach"] == pytest.approx(1, abs=1e-6) and len(found["AP_reach"]) > 3
+    present = [name for name in GRID.classes if name not in found["absent"]]
+    assert found["absent"] == ["barrier"] and set(found["AP_reach"]) <= set(present)
+    assert found["mAP_present"] == pytest.approx(np.mean([found["AP"][name] for name in present])) and found["mAP_present"] < 0.97
+    assert found["mAP"] == pytest.approx(np.mean([found["AP"][name] for name in GRID.classes])) and abs(found["mAP"] - found["mAP_present"]) > 1e-3
+    assert told[-1] == (f"{tmp_path}: | before | lidar | 0.05 of the frames | seed 0 | mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | mAP within 25.6 m 1.0000 |")
+
+
 # ---- whole runs ----
 
 def run(out, *flags):
@@ -372,6 +456,36 @@ def stored(tmp_path):
     (tmp_path / "provenance.json").write_text('[{"commit": "none"}]')
     clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
     return before
+
+
+# ==== tests/test_finetune.py ====
+
+def test_a_run_is_these_steps(world, stored, tmp_path, monkeypatch):
+    """Which frames in which order, turned how; which weights are loaded; rates of both groups, weight decay, the clipped gradient: written out."""
+    for name in ("finish", "loss_curves"):
+        monkeypatch.setattr(finetune, name, lambda *_: None)
+    cfg = replace(TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3, init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
+                  epochs=1, steps=0, batch=1, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5, rotation=0.3, scale=0.2)
+    finetune.train(0, 1, cfg)
+    dataset = data.open_dataset(world, "small")
+    loader = data.loader(dataset, "train", 1, seed=3, augment=partial(finetune.augment, rotation=0.3, scale=0.2, flip=(True, True)))
+    loader.indices = finetune.draw_labels(dataset, dataset.split("train"), 0.5, "scenes", 3)
+    torch.manual_seed(3)
+    model = finetune.Detector(cfg, GRID)
+    model.lidar.load_state_dict(stored.lidar.state_dict())
+    new = [p for name, p in model.named_parameters() if not name.startswith("lidar.")]
+    opt = torch.optim.AdamW([dict(params=new), dict(params=model.lidar.parameters())], weight_decay=0.3, fused=True)
+    for factor, batch in zip((1, 0.75, 0.25), loader.begin_at(0)):                          # half a cosine over three steps
+        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = 2e-3 * factor, 5e-4 * factor
+        opt.zero_grad()
+        model(batch)[0].backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
+        opt.step()
+    assert (tmp_path / "run" / "labels.txt").read_text().splitlines() == [dataset.names[i] for i in loader.indices]
+    found = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert found["step"] == len(loader.indices) == 3
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found["model"][name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_units_are_loaded_strictly(stored, tmp_path, capsys):

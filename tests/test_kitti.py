@@ -2,6 +2,8 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +106,18 @@ def test_neighbouring_classes_and_dont_care():
         assert kitti_ap([(gt, rows_of(*many(50), *extra), np.array(scores))], "Car", 1, "3d")[0] == pytest.approx(100 * 50 / 60)
 
 
+# ==== tests/test_kitti.py ====
+
+def test_sitting_persons_are_neither_pedestrians_nor_false():
+    people, sitting = many(50, type="Pedestrian"), [dict(x=-6. * i - 6, type="Person_sitting") for i in range(10)]
+    found = rows_of(*people, *[dict(row, type="Pedestrian") for row in sitting])
+    scores = np.array([*np.linspace(0.6, 0.5, 50), *[0.9] * 10])
+    assert finetune.kitti_ap([(rows_of(*people, *sitting), found, scores)], "Pedestrian", 1, "3d") == pytest.approx((100, 100))
+    assert finetune.kitti_ap([(rows_of(*people), found, scores)], "Pedestrian", 1, "3d")[0] == pytest.approx(100 * 50 / 60)
+    cars = rows_of(*many(50), *sitting)                                                     # to a car nobody is alike but a van
+    assert finetune.kitti_ap([(cars, rows_of(*many(50), *[dict(row, type="Car") for row in sitting]), scores)], "Car", 1, "3d")[0] == pytest.approx(100 * 50 / 60)
+
+
 # ---- a slow transcription ----
 
 def slow_ap(frames, name, level, kind):
@@ -202,7 +216,67 @@ def test_random_frames_score_as_in_the_transcription():
     assert compared > 30
 
 
+def test_a_box_that_reaches_behind_the_camera_is_left_out_and_one_at_the_edge_ends_there(kitti):
+    dataset = data.open_dataset(kitti)
+    boxes = np.array([[1., 0, -1, 4, 2, 1.5, 0, 0, 0], [6, -5, -1, 4, 2, 1.5, 0, 0, 0]])
+    rows, kept = finetune.kitti_rows(dataset, 0, boxes, np.array([0, 2]))
+    assert kept.tolist() == [1] and rows["type"].tolist() == ["Cyclist"] and rows["bbox"][0, 2] == 1241 and 0 < rows["bbox"][0, 0] < 1200
+
+
+def test_what_is_written_of_a_kitti_run(kitti, tmp_path, monkeypatch):
+    """The labelled car of each frame as a detection, in one frame raised by a metre, after a better scored box behind the camera; easy, moderate, hard."""
+    dataset = data.open_dataset(kitti)
+    numbers, annotations, frames = np.flatnonzero([bool(frame.labels) for frame in dataset.frames])[:3], dataset.annotations, {}
+
+    def harder(i):
+        rows = annotations(i)
+        rows["occluded"][0] = list(numbers).index(i)
+        return rows
+    monkeypatch.setattr(dataset, "annotations", harder)
+    for n, i in enumerate(numbers):
+        car = annotations(i)["box"][0]
+        boxes = np.stack([[-15., 0, -1, 4, 2, 1.5, 0, 0, 0], np.nan_to_num(car) + [0, 0, n == 2, 0, 0, 0, 0, 0, 0]])
+        frames[dataset.names[i]] = boxes, np.zeros(2, int), np.array([0.9, 0.7 - 0.1 * n]), np.eye(4)
+    told = finetune.finish_kitti(SimpleNamespace(dataset=dataset), frames, tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["frames"] == 3 and set(found) == {"2d", "bev", "3d", "frames"} and found["bev"]["Cyclist"]["R40"] == [None] * 3
+    assert found["bev"]["Car"]["R40"] == pytest.approx([0, 2.5, 5]) and found["bev"]["Car"]["R11"] == pytest.approx([100 / 11] * 3)
+    for kind in ("2d", "3d"):                                                               # the raised one, scored last: its truth is missed
+        assert found[kind]["Car"]["R40"] == pytest.approx([0, 2.5, 2.5]), kind
+    assert told == "3D AP|R40 moderate Car 2.50, Pedestrian nan, Cyclist nan"
+    table = {kind: {"Car": {r: [n + m + k for k in (.1, .2, .3)] for m, r in ((0, "R40"), (4, "R11"))}} for n, kind in enumerate(("2d", "bev", "3d"), 1)}
+    monkeypatch.setattr(finetune, "kitti_score", lambda *_: table)
+    assert finetune.finish_kitti(SimpleNamespace(dataset=dataset), frames, tmp_path) == "3D AP|R40 moderate Car 3.20"
+    for n, i in enumerate(numbers[:2]):
+        line, = (tmp_path / "kitti" / f"{dataset.names[i].rsplit('/', 1)[1]}.txt").read_text().splitlines()
+        label = Path(dataset.root, dataset.frames[i].labels).read_text().splitlines()[0].split()
+        words = line.split()
+        assert words[:3] == ["Car", "-1", "-1"] and float(words[15]) == pytest.approx(0.7 - 0.1 * n)
+        np.testing.assert_allclose(np.array(words[3:15], float), np.array(label[3:], float), atol=0.02)
+
+
 # ---- labels and runs ----
+
+def test_kitti_runs_stay_within_the_picture_and_ahead(kitti, tmp_path, monkeypatch):
+    """What train and --eval-only hand to their loaders: points that the picture shows, no mirroring of x, and to be scored the held-out frames."""
+    given, loader = [], data.loader
+    monkeypatch.setattr(data, "loader", lambda *words, **more: given.append(loader(*words, **more)) or given[-1])
+    for name in ("finish", "loss_curves"):
+        monkeypatch.setattr(finetune, name, lambda *_: None)
+    tiny = {**finetune.SMALL, "width": 4, "bins": 12, "steps": 1, "batch": 1}
+    cfg = finetune.Config(preset="small", data=str(kitti), out=str(tmp_path / "run"), gpus=0, modality="lidar", fraction=1., rotation=0., scale=0., **tiny)
+    finetune.train(0, 1, cfg)
+    finetune.train(0, 1, replace(finetune.Config(), eval_only=cfg.out, gpus=0, workers=0))
+    train, *scored = given
+    drawn, plain = [batch for _, batch in zip(range(8), train.begin_at(0))], data.open_dataset(kitti, "small").load(0).points
+    assert all((batch.points[:, 0] > 0).all() and 400 < len(batch.points) < 700 for batch in drawn)
+    first = [batch.points[0] for batch in drawn if batch.names[0].endswith("000000")]
+    assert {float(point[1]) for point in first} == {float(plain[0, 1]), -float(plain[0, 1])}                     # y is mirrored now and then
+    for held_out in scored:
+        batch, = held_out.once()
+        assert batch.names[0].endswith("000007") and (batch.points[:, 0] > 0).all() and 400 < len(batch.points) < 700
+    assert len(scored) == 2
+
 
 def check_labels(root):
     """Label boxes through our LiDAR frame and back are the label rows; as detections they are all found."""
