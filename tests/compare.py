@@ -8,8 +8,8 @@
 
 Protocol. Each seed has a pre-training run of its own (`python METHOD.py --seed S`, all defaults of the small preset), a label draw and initial weights of its own. Every
 fine-tuning run has the same 60 steps of two frames; `longer` ones 240, which tells a head start from a gain that stays (three seeds, the inits that gain). The learning
-rate is chosen for each init, `none` included, by NDS (half of which is mAP, near zero where little is found) on a spare seed (9, from the pre-training of seed 0) from the
-same three values, at 60 steps and 5 % of the labels, fusion. Ablations have three seeds. A row: key, command, the commits that ran it, device, seconds, scores
+rate is chosen for each init, `none` included, by NDS (half of which is mAP, near zero where little is found) on a spare seed (9, from the pre-training of seed 0) from
+the same three values, at 60 steps and 5 % of the labels, fusion. Ablations have three seeds. A row: key, command, the commits that ran it, device, seconds, scores
 (nuscenes-devkit's).
 """
 import argparse
