@@ -308,7 +308,7 @@ class Field(nn.Module):
             return (origin[:, None] + direction[:, None] * depth[..., None]).view(-1, 3), b.repeat_interleave(depth.shape[1])
 
         with torch.no_grad():                                                              # where to look closer, h = 64 [code NeuS, UniPAD]  D9
-            depth = stratified(torch.full_like(far, NEAR), far, jitter)         # (R, S)
+            depth = stratified(torch.full_like(far, NEAR), far, jitter)                    # (R, S)
             s = self.sdf(table, *at(depth))[0].view_as(depth)
             depth = torch.cat([depth, importance(depth, neus_weights(s, 64.0), u)], 1).sort(1).values                   # (R, S + S')
         s, geometry, feature = self.sdf(table, *at(depth))
@@ -354,8 +354,8 @@ class Prototypes(nn.Module):
         S_I = F.normalize(self.head_image(image), dim=1) @ K.t()                           # (N, N_K)            Eq. 14
         Q_P, Q_I = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn), sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)                   # no gradient
         log_P, log_I = F.log_softmax(S_P / cfg.tau, 1), F.log_softmax(S_I / cfg.tau, 1)    # (N, N_K)            D6
-        L_SwAV = mean_over_ranks(-(Q_I * log_P + Q_P * log_I).sum(), N) / N_K             # [paper, swapped prediction]
-        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / N_K              # [paper, EM]
+        L_SwAV = mean_over_ranks(-(Q_I * log_P + Q_P * log_I).sum(), N) / N_K              # [paper, swapped prediction]
+        L_EM = mean_over_ranks(entropy(S_P).sum() + entropy(S_I).sum(), N) / N_K           # [paper, EM]
         G = K @ K.t()                                                                      # (N_K, N_K)
         L_GMM = (G.sum() - G.diagonal().sum()) / (N_K * (N_K - 1))                         # [paper, Gram]         D8
         with torch.no_grad():

@@ -30,7 +30,7 @@ Departures:
       the code's split is a left-over of other sizes.
   D5  Sampling of C5 divides by the size of the padded batch, in the area convention; a point that no camera sees makes no pair. The code divides by each image's
       own size and lets unseen points read zeros.
-  D6  Images are RGB with ImageNet's mean and deviation, its batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
+  D6  Images are RGB with ImageNet's mean and deviation, their network's batch norms are torchvision's: weights go in and out without a change; residual blocks begin as
       identities, the point network as torch draws it (the code's as mmcv does). Batch norms over points and pairs count every process's rows (the code's only
       their own), those of the point network with eps 1e-3 throughout (the code's 1e-5 where shells are joined); on CUDA the image network runs in bfloat16.
   D7  With several cameras a point's pair is in the first that sees it; clouds are cut to what some camera sees, as the paper's are to the one, of the key sweep alone.
@@ -172,7 +172,7 @@ class TwoViews:
         low, high, cloud = np.array(self.grid.low), np.array(self.grid.high), frame.points
         seen = data.in_view(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
         rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.of_key_sweep(cloud) & seen
-        rows = rows.nonzero()[0] if rows.sum() >= self.points / 64 else np.zeros(0, np.int64)          # n copies of one point were neighbours by the million
+        rows = rows.nonzero()[0] if rows.sum() >= self.points / 64 else np.zeros(0, np.int64)          # copies of a few points would be neighbours by the million
         T, mirrored = random_transform(rng, (low + high) / 2, self.rotation, self.scale)
         whole, factor = [(0, 0, *image.shape[1:]) for image in frame.images], min(rng.uniform(*self.zoom, 2))
         frame = data.crop_images(frame, whole, [(max(round(h * factor), 1), max(round(w * factor), 1)) for _, _, h, w in whole], [mirrored] * len(whole))
