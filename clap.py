@@ -62,12 +62,12 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (Log, all_reduce, box_exit, conv3d, cosine, destroy_group, evaluate, figure, frame_generators, gather_weighted, importance, in_picture, inside_boxes,
-                    launch, list_frames, loss_curves, mean_over_ranks, mlp, multilinear, neus_weights, parse, perplexity, profile, project, ravel, rays, resume, save,
+from common import (Run, all_reduce, box_exit, conv3d, cosine, destroy_group, evaluate, figure, frame_rngs, gather_weighted, importance, valid_pixels, inside_boxes,
+                    launch, record_frames, loss_curves, mean_over_ranks, mlp, multilinear, neus_weights, parse, load_tool, perplexity, project, ravel, rays, resume, save,
                     start, stratified, surface_variation, trunk, wrap, write_text)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what backbones.safetensors holds
-HELD_OUT = 12                                                       # frames of the val split that are looked at [ours]
+VAL_FRAMES = 12                                                     # frames of the val split that are looked at [ours]
 NEAR, CLOSE = 1.0, 3.0                                              # m, where a ray's samples begin; nearer LiDAR points are no targets [code UniPAD, there in the plane]
 
 
@@ -151,21 +151,21 @@ def check(cfg):
 
 # ---- hide ------------------------------------------------------------------------------------------------------------------------
 
-def mask_points(points, b, size, lidar, share, generators):
+def mask_points(points, b, size, lidar, share, rngs):
     """Which points to hide: whole blocks of 8 x 8 x 8 voxels, the same for all sweeps. -> (N,) bool, True = hidden."""
     low, block = points.new_tensor(lidar.low), 8 * points.new_tensor(lidar.voxel)          # (3,), (3,) m
     shape = ((points.new_tensor(lidar.high) - low) / block).ceil().long()                  # X, Y, Z
-    hidden = torch.stack([torch.rand(shape.tolist(), generator=g, device=points.device) < share for g in generators])   # (B, X, Y, Z)
+    masked = torch.stack([torch.rand(shape.tolist(), generator=g, device=points.device) < share for g in rngs])   # (B, X, Y, Z)
     index = ((points[:, :3] - low) / block).long().clamp_min(0).minimum(shape - 1)         # (N, 3); points outside the range never enter
-    return hidden[b, index[:, 0], index[:, 1], index[:, 2]]
+    return masked[b, index[:, 0], index[:, 1], index[:, 2]]
 
 
-def mask_pixels(images, cameras, share, generators, patch=32):
+def mask_pixels(images, cameras, share, rngs, patch=32):
     """Which pixels to hide: whole patches. images (B K, 3, H, W) -> (B K, H, W) bool, True = hidden."""
     H, W = images.shape[-2:]
     shape = cameras, -(-H // patch), -(-W // patch)
-    hidden = torch.cat([torch.rand(shape, generator=g, device=images.device) < share for g in generators])              # (B K, h, w)
-    return hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :H, :W]
+    masked = torch.cat([torch.rand(shape, generator=g, device=images.device) < share for g in rngs])              # (B K, h, w)
+    return masked.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :H, :W]
 
 
 # ---- sample where surfaces bend --------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def uniform_weights(xyz, b, pca, sdf, step):
 SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weights}
 
 
-def sane(weights):
+def clean_weights(weights):
     """Sampling weights that multinomial can take: no NaN, clipped at the 99th percentile, all positive (a tiny floor), all 1 if none was. [ours] weights (M,) -> (M,)."""
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
@@ -227,10 +227,10 @@ def sane(weights):
     return weights + 1e-6 * weights.mean()
 
 
-def draw_points(weights, b, n, generators):
+def draw_points(weights, b, n, rngs):
     """At most n rows of each frame, without replacement, probability by weight. weights (M,), b (M,) -> rows (R,)."""
     drawn = []
-    for frame, generator in enumerate(generators):
+    for frame, generator in enumerate(rngs):
         rows = (b == frame).nonzero()[:, 0]
         if len(rows):
             drawn.append(rows[torch.multinomial(weights[rows], min(n, len(rows)), generator=generator)])
@@ -248,19 +248,19 @@ def pixel_weights(weights, xyz, b, batch, blur):
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
     spread = F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0].clamp_min(0)                        # of a transform's rounding
-    return spread * in_picture(batch.hw, (H, W))                                           # none in the padding
+    return spread * valid_pixels(batch.hw, (H, W))                                           # none in the padding
 
 
 def below_sky(batch, sky):
     """Equal weight for every pixel of an image below its top share `sky`, none for padding. -> (B K, H, W) float."""
     v = torch.arange(batch.images.shape[-2], device=batch.hw.device)[:, None]
-    return (in_picture(batch.hw, batch.images.shape[-2:]) & (v >= sky * batch.hw[:, 0, None, None])).float()
+    return (valid_pixels(batch.hw, batch.images.shape[-2:]) & (v >= sky * batch.hw[:, 0, None, None])).float()
 
 
-def draw_pixels(weights, n, size, generators):
+def draw_pixels(weights, n, size, rngs):
     """n pixels of each image, probability by weight. weights (B K, H, W) -> image (R,), v (R,), u (R,); pixels of zero weight are dropped."""
     K, W, drawn = len(weights) // size, weights.shape[-1], []
-    for frame, generator in enumerate(generators):
+    for frame, generator in enumerate(rngs):
         part = weights[frame * K:(frame + 1) * K].flatten(1)                               # (K, H W)
         filled = torch.where(part.sum(1, keepdim=True) > 0, part, torch.ones_like(part))   # multinomial refuses a row of zeros
         pixel = torch.multinomial(filled, min(n, part.shape[1]), generator=generator)      # (K, n)
@@ -277,14 +277,14 @@ class Field(nn.Module):
     The scaled point enters the first layer, the feature is added before each of the five. No geometric initialisation.
     """
 
-    def __init__(self, channels, cells, scale, hidden=16, depth=5):
+    def __init__(self, channels, cells, scale, width=16, depth=5):
         super().__init__()
         self.cells, self.scale = cells, scale                                              # scale: scaled units per metre
-        self.place = nn.Linear(3, hidden)
-        self.inject = nn.Linear(channels, depth * hidden)                                  # the depth layers' own injections, in one product
-        self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
-        self.output = nn.Linear(hidden, 1 + hidden)
-        self.rgb = nn.Sequential(nn.Linear(channels + hidden + 3, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.Sigmoid())
+        self.place = nn.Linear(3, width)
+        self.inject = nn.Linear(channels, depth * width)                                  # the depth layers' own injections, in one product
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.output = nn.Linear(width, 1 + width)
+        self.rgb = nn.Sequential(nn.Linear(channels + width + 3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3), nn.Sigmoid())
         self.sharpness = nn.Parameter(torch.tensor(0.3))                                   # h = exp(10 sharpness), 20.1 at first [code NeuS, UniPAD]
 
     @property
@@ -373,7 +373,7 @@ def entropy(scores):
 
 # ---- the method ------------------------------------------------------------------------------------------------------------------
 
-class Clap(nn.Module):
+class CLAP(nn.Module):
     """Both losses of a batch. lidar, camera and fuse are what fine-tuning loads; the rest is thrown away."""
 
     def __init__(self, cfg, grid):
@@ -385,16 +385,16 @@ class Clap(nn.Module):
         self.field = Field(2 * w, self.lidar.cells[-1], 1 / extent)
         self.proto = None if cfg.without == "prototypes" else Prototypes(cfg, 8 * w, 5 * w)
 
-    def hide(self, batch, generators):
+    def draw_masks(self, batch, rngs):
         """The mask of each frame, from its own random stream -> hidden points (N,), hidden pixels (B K, H, W) bool, True = hidden."""
-        return (mask_points(batch.points, batch.b_points, batch.size, self.lidar, self.cfg.mask_points, generators),
-                mask_pixels(batch.images, batch.cameras, self.cfg.mask_pixels, generators))
+        return (mask_points(batch.points, batch.b_points, batch.size, self.lidar, self.cfg.mask_points, rngs),
+                mask_pixels(batch.images, batch.cameras, self.cfg.mask_pixels, rngs))
 
-    def encode(self, batch, hidden, hidden_px):
+    def encode(self, batch, masked, masked_px):
         """hidden (N,), hidden_px (B K, H, W) bool, True = hidden -> F~ as a table (B Z Y X, C), lidar Level, image volume (B, C, Z, Y, X), seen (B, Z, Y, X)."""
         cells = self.lidar.cells[-1]
-        lidar = self.lidar(batch.points[~hidden], batch.b_points[~hidden])[-1]             # P^, sparse
-        image, seen = self.camera(batch, cells, hidden_px)                                 # I^
+        lidar = self.lidar(batch.points[~masked], batch.b_points[~masked])[-1]             # P^, sparse
+        image, seen = self.camera(batch, cells, masked_px)                                 # I^
         fused = self.fuse(lidar.dense(batch.size), image)                                  # F^ (B, C, Z, Y, X)
         shallow = self.shallow(fused)                                                      # F~, not in bfloat16: the sampler takes its second differences
         return shallow.permute(0, 2, 3, 4, 1).reshape(-1, 2 * self.cfg.width), lidar, image, seen
@@ -406,12 +406,12 @@ class Clap(nn.Module):
         rows = (self.lidar.inside(batch.points) & (batch.points[:, 4] == 0) & (r > CLOSE)).nonzero()[:, 0]
         return rows, away[rows] / r[rows, None], r[rows]
 
-    def render(self, table, origin, direction, b, generators, colour):
+    def render(self, table, origin, direction, b, rngs, colour):
         """Rays in frame order, random numbers from each ray's frame; rays that leave the box before NEAR are dropped first. Without gradient 8192 at a time.
         -> range (R',) m, colour (R', 3) or None, valid (R,) with R' true."""
         cfg, far = self.cfg, box_exit(origin, direction, self.grid.low, self.grid.high)
-        counts = torch.bincount(b, minlength=len(generators)).tolist()
-        noise = torch.cat([torch.rand(n, cfg.samples + cfg.importance_samples, generator=g, device=b.device) for n, g in zip(counts, generators)])
+        counts = torch.bincount(b, minlength=len(rngs)).tolist()
+        noise = torch.cat([torch.rand(n, cfg.samples + cfg.importance_samples, generator=g, device=b.device) for n, g in zip(counts, rngs)])
         valid = far > NEAR
         rows = valid.nonzero()[:, 0]
         jitter, u = noise[rows].split([cfg.samples, cfg.importance_samples], 1)
@@ -422,27 +422,27 @@ class Clap(nn.Module):
 
     def forward(self, batch, uniform=False):
         """-> L (), {name: ()}. uniform: sample uniformly for now, while the SDF is noise."""
-        cfg, generators = self.cfg, frame_generators(batch.seeds, batch.points.device)
+        cfg, rngs = self.cfg, frame_rngs(batch.seeds, batch.points.device)
         sampler = "uniform" if uniform else cfg.sampler
 
         # 1 both branches see what is left of the same frame
-        hidden, hidden_px = self.hide(batch, generators)                                   # (N,) (B K, H, W)
-        table, lidar, image, seen = self.encode(batch, hidden, hidden_px)
+        masked, masked_px = self.draw_masks(batch, rngs)                                   # (N,) (B K, H, W)
+        table, lidar, image, seen = self.encode(batch, masked, masked_px)
 
         # 2 curvature sampling: points by omega, pixels by omega spread over the images
         rows, direction, r = self.targets(batch)                                           # (M,) (M, 3) (M,)
         xyz, b = batch.points[rows, :3], batch.b_points[rows]
         with torch.no_grad():
             omega = self.weights(table, batch, rows, sampler)                              # (M,)
-            drawn = draw_points(omega, b, cfg.rays, generators)                            # (R,) into M, R <= B N_L
-            at, v, u = draw_pixels(self.maps(omega, xyz, b, batch, sampler), cfg.pixels, batch.size, generators)        # (R',) each, R' <= B N_C
+            drawn = draw_points(omega, b, cfg.rays, rngs)                            # (R,) into M, R <= B N_L
+            at, v, u = draw_pixels(self.pixel_maps(omega, xyz, b, batch, sampler), cfg.pixels, batch.size, rngs)        # (R',) each, R' <= B N_C
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
 
         # 3 render range along LiDAR rays and colour along camera rays
-        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, generators, colour=False)                       # (R,), all valid
+        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, rngs, colour=False)                       # (R,), all valid
         s = self.field.sdf(table, xyz, b)[0]                                               # (R,), 0 on a surface
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, generators, colour=True)                # (R'', 3): of rays that meet the box
+        _, c_hat, valid = self.render(table, origin, away, at // batch.cameras, rngs, colour=True)                # (R'', 3): of rays that meet the box
         c = (batch.images[at, :, v, u].float() / 255)[valid]                               # (R'', 3)
         scale = self.field.scale
         L_range = mean_over_ranks((r - r_hat).abs().sum() * scale, len(r))                                              # [paper, rendering]
@@ -454,13 +454,13 @@ class Clap(nn.Module):
         # 4 prototypes: the same cells seen by both modalities, each predicts the other's code
         L = cfg.w_rend * L_rend                                                                                         # [paper, total loss]
         if self.proto is not None:
-            cell = self.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)               # (N_3D,) into the sparse level  D7
+            cell = self.shared_cells(lidar, seen, batch.points[~masked], batch.b_points[~masked], rngs)               # (N_3D,) into the sparse level  D7
             b_, z, y, x = lidar.coords[cell].unbind(1)
             L_SwAV, L_EM, L_GMM, monitors = self.proto(lidar.features[cell], image[b_, :, z, y, x])                     # [paper, prototypes]
             L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM                                         # [paper, prototypes]
             L = L + cfg.w_proto * L_proto                                                                               # [paper, total loss]
             terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM, cells=float(len(cell)), **monitors)
-        return L, terms | self.shares(batch, xyz, b)
+        return L, terms | self.sampling_stats(batch, xyz, b)
 
     @torch.no_grad()
     def weights(self, table, batch, rows, sampler):
@@ -470,18 +470,18 @@ class Clap(nn.Module):
         omega = SAMPLERS[sampler](xyz, b, pca, lambda p, frame: self.field.sdf(table, p, frame)[0], self.lidar.cells[-1].step[0] / 2)
         safe = torch.empty_like(omega)
         for frame in b.unique().tolist():
-            safe[b == frame] = sane(omega[b == frame])
+            safe[b == frame] = clean_weights(omega[b == frame])
         return safe
 
     @torch.no_grad()
-    def maps(self, omega, xyz, b, batch, sampler):
+    def pixel_maps(self, omega, xyz, b, batch, sampler):
         """Weight of every pixel: the points' own, spread; under uniform sampling equal below the sky. -> (B K, H, W)."""
         if sampler == "uniform":
             return below_sky(batch, self.cfg.sky)
         return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
 
     @torch.no_grad()
-    def both_see(self, lidar, seen, points, b_points, generators, most=8192):
+    def shared_cells(self, lidar, seen, points, b_points, rngs, most=8192):
         """Sparse sites whose own cell holds a visible point and that some camera sees, at most `most` random ones a frame [ours].  D7  -> rows (N_3D,) of the level."""
         cells, inside = lidar.cells, self.lidar.inside(points)
         zyx = cells.index(points[inside, :3]).round().long().clamp_min(0)
@@ -490,13 +490,13 @@ class Clap(nn.Module):
         held[ravel(torch.cat([b_points[inside, None], zyx], 1), cells.shape).long()] = True
         b = lidar.coords[:, 0]
         visible, kept = (seen.flatten() & held)[ravel(lidar.coords, cells.shape).long()], []
-        for frame, generator in enumerate(generators):
+        for frame, generator in enumerate(rngs):
             rows = (visible & (b == frame)).nonzero()[:, 0]
             kept.append(rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:most]])
         return torch.cat(kept)
 
     @torch.no_grad()
-    def shares(self, batch, xyz, b):
+    def sampling_stats(self, batch, xyz, b):
         """Share of the drawn points inside labelled boxes and within 0.3 m of a flat road: what sampling looks at. Labels are read for this monitor only."""
         found = dict(on_ground=((xyz[:, 2] - self.grid.ground).abs() < 0.3).float().sum() / max(len(xyz), 1))
         if batch.boxes is not None:
@@ -507,7 +507,7 @@ class Clap(nn.Module):
 # ---- held-out errors -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def examine(model, loader, device):
+def held_out_errors(model, batches, device):
     """What the volume knows of held-out frames under the training mask. -> {name: float}, ranges in metres, colours in [0, 1], all mean absolute errors.
 
     range_hidden / range_visible: rays whose point was hidden / seen. On the hidden rays also beam_mean: the mean range in the ray's half degree of elevation (on
@@ -517,23 +517,23 @@ def examine(model, loader, device):
     """
     model.eval()
     cfg, ray, colour = model.cfg, [], []
-    for batch in loader.once():
+    for batch in batches:
         batch = batch.to(device)
-        generators = frame_generators(batch.seeds, device)
-        hidden, hidden_px = model.hide(batch, generators)
+        rngs = frame_rngs(batch.seeds, device)
+        masked, masked_px = model.draw_masks(batch, rngs)
         rows, direction, r = model.targets(batch)
-        b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
+        b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], masked[rows]
         swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)               # each frame gets its neighbour's cloud
-        given, other = (model.encode(x, hidden, hidden_px)[0] for x in (batch, swapped))
-        blind = model.encode(batch, hidden, torch.ones_like(hidden_px))[0]
-        r_hat = model.render(given, batch.origin[b], direction, b, generators, colour=False)[0]
-        r_other = model.render(other, batch.origin[b], direction, b, generators, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
+        given, other = (model.encode(x, masked, masked_px)[0] for x in (batch, swapped))
+        blind = model.encode(batch, masked, torch.ones_like(masked_px))[0]
+        r_hat = model.render(given, batch.origin[b], direction, b, rngs, colour=False)[0]
+        r_other = model.render(other, batch.origin[b], direction, b, rngs, colour=False)[0] if batch.size > 1 else torch.full_like(r, math.nan)
         ray.append(torch.stack([direction[:, 2].asin(), r, hid.float(), (r - r_hat).abs(), (r - r_other).abs(), (r - nearest_visible(direction, r, b, hid)).abs()], 1))
         omega = model.weights(given, batch, rows, cfg.sampler)
-        at, v, u = draw_pixels(model.maps(omega, xyz, b, batch, cfg.sampler), cfg.pixels, batch.size, generators)
+        at, v, u = draw_pixels(model.pixel_maps(omega, xyz, b, batch, cfg.sampler), cfg.pixels, batch.size, rngs)
         origin, away = rays(torch.stack([u, v], 1) + 0.5, at, batch.lidar2img)
-        _, c_hat, valid = model.render(given, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
-        _, c_blind, _ = model.render(blind, origin, away, at // batch.cameras, frame_generators(batch.seeds, device), colour=True)
+        _, c_hat, valid = model.render(given, origin, away, at // batch.cameras, frame_rngs(batch.seeds, device), colour=True)
+        _, c_blind, _ = model.render(blind, origin, away, at // batch.cameras, frame_rngs(batch.seeds, device), colour=True)
         c = (batch.images[at, :, v, u].float() / 255)[valid]
         colour.append(torch.cat([(c - c_hat).abs().mean(1, keepdim=True), (c - c_blind).abs().mean(1, keepdim=True), c], 1))
     model.train()
@@ -548,11 +548,11 @@ def examine(model, loader, device):
     return {k: round(float(v), 4) if v.isfinite() else None for k, v in found.items()}
 
 
-def nearest_visible(direction, r, b, hidden):
+def nearest_visible(direction, r, b, masked):
     """Range of the angularly nearest ray of the same frame that was not hidden; nan where a frame has none. -> (M,)."""
     out = torch.full_like(r, math.nan)
     for frame in b.unique().tolist():
-        mine, shown = (b == frame).nonzero()[:, 0], ((b == frame) & ~hidden).nonzero()[:, 0]
+        mine, shown = (b == frame).nonzero()[:, 0], ((b == frame) & ~masked).nonzero()[:, 0]
         if len(shown):
             found = cKDTree(direction[shown].cpu().numpy()).query(direction[mine].cpu().numpy())[1]
             out[mine] = r[shown[torch.as_tensor(found, device=r.device)]]
@@ -565,15 +565,15 @@ def nearest_visible(direction, r, b, hidden):
 def save_figures(model, batch, out, stride=2):
     """figures/rendered.png, samples.png, sampled_pixels.png and prototypes.png of a held-out batch's first frame, under the training mask."""
     model.eval()
-    cfg, K, generators = model.cfg, batch.cameras, frame_generators(batch.seeds, batch.points.device)
-    hidden, hidden_px = model.hide(batch, generators)
-    table, lidar, image, seen = model.encode(batch, hidden, hidden_px)
+    cfg, K, rngs = model.cfg, batch.cameras, frame_rngs(batch.seeds, batch.points.device)
+    masked, masked_px = model.draw_masks(batch, rngs)
+    table, lidar, image, seen = model.encode(batch, masked, masked_px)
     rows, direction, r = model.targets(batch)
     mine = batch.b_points[rows] == 0
     rows, direction, r = rows[mine], direction[mine], r[mine]
-    b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], hidden[rows]
+    b, xyz, hid = batch.b_points[rows], batch.points[rows, :3], masked[rows]
 
-    r_hat = model.render(table, batch.origin[b], direction, b, generators, colour=False)[0]
+    r_hat = model.render(table, batch.origin[b], direction, b, rngs, colour=False)[0]
     pictures = [(name, range_image(direction[keep], values[keep]), dict(cmap="turbo", vmin=0, vmax=float(r.max()), aspect="auto", interpolation="nearest"))
                 for name, values, keep in (("range, m: truth", r, r > 0), ("visible to the encoder", r, ~hid), ("rendered", r_hat, r > 0))]
     panels = []
@@ -582,18 +582,18 @@ def save_figures(model, batch, out, stride=2):
         v, u = torch.meshgrid(torch.arange(0, h, stride, device=r.device), torch.arange(0, w, stride, device=r.device), indexing="ij")
         origin, away = rays(torch.stack([u, v], -1).view(-1, 2) + 0.5, torch.full((v.numel(),), k, device=r.device), batch.lidar2img)
         rendered, zeros = torch.zeros_like(origin), torch.zeros(len(origin), dtype=torch.int64, device=r.device)
-        _, c, valid = model.render(table, origin, away, zeros, generators, colour=True)
+        _, c, valid = model.render(table, origin, away, zeros, rngs, colour=True)
         rendered[valid] = c
         truth = batch.images[k, :, :h, :w].permute(1, 2, 0).cpu()
-        panels += [(f"camera {k}: truth", truth), ("visible", truth * ~hidden_px[k, :h, :w, None].cpu()),
+        panels += [(f"camera {k}: truth", truth), ("visible", truth * ~masked_px[k, :h, :w, None].cpu()),
                    ("rendered, black above the volume", rendered.view(*v.shape, 3).cpu())]
     figure(Path(out) / "figures" / "rendered.png", pictures + panels, 3, (5.0, 2.0))
 
     omega = model.weights(table, batch, rows, model.cfg.sampler)
-    drawn = draw_points(omega, b, cfg.rays, generators[:1])
+    drawn = draw_points(omega, b, cfg.rays, rngs[:1])
     first = replace(batch, size=1, images=batch.images[:K], hw=batch.hw[:K], lidar2img=batch.lidar2img[:K])
-    maps = model.maps(omega, xyz, b, first, model.cfg.sampler)
-    at, v, u = draw_pixels(maps, cfg.pixels, 1, generators[:1])
+    maps = model.pixel_maps(omega, xyz, b, first, model.cfg.sampler)
+    at, v, u = draw_pixels(maps, cfg.pixels, 1, rngs[:1])
     top, x, y = float(omega.quantile(0.99)), xyz[:, 0].cpu(), xyz[:, 1].cpu()
     panels = [(f"{cfg.sampler} weight of every point", lambda ax: ax.scatter(-y, x, 1, omega.cpu(), cmap="viridis", vmax=top)),
               (f"{len(drawn)} points drawn", lambda ax: ax.scatter(-y[drawn.cpu()], x[drawn.cpu()], 1, "C3"))]
@@ -602,7 +602,7 @@ def save_figures(model, batch, out, stride=2):
     figure(Path(out) / "figures" / "sampled_pixels.png", over, 1, (9.0, 3.6))
 
     if model.proto is not None:
-        cell = model.both_see(lidar, seen, batch.points[~hidden], batch.b_points[~hidden], generators)
+        cell = model.shared_cells(lidar, seen, batch.points[~masked], batch.b_points[~masked], rngs)
         cell = cell[lidar.coords[cell, 0] == 0]
         b_, z, y_, x_ = lidar.coords[cell].unbind(1)
         ids = [(F.normalize(head(f), dim=1) @ model.proto.K.t()).argmax(1).cpu()
@@ -647,32 +647,39 @@ def range_image(direction, r):
 
 def train(rank, world, cfg):
     check(cfg)
+
+    # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
-    device = start(cfg, rank, world)
-    torch.manual_seed(cfg.seed)
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale, flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, prepare=prepare)
-    held_out = data.loader(dataset, "val", 2, 0, 1, cfg.seed, prepare=prepare)                        # the same frames on every process:
-    held_out.indices = held_out.indices[::max(len(held_out.indices) // HELD_OUT, 1)][:HELD_OUT]       # every n-th of the split
-    model = Clap(cfg, dataset.grid).to(device)
+    val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, prepare=prepare, indices=data.spread(dataset.split("val"), VAL_FRAMES))
+
+    # model, optimiser
+    torch.manual_seed(cfg.seed)
+    model = CLAP(cfg, dataset.grid)
+    device = start(cfg, rank, world)
+    model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.camera, "forward"), render=(model, "render"))
+        return load_tool("profiling").profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.camera, "forward"),
+                                              render=(model, "render"))
+
+    # resume
     steps, uniform_steps = cfg.steps or cfg.epochs * loader.steps_per_epoch, cfg.uniform_epochs * loader.steps_per_epoch
     if cfg.sampler == "sdf" and uniform_steps >= steps:
         raise SystemExit(f"--uniform-epochs {cfg.uniform_epochs:g} are {uniform_steps:.0f} steps, the run has {steps}: the SDF would never be sampled by")
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
-    list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
-    log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
-    if rank == 0:
-        print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, {device}", flush=True)
+    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)      # for fine-tuning: what was seen
+    run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled")
+    val_batches = list(val_loader.once())                           # the same on every rank
 
-    for step, batch in log.batches(loader, first):
+    # train
+    for step, batch in run.batches(loader, first):
         uniform = cfg.sampler == "sdf" and step < uniform_steps
         if step % cfg.eval_every == 0:
-            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out.once(), device, uniform))
+            run.log(step, ["held-out frames"], prefix="val_", **evaluate(model, val_batches, device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)
         for group in opt.param_groups:
             group["lr"] = lr
@@ -680,20 +687,21 @@ def train(rank, world, cfg):
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)    # raises before the update if a term is not finite
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)    # raises before the update if a term is not finite
         opt.step()
-        stop = log.stopping()
+        stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, [opt], UNITS, dataset.grid)
         if stop:
-            log.leave(step)
+            run.leave(step)
 
-    log.close()
+    # results
+    run.close()
     destroy_group()
     if rank == 0:
-        found = examine(model, held_out, device)
+        found = held_out_errors(model, val_batches, device)
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        shown = next((batch for batch in held_out.once() if (model.targets(batch.to(device))[0] < (batch.b_points == 0).sum()).any()), None)
+        shown = next((batch for batch in val_batches if (model.targets(batch.to(device))[0] < (batch.b_points == 0).sum()).any()), None)
         if shown is not None:                                       # the first batch whose first frame has a target
             save_figures(model, shown.to(device), cfg.out)
         loss_curves(cfg.out)

@@ -49,7 +49,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -60,14 +59,14 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import data
-from common import (AllReduceSum, Log, ResNet, VoxelResNet, all_reduce, at_most, bf16_autocast, cosine, destroy_group, evaluate, figure, frame_generators, info_nce,
-                    launch, list_frames, load_resnet, loss_curves, mean_over_ranks, parse, perplexity, profile, project, resume, sample_image, save, segment_sum, start,
+from common import (AllReduceSum, Run, ResNet, VoxelResNet, all_reduce, random_subset, bf16_autocast, cosine, destroy_group, evaluate, figure, frame_rngs, info_nce,
+                    launch, record_frames, load_resnet, loss_curves, mean_over_ranks, parse, perplexity, load_tool, project, resume, sample_image, save, segment_sum, start,
                     wrap, write_text)
 
 UNITS = "lidar",                                                    # what backbones.safetensors holds
 MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8"      # and the beginning of its MD5
 STRIDE = 32                                                         # px, of C5: one cell
-BATCHES = 3                                                         # held-out batches that are looked at [ours]
+VAL_BATCHES = 3                                                     # held-out batches that are looked at [ours]
 
 
 @dataclass
@@ -189,9 +188,9 @@ class Views:
         cfg, grid = self.cfg, self.grid
         frame = data.augment_cloud(frame, rng, cfg.rotation if grid.mirrors[0] else cfg.rotation / 4, 0.0, grid.mirrors)
         low, high = np.float32(grid.low), np.float32(grid.high)
-        frame = data.select(frame, ((frame.points[:, :3] >= low) & (frame.points[:, :3] < high)).all(1) & data.of_key_sweep(frame.points))
+        frame = data.select(frame, ((frame.points[:, :3] >= low) & (frame.points[:, :3] < high)).all(1) & data.is_keyframe(frame.points))
         size = cfg.crop_h, cfg.crop_w
-        boxes, coins, seen = [], [], data.in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images])
+        boxes, coins, seen = [], [], data.visible_points(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images])
         for image, matrix, mine in zip(frame.images, frame.lidar2img, seen):
             uvd = frame.points[mine, :3] @ matrix[:3, :3].T + matrix[:3, 3]
             boxes.append(random_crop(rng, image.shape[1:], uvd[:, :2] / uvd[:, 2:], size[1] / size[0], cfg))
@@ -206,14 +205,14 @@ class Views:
         return replace(frame, extra=dict(queries=queries, occupied=occupied, intensity=intensity, neighbours=near))
 
 
-def mask_cells(cameras, shape, cfg, generators):
+def mask_cells(cameras, shape, cfg, rngs):
     """Which cells of C5 to hide: exactly a share of them, in a share of the pictures. shape (h, w) -> (B K, h, w) bool, True = hidden."""
-    n, hidden = shape[0] * shape[1], []
-    for g in generators:
+    n, masked = shape[0] * shape[1], []
+    for g in rngs:
         order = torch.rand(cameras, n, generator=g, device=g.device).argsort(1).argsort(1)
         chosen = torch.rand(cameras, 1, generator=g, device=g.device) < cfg.mask_images
-        hidden.append((order < round(cfg.mask_cells * n)) & chosen)
-    return torch.cat(hidden).view(-1, *shape)
+        masked.append((order < round(cfg.mask_cells * n)) & chosen)
+    return torch.cat(masked).view(-1, *shape)
 
 
 def pixels_of(cells):
@@ -266,7 +265,7 @@ def orthogonality(shared, specific):
     return product.norm() / all_reduce(product.new_tensor(float(len(shared)))).clamp_min(1)
 
 
-class Cmcr(nn.Module):
+class CMCR(nn.Module):
     """All losses of a batch. lidar is what fine-tuning loads; teacher, heads, codebook and decoders are thrown away."""
 
     def __init__(self, cfg, grid, frozen):
@@ -307,28 +306,28 @@ class Cmcr(nn.Module):
             Z = Z + specific
         return shared, Z, specific
 
-    def images_2d(self, images, hidden):
+    def images_2d(self, images, masked):
         """images (B K, 3, H, W), hidden (B K, h, w) -> shared head's map (B K, D, h, w), cells F^2D (B K h w, D) of unit length, G^2D likewise or None."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), bf16_autocast(images.device):
-            c5 = self.teacher.stages(images.masked_fill(pixels_of(hidden), 0))[-1].float()            # (B K, C, h, w); hidden pixels are black [code]
+            c5 = self.teacher.stages(images.masked_fill(pixels_of(masked), 0))[-1].float()            # (B K, C, h, w); hidden pixels are black [code]
         shared = self.shared_2d(c5)
         specific = None if self.cfg.without == "specific" else self.specific_2d(c5).permute(0, 2, 3, 1).flatten(0, 2)
         return shared, F.normalize(shared.permute(0, 2, 3, 1).flatten(0, 2), dim=1), specific
 
-    def rebuild(self, hidden, cells, specific, shared_3d, point, cell):
+    def rebuild(self, masked, cells, specific, shared_3d, point, cell):
         """Pictures from Z^2D, in which a masked cell has its points' code. hidden (B K, h, w), cells, specific (B K h w, D), pairs' point (P,) into shared_3d, cell (P,)
         -> (n, 3, H, W) in [0, 1] of the n pictures with a hidden cell, share of hidden cells with a point ()."""
-        masked, n = hidden.flatten(), cells.shape[0]
-        Z, mine = self.quantise(cells), masked[cell].nonzero()[:, 0]
+        masked_flat, n = masked.flatten(), cells.shape[0]
+        Z, mine = self.quantise(cells), masked_flat[cell].nonzero()[:, 0]
         count = torch.bincount(cell[mine], minlength=n)[:, None]                                                        # (B K h w, 1) points
         if self.cfg.without != "replacement":                                                                           # D2
             total = segment_sum(shared_3d.index_select(0, point[mine]), cell[mine], n)
             held = self.quantise(F.normalize(total, dim=1))                                # quantise of the mean's direction
-            Z = torch.where(masked[:, None], torch.where(count > 0, held, self.token), Z)
+            Z = torch.where(masked_flat[:, None], torch.where(count > 0, held, self.token), Z)
         if specific is not None:
             Z = Z + specific
-        Z = Z.view(*hidden.shape, -1).permute(0, 3, 1, 2)[hidden.flatten(1).any(1)]        # (n, D, h, w)
-        covered = (count[masked] > 0).float().sum() / masked.sum().clamp_min(1)
+        Z = Z.view(*masked.shape, -1).permute(0, 3, 1, 2)[masked.flatten(1).any(1)]        # (n, D, h, w)
+        covered = (count[masked_flat] > 0).float().sum() / masked_flat.sum().clamp_min(1)
         return self.paint(F.interpolate(Z, scale_factor=STRIDE, mode="bilinear")), covered
 
     def occupied(self, Z, batch):
@@ -343,17 +342,17 @@ class Cmcr(nn.Module):
 
     def forward(self, batch):
         """-> L (), {name: ()}."""
-        cfg, generators = self.cfg, frame_generators(batch.seeds, batch.points.device)
+        cfg, rngs = self.cfg, frame_rngs(batch.seeds, batch.points.device)
         h, w = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE
 
         # 1 both modalities, the pictures with cells hidden
-        hidden = mask_cells(batch.cameras, (h, w), cfg, generators)                        # (B K, h, w)             D1
+        masked = mask_cells(batch.cameras, (h, w), cfg, rngs)                        # (B K, h, w)             D1
         F_3D, Z_3D, G_3D = self.points_3d(batch)                                           # (N, D) each
-        shared, F_2D, G_2D = self.images_2d(batch.images, hidden)                          # (B K, D, h, w), (B K h w, D) each
+        shared, F_2D, G_2D = self.images_2d(batch.images, masked)                          # (B K, D, h, w), (B K h w, D) each
 
         # 2 what points and visible pixels share: contrast, codebook
         point, image, uv, cell = self.pairs(batch)                                         # (P,) each, uv (P, 2)
-        i = at_most(cfg.pairs, (~hidden.flatten()[cell]).nonzero()[:, 0], generators[0])   # (M,) visible pairs      D3
+        i = random_subset(cfg.pairs, (~masked.flatten()[cell]).nonzero()[:, 0], rngs[0])   # (M,) visible pairs      D3
         p = F_3D.index_select(0, point[i])                                                 # (M, D); the gradient of x[i] has no fixed order on a CPU
         q = F.normalize(sample_image(shared, image[i], uv[i], batch.images.shape[-2:]), dim=1)                          # (M, D)
         L_NCE = mean_over_ranks(info_nce(p, q, cfg.tau).sum(), len(i))                                                  # [code], points ask
@@ -368,9 +367,9 @@ class Cmcr(nn.Module):
                           agreement=(a == b).float().sum() / max(len(i), 1))
 
         # 3 what each alone knows: hidden pixels from codes of both, occupancy and intensity from points
-        rebuilt, covered = self.rebuild(hidden, F_2D, G_2D, F_3D, point, cell)             # (n, 3, H, W)            D2
-        some = hidden.flatten(1).any(1)
-        pixels = pixels_of(hidden[some])
+        rebuilt, covered = self.rebuild(masked, F_2D, G_2D, F_3D, point, cell)             # (n, 3, H, W)            D2
+        some = masked.flatten(1).any(1)
+        pixels = pixels_of(masked[some])
         truth = batch.images[some].float() / 255                                           # (n, 3, H, W)
         mean = (truth * ~pixels).sum((2, 3), keepdim=True) / (~pixels).sum((2, 3), keepdim=True).clamp_min(1)           # (n, 3, 1, 1) of what is visible
 
@@ -387,7 +386,7 @@ class Cmcr(nn.Module):
         terms |= dict(L_rec=L_rec, guess_rec=error(mean), covered=covered, L_occ=L_occ, chance_occ=F.binary_cross_entropy(share, share), L_int=L_int,
                       edges=float(len(out)))
         if cfg.without != "specific":
-            visible = ~hidden.flatten()
+            visible = ~masked.flatten()
             L_orth = orthogonality(F_3D, G_3D) + orthogonality(F_2D[visible], G_2D[visible])                            # [figure]  D5
             L = L + cfg.w_orth * L_orth                                                                                 # [figure], weight [ours]
             terms["L_orth"] = L_orth
@@ -431,16 +430,16 @@ def save_figures(model, batch, out):
     model.eval()
     cfg, K = model.cfg, batch.cameras
     h, w = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE
-    hidden = mask_cells(K, (h, w), cfg, frame_generators(batch.seeds, batch.points.device))
+    masked = mask_cells(K, (h, w), cfg, frame_rngs(batch.seeds, batch.points.device))
     F_3D, Z_3D, _ = model.points_3d(batch)
-    _, F_2D, G_2D = model.images_2d(batch.images, hidden)
+    _, F_2D, G_2D = model.images_2d(batch.images, masked)
     point, image, uv, cell = model.pairs(batch)
-    rebuilt, _ = model.rebuild(hidden, F_2D, G_2D, F_3D, point, cell)
-    masked = hidden.flatten(1).any(1).nonzero()[:, 0]
+    rebuilt, _ = model.rebuild(masked, F_2D, G_2D, F_3D, point, cell)
+    masked_flat = masked.flatten(1).any(1).nonzero()[:, 0]
     panels = []
-    for n, k in enumerate(masked[:3].tolist()):
+    for n, k in enumerate(masked_flat[:3].tolist()):
         truth = batch.images[k].permute(1, 2, 0).cpu()
-        cover = pixels_of(hidden)[k].permute(1, 2, 0).cpu()
+        cover = pixels_of(masked)[k].permute(1, 2, 0).cpu()
         panels += [(f"picture {k}: truth", truth), ("what the teacher saw", truth * ~cover),
                    ("hidden cells rebuilt", torch.where(cover, (rebuilt[n].permute(1, 2, 0).cpu() * 255).byte(), truth))]
     if panels:
@@ -502,34 +501,39 @@ def save_figures(model, batch, out):
 def train(rank, world, cfg):
     cfg = replace(cfg, teacher=cfg.teacher or ("moco" if cfg.data and cfg.resnet == 50 else "none"))
     check(cfg)
+
+    # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
     dataset.grid = replace(dataset.grid, sweeps=1)                  # Views keeps no other; D7
-    torch.manual_seed(cfg.seed)
-    model = Cmcr(cfg, dataset.grid, frozen=cfg.teacher != "none")
-    if model.frozen:
-        load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
-    device = start(cfg, rank, world)
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=views, image=size)
-    held_out = list(islice(data.loader(dataset, "val", 2, 0, 1, 0, augment=views, image=size).begin_at(0), BATCHES))     # the same for every process, seed and batch
+    val_loader = data.loader(dataset, "val", 2, augment=views, image=size)
+
+    # model, optimiser
+    torch.manual_seed(cfg.seed)
+    model = CMCR(cfg, dataset.grid, frozen=cfg.teacher != "none")
+    if model.frozen:
+        load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
+    device = start(cfg, rank, world)
     model.to(device)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.teacher, "stages"), rebuild=(model, "rebuild"),
-                       occupancy=(model, "occupied"))
+        return load_tool("profiling").profile(cfg, net, loader, [opt], device, rank, lidar=(model.lidar, "forward"), camera=(model.teacher, "stages"),
+                                              rebuild=(model, "rebuild"), occupancy=(model, "occupied"))
+
+    # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)                             # 0 when there is nothing to resume
-    list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
-    log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
-    if rank == 0:
-        print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), lr {cfg.lr:g} not rescaled, "
-              f"teacher {cfg.teacher}, {device}", flush=True)
+    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)      # for fine-tuning: what was seen
+    run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled, teacher {cfg.teacher}")
+    val_batches = val_loader.first(VAL_BATCHES)                     # the same on every rank and for every seed
 
-    for step, batch in log.batches(loader, first):
+    # train
+    for step, batch in run.batches(loader, first):
         if step % cfg.eval_every == 0:
-            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device))
+            run.log(step, ["held-out frames"], prefix="val_", **evaluate(model, val_batches, device))
         lr = cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * cosine(step, 0, steps))
         for group in opt.param_groups:
             group["lr"] = lr
@@ -537,20 +541,21 @@ def train(rank, world, cfg):
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
-        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)                                # raises before the update if one is not finite
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)                                # raises before the update if one is not finite
         opt.step()
-        stop = log.stopping()
+        stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, [opt], UNITS, dataset.grid)
         if stop:
-            log.leave(step)
+            run.leave(step)
 
-    log.close()
-    found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
+    # results
+    run.close()
+    found = {k: round(v, 4) for k, v in evaluate(model, val_batches, device).items()}       # by every process: means are over all of them
     destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        save_figures(model, held_out[0].to(device), cfg.out)
+        save_figures(model, val_batches[0].to(device), cfg.out)
         loss_curves(cfg.out, {"L_NCE": (found["chance"],), "L_rec": (found["guess_rec"],), "L_occ": (found["chance_occ"],)})
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_NCE {found['L_NCE']} (chance {found['chance']}), L_rec {found['L_rec']} (the picture's mean {found['guess_rec']}), "

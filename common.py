@@ -3,9 +3,9 @@
 To fork a method read: its file, the functions on its import line, data.Batch. Nothing else.
 
     section       pieces                                                              used by
-    §0 processes  processes, all_reduce, mean_over_ranks, AllReduceSum,               clap, cmcr, simipu, finetune
+    §0 processes  processes, all_reduce, mean_over_ranks, mean_rows, AllReduceSum,               clap, cmcr, simipu, finetune
                   share_buffers
-    §1 geometry   Cells, multilinear, gather_weighted, project, in_picture, rays,     clap, cmcr, simipu
+    §1 geometry   Cells, multilinear, gather_weighted, project, valid_pixels, rays,     clap, cmcr, simipu
                   sample_image, box_exit, inside_boxes
     §2 matching   pair_points                                                         simipu
     §3 networks   trunk, VoxelResNet, ResNet, mlp, conv3d, BatchNorm, segment_sum,    clap, cmcr, simipu, finetune
@@ -14,15 +14,17 @@ To fork a method read: its file, the functions on its import line, data.Batch. N
     §5 contrast   info_nce, perplexity                                                clap, cmcr, simipu
     §6 curvature  surface_variation                                                   clap
     §7 runs       parse, run_config, launch, init_process, start, destroy_group,      clap, cmcr, simipu, finetune
-                  claim, list_frames, rank0_first, wrap, frame_generators, at_most,
-                  cosine, resume, save, read_units, load_units, load_resnet, Log,
-                  evaluate, profile, written, write_text, figure, loss_curves
+                  lock_run_folder, record_frames, rank0_first, wrap, frame_rngs, random_subset,
+                  cosine, resume, save, read_units, load_units, load_resnet, Run,
+                  evaluate, load_tool, require, atomic_write, write_text, figure,
+                  bird_eye, overlay, loss_curves
 
 Nothing here knows a data set.
 Metres, radians, seconds. xyz is x forward, y left, z up; volumes and cell coordinates are (Z, Y, X). b_x is the frame of each row of x.
 """
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -31,8 +33,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,6 @@ from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 
 try:                                   # the one optional import: compiled against one torch, so it may be absent or stale
@@ -79,6 +78,11 @@ def mean_over_ranks(total, count):
     DDP averages gradients over processes, so each process returns its total x world / all counts: the average of those is the mean, and so is their gradient.
     """
     return total * processes() / all_reduce(total.new_full((), float(count))).clamp_min(1)
+
+
+def mean_rows(x):
+    """Mean over the rows of every process, other axes summed. x (N, ...) -> ()."""
+    return mean_over_ranks(x.sum(), len(x))
 
 
 def share_buffers(model):
@@ -190,7 +194,7 @@ def project(xyz, b, lidar2img, hw, size, near=0.1):
     return tuple(torch.cat(part) for part in zip(*found))
 
 
-def in_picture(hw, padded_hw):
+def valid_pixels(hw, padded_hw):
     """Which pixels of padded images are the pictures' own. hw (B K, 2) px, padded_hw (H, W) -> (B K, H, W) bool."""
     v, u = (torch.arange(n, device=hw.device) for n in padded_hw)
     return (v[:, None] < hw[:, 0, None, None]) & (u < hw[:, 1, None, None])
@@ -594,12 +598,12 @@ class ResNet(nn.Module):
         self.resnet.to(memory_format=torch.channels_last).fc = nn.Identity()                # faster convolutions; no classifier
         self.widths = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
 
-    def stages(self, images, hidden=None):
+    def stages(self, images, masked=None):
         """images (B K, 3, H, W) uint8, hidden (B K, H, W) bool, True = hidden -> ResNet stages of stride 8, 16, 32. A hidden pixel becomes the mean colour."""
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.MEAN, self.STD))
         x = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)     # (B K, 3, H, W)
-        if hidden is not None:
-            x = x.masked_fill(hidden[:, None], 0.0)
+        if masked is not None:
+            x = x.masked_fill(masked[:, None], 0.0)
         net = self.resnet
         x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
         stages = []
@@ -621,13 +625,13 @@ class CameraNet(ResNet):
         self.neck = Neck(self.widths, 2 * channels, channels + bins)
         self.channels, self.bins, self.near, self.max_depth = channels, bins, 1.0, max_depth
 
-    def forward(self, batch, cells, hidden=None):
+    def forward(self, batch, cells, masked=None):
         """batch with images, hw, lidar2img, size; cells of the volume -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool: some camera sees the centre.
         Hidden pixels and the padding of smaller pictures become the mean colour."""
-        padding = ~in_picture(batch.hw, batch.images.shape[-2:])
-        hidden = padding if hidden is None else hidden | padding
+        padding = ~valid_pixels(batch.hw, batch.images.shape[-2:])
+        masked = padding if masked is None else masked | padding
         with bf16_autocast(batch.images.device):
-            x = self.neck(self.stages(batch.images, hidden))                               # (B K, C + D, H/8, W/8)
+            x = self.neck(self.stages(batch.images, masked))                               # (B K, C + D, H/8, W/8)
         features, logits = x.float().split([self.channels, self.bins], 1)
         return self.lift(features, logits.softmax(1), batch, cells)
 
@@ -882,13 +886,13 @@ def rank0_first(rank, act):
 
 def open_run(cfg, world, free):
     """The run folder: made or found, taken, its configuration compared; config.json, provenance.json, source copies."""
-    out, asked = Path(cfg.out), described(cfg, world)
+    out, asked = Path(cfg.out), run_record(cfg, world)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that can be written") from error
-    claim(out)
-    state = checkpoint(out, aloud=True, mmap=True)
+    lock_run_folder(out)
+    state = checkpoint(out, verbose=True, mmap=True)
     if state:
         before = json.loads(state["config"])
         changed = {k: (before.get(k), asked.get(k)) for k in {**before, **asked} if before.get(k) != asked.get(k) and k not in free}
@@ -905,7 +909,7 @@ def open_run(cfg, world, free):
         shutil.copy(file, source)
 
 
-def list_frames(path, dataset, indices, first, rank):
+def record_frames(path, dataset, indices, first, rank):
     """Write the training frames of a run, a name a line. A resumed run (first > 0) whose frames have changed since is refused: it would go on with another schedule."""
     def write():
         names = dataset.names                           # of every frame: made once
@@ -919,7 +923,7 @@ def list_frames(path, dataset, indices, first, rank):
     rank0_first(rank, write)
 
 
-def claim(out):
+def lock_run_folder(out):
     """Take a run folder for this process, however that ends. One that another process is writing is refused: the two would mix their logs and checkpoints."""
     try:
         lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)        # not closed: the lock would be gone
@@ -956,13 +960,13 @@ def first_line(error):
     return f"{type(error).__name__}: {str(error)}".splitlines()[0][:200]
 
 
-def described(cfg, world):
+def run_record(cfg, world):
     """What config.json and checkpoints say of a run: its configuration and the number of processes."""
     return json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
 
 
 @contextmanager
-def written(path, keep=None):
+def atomic_write(path, keep=None):
     """Write to the yielded path; at the end that becomes `path`, and what stood there `keep` if given. A reader sees the old file or the new, whole.
 
     If writing fails, what was there stands, nothing half-written is left, and the error says so.
@@ -985,7 +989,7 @@ def written(path, keep=None):
 
 def write_text(path, text):
     """A whole text file, see written."""
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 
@@ -1001,12 +1005,18 @@ def wrap(model, device, world):
     return nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 
-def frame_generators(seeds, device):
+def require(condition, message):
+    """End with this message unless the condition holds."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def frame_rngs(seeds, device):
     """One random stream a frame, whatever process or batch it is in. seeds (B,) int64 -> B generators on the device."""
     return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds.tolist()]
 
 
-def at_most(n, rows, generator):
+def random_subset(n, rows, generator):
     """A random n of these rows, or all if there are fewer; in their order, so that what they index is read in order. rows (M,) -> (n or M,)."""
     return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:n].sort().values]
 
@@ -1018,7 +1028,7 @@ def cosine(step, warmup, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def checkpoint(out, aloud=False, mmap=False):
+def checkpoint(out, verbose=False, mmap=False):
     """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict, or None if neither file exists. If none of them can be read: SystemExit.
 
     aloud: say when it is not last.pt, and move an unreadable last.pt out of the way. mmap: leave the tensors on the disk until they are looked at.
@@ -1034,7 +1044,7 @@ def checkpoint(out, aloud=False, mmap=False):
         except Exception as error:                  # a cut archive, a pickle that wants more than tensors, another program's file
             bad.append(f"{path}: not a readable checkpoint of this program ({first_line(error)}), {path.stat().st_size} bytes")
             continue
-        if aloud and path == previous:
+        if verbose and path == previous:
             if bad:
                 os.replace(last, last.with_name("unreadable.pt"))
             told = bad[0] + "; it was renamed to unreadable.pt" if bad else f"{last}: missing"
@@ -1067,10 +1077,10 @@ def save(cfg, step, model, opts, units, grid):
     weights = {k: v.contiguous().cpu() for k, v in state.items() if k.startswith(tuple(u + "." for u in units))}
     started = json.loads((out / "provenance.json").read_text())[-1]["commit"]               # not today's: files may have changed since
     header = {"config": json.dumps(dataclasses.asdict(cfg)), "grid": json.dumps(dataclasses.asdict(grid)), "commit": started, "step": str(step), "units": ",".join(units)}
-    with written(out / "backbones.safetensors") as part:
+    with atomic_write(out / "backbones.safetensors") as part:
         save_file(weights, part, header)
-    with written(out / "last.pt", keep=out / "previous.pt") as part:
-        torch.save(dict(step=step, config=json.dumps(described(cfg, processes())), model=state, optimizers=[opt.state_dict() for opt in opts]), part)
+    with atomic_write(out / "last.pt", keep=out / "previous.pt") as part:
+        torch.save(dict(step=step, config=json.dumps(run_record(cfg, processes())), model=state, optimizers=[opt.state_dict() for opt in opts]), part)
 
 
 def read_units(run):
@@ -1137,14 +1147,15 @@ def load_resnet(source, resnet, rank, prefix=""):
         print(f"{path}: loaded {len(stored)}/{len(own)} tensors of the image network", flush=True)
 
 
-class Log:
+class Run:
     """log.jsonl (nothing in it depends on the clock), TensorBoard, a progress line every few seconds. On ranks other than 0 it only checks.
 
-    Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see stopping), one more than two seconds later stops at once
+    Also answers SIGTERM and Ctrl-C: the first asks for a stop after the step (see interrupted), one more than two seconds later stops at once
     (a launcher may pass on what the terminal has sent too).
     """
 
-    def __init__(self, out, rank, first, steps, frames, device):
+    def __init__(self, cfg, rank, world, first, steps, device, about):
+        out, frames = cfg.out, cfg.batch * world
         self.rank, self.steps, self.frames, self.device, self.path = rank, steps, frames, device, Path(out) / "log.jsonl"
         self.begin = self.said = time.monotonic()
         self.first, self.waited, self.asked = first, 0.0, 0.0
@@ -1154,13 +1165,14 @@ class Log:
             lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []       # the last may be cut
             write_text(self.path, "".join(line + "\n" for line in lines if line[:1] + line[-1:] == "{}" and json.loads(line)["step"] < first))
             self.file, self.board = open(self.path, "a"), SummaryWriter(Path(out) / "tensorboard", purge_step=first)
+            print(f"{out}: steps {first} to {steps} of {frames} frames ({cfg.batch} x {world}), {about}, {device}", flush=True)
 
     def ask(self, number, _):
         if self.asked and time.monotonic() - self.asked > 2:
             raise KeyboardInterrupt
         self.asked = self.asked or time.monotonic()
 
-    def stopping(self):
+    def interrupted(self):
         """Whether any process was asked to stop: the same answer on every rank, so that all leave after the same step."""
         if processes() == 1:
             return self.asked > 0                       # no wait for the GPU
@@ -1180,7 +1192,7 @@ class Log:
             self.waited += time.monotonic() - asked
             yield step, batch
 
-    def __call__(self, step, names, prefix="", **terms):
+    def log(self, step, names, prefix="", **terms):
         """Average the terms over processes and write them. Raises FloatingPointError, before any update, if one is not finite, naming it and the frames."""
         local = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().to(self.device) for v in terms.values()])
         bad = [k for k, v in zip(terms, local.tolist()) if not math.isfinite(v)]
@@ -1230,86 +1242,16 @@ def evaluate(model, batches, device, *more):
     return {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
 
 
-def profile(cfg, net, loader, opts, device, rank, share=1.0, **parts):
-    """--profile N: where the time of N training steps goes, printed; nothing is written.
-
-    share: of the published training split's frames, in an epoch. parts: name=(object, "method") of the model, timed within its forward.
-    """
-    spent = dict.fromkeys(("wait for data", "transfer", *parts, "rest of forward", "backward", "optimiser"), 0.0)
-
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def timed(name, method):
-        def call(*words, **named):
-            begin = now()
-            out = method(*words, **named)
-            spent[name] += now() - begin
-            return out
-        return call
-
-    def train(batch):
-        """One step -> seconds when it began, had the loss, had the gradients, was done."""
-        times = [now()]
-        loss, _ = net(batch)
-        times.append(now())
-        for opt in opts:
-            opt.zero_grad()
-        loss.backward()
-        times.append(now())
-        for opt in opts:
-            opt.step()
-        return [*times, now()]
-
-    grouped = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}                # torch does not count them
-    source = iter(loader.begin_at(0))
-    batch = next(source).to(device)
-    with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
-        train(batch)
-    flops = counter.get_total_flops()
-    if device.type == "cuda":                                       # outside the counter, which would be the place of every wait
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            train(batch)
-            torch.cuda.set_sync_debug_mode("default")
-    for name, (owner, method) in parts.items():
-        setattr(owner, method, timed(name, getattr(owner, method)))
-    for _ in range(cfg.profile):
-        asked = now()
-        batch = next(source)
-        got = now()
-        batch = batch.to(device)
-        within = sum(spent[name] for name in parts)
-        begun, forward, backward, done = train(batch)
-        for name, seconds in (("wait for data", got - asked), ("transfer", begun - got), ("backward", backward - forward), ("optimiser", done - backward),
-                              ("rest of forward", forward - begun - sum(spent[name] for name in parts) + within)):
-            spent[name] += seconds
-    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    square, rates = torch.ones(n, n, dtype=kind, device=device), []
-    for _ in range(5):
-        begin = now()
-        square @ square
-        rates.append(2 * n ** 3 / (now() - begin))
-    if rank:
-        return
-    total, frames = sum(spent.values()), cfg.batch * processes()
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_memory()
-    print(f"{cfg.profile} steps of {frames} frames, {cfg.preset} size, {device}, {torch.get_num_threads()} threads")
-    for name, seconds in spent.items():
-        print(f"{name:18}{1e3 * seconds / cfg.profile:10.1f} ms a step{seconds / total:8.1%}")
-    print(f"{'in all':18}{1e3 * total / cfg.profile:10.1f} ms a step, {cfg.profile * frames / total:.2f} frames/s, peak memory of a process {memory:.1f} GiB")
-    print(f"matrix products and convolutions: {flops / 1e9:.0f} GFLOP a step, at the {max(rates) / 1e9:.0f} GFLOP/s of one large {str(kind)[6:]} product here "
-          f"{flops / max(rates) * cfg.profile / total:.0%} of the time")
-    full = round(share * loader.grid.paper_frames)
-    if type(cfg)().epochs:
-        print(f"{type(cfg)().epochs} epochs over {full} training frames of {loader.grid.dataset} would take "
-              f"{type(cfg)().epochs * full * total / (cfg.profile * frames) / 86400:.2f} days at this speed")
-    if device.type == "cuda":
-        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchroniz" in str(w.message))
-        print(f"{places.total()} waits of the CPU for the GPU in a step: " + ", ".join(f"{place} x {n}" for place, n in places.most_common()))
+def load_tool(name):
+    """tests/<name>.py as a module: what a run offers that a method's reader may skip. None, said aloud, where it is absent, as beside a forked file."""
+    path = Path(__file__).with_name("tests") / f"{name}.py"
+    if not path.is_file():
+        print(f"{path} is absent: what it would do is left out", flush=True)
+        return None
+    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def peak_memory():
@@ -1339,6 +1281,23 @@ def figure(path, panels, columns, size=(4.0, 3.0)):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def bird_eye(xyz, colour="0.7", size=1.0, **style):
+    """A panel for figure: points from above, x (forward) up, y (left) to the left. xyz (N, 2 or more) m, colour one for all or (N,), style of scatter."""
+    def plot(ax):
+        ax.scatter(-xyz[:, 1], xyz[:, 0], size, colour, **style)
+        ax.set_aspect("equal")
+    return plot
+
+
+def overlay(image, uv, colour, size=4.0, **style):
+    """A panel for figure: points on a picture. image (H, W) or (H, W, 3), uv (N, 2) px, colour one for all or (N,), style of scatter."""
+    def plot(ax):
+        ax.imshow(image)
+        ax.scatter(uv[:, 0], uv[:, 1], size, colour, **style)
+        ax.axis("off")
+    return plot
 
 
 def loss_curves(out, levels=None):

@@ -25,6 +25,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,7 +271,7 @@ def select(frame, keep):
     return replace(frame, points=frame.points[keep], extra=extra)
 
 
-def in_view(points, lidar2img, hw):
+def visible_points(points, lidar2img, hw):
     """Which points each picture shows, in float64. points (N, 3 or more) m, lidar2img (K, 4, 4), hw (K, 2) px -> (K, N) bool."""
     uvd = points[:, :3].astype(np.float64) @ np.swapaxes(lidar2img[:, :3, :3], 1, 2) + lidar2img[:, None, :3, 3]     # (K, N, 3): u d, v d, d
     height, width = np.asarray(hw).T[..., None]                                                      # (K, 1)
@@ -278,14 +279,14 @@ def in_view(points, lidar2img, hw):
     return (u >= 0) & (u < width * d) & (v >= 0) & (v < height * d)                                  # d <= 0 satisfies none of it
 
 
-def of_key_sweep(points):
+def is_keyframe(points):
     """Which points (N, 5) are of the key sweep, those of Waymo's other lasers included, which carry ELSEWHERE seconds of age. -> (N,) bool."""
     return points[:, 4] < 0.01
 
 
 def crop_to_view(frame):
     """The frame without the points that none of its pictures shows: what KITTI's "reduced" clouds are to its full scans."""
-    return select(frame, in_view(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0))
+    return select(frame, visible_points(frame.points, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0))
 
 
 def box_corners(box):
@@ -320,7 +321,7 @@ def not_writable(folder, error):
     return DataError(f"{folder}: this part of the cache cannot be written ({error.strerror}); make room there, or point LIDAR_CAMERA_CACHE to another folder")
 
 
-def beside(path):
+def temp_path(path):
     """A new name beside `path`, to write what is then renamed to it: made by open or mkdir, so that it is for whom the umask says, unlike tempfile's."""
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
 
@@ -341,7 +342,7 @@ def locked(folder):
 
 
 @functools.cache
-def say(text):
+def print_once(text):
     """Print each text once: from rank 0 of a run, not from a loader's worker."""
     if os.environ.get("RANK", "0") == "0" and torch.utils.data.get_worker_info() is None:
         print(text, flush=True)
@@ -368,7 +369,7 @@ def split_frames(who, split_of, name):
     if name != "test" and not ((split_of == b"train").any() and (split_of == b"val").any()):
         pool = np.flatnonzero(split_of != b"test") if (split_of != b"test").any() else np.arange(len(split_of))
         cut = max(1, len(pool) * 4 // 5)
-        say(f"{who}: {(split_of == b'train').sum()} train and {(split_of == b'val').sum()} val frames on disk; "
+        print_once(f"{who}: {(split_of == b'train').sum()} train and {(split_of == b'val').sum()} val frames on disk; "
             f"{len(pool)} of its {len(split_of)} frames are cut in their order: the first {cut} are train, the other {len(pool) - cut} val")
         indices = pool[:cut] if name == "train" else pool[cut:]
     if not len(indices):
@@ -542,7 +543,7 @@ def official_splits(folder):
     ends, mini = ("train", "val", "test"), "mini_" if folder.name == "v1.0-mini" else ""
     unused = [name for name in own if not name.endswith(ends)]
     if unused:
-        say(f"{folder / 'splits.json'}: {', '.join(unused)[:200]} not used: names that end in train, val or test are")
+        print_once(f"{folder / 'splits.json'}: {', '.join(unused)[:200]} not used: names that end in train, val or test are")
     split_of = {}
     for end in ends:
         lists = [scenes for name, scenes in own.items() if name.endswith(end)] or [official.get(mini + end, ())]
@@ -663,7 +664,7 @@ def find_version(root, version):
         for choice in ("v1.0-trainval", "v1.0-mini", *found[:1] * (len(found) == 1)):
             if choice in found:
                 if len(found) > 1:
-                    say(f"{root}: {' and '.join(found)} are here; reading {choice}. For another give its folder, such as {root / found[found[0] == choice]}")
+                    print_once(f"{root}: {' and '.join(found)} are here; reading {choice}. For another give its folder, such as {root / found[found[0] == choice]}")
                 return choice
     raise DataError(f"{root}: found {', '.join(found) or 'no tables'}, not {version or 'v1.0-trainval or v1.0-mini'}; "
                     f"give the folder of the one that is meant{', such as ' + str(root / found[0]) if found else ''}")
@@ -675,7 +676,7 @@ class NuScenes:
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names  .split(name)  .load(i)
     """
 
-    LAYOUTS, TELLS = {"nuScenes": ("v1.0-*/*.json",)}, "samples/ and v1.0-*/"
+    LAYOUTS, LAYOUT_HINT = {"nuScenes": ("v1.0-*/*.json",)}, "samples/ and v1.0-*/"
 
     def __init__(self, root, preset="paper", version=None):
         self.grid, self.preset = GRIDS["nuscenes", preset], preset
@@ -691,7 +692,7 @@ class NuScenes:
         self.open_index()
         total, left_out = self.counts
         if left_out:
-            say(f"{self.root}: {left_out} of the {total} frames of {self.version} have no file on disk and are left out")
+            print_once(f"{self.root}: {left_out} of the {total} frames of {self.version} have no file on disk and are left out")
 
     def open_index(self):
         folder = cache_dir() / f"index-{self.key}"
@@ -700,7 +701,7 @@ class NuScenes:
         with locked(folder):
             if self.map_index(folder):                  # another process was first
                 return
-            index, aside = build_index(self.root, self.version), beside(folder)
+            index, aside = build_index(self.root, self.version), temp_path(folder)
             try:
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.mkdir()
@@ -727,7 +728,7 @@ class NuScenes:
         except PermissionError as error:
             raise DataError(f"{folder}: this index of another user cannot be read; let its owner open it, or point LIDAR_CAMERA_CACHE to another folder") from error
         except (OSError, ValueError, EOFError) as error:
-            say(f"{folder}: damaged ({error}), built again")
+            print_once(f"{folder}: damaged ({error}), built again")
             return False
 
     def __getstate__(self):                             # what a worker receives: no array, it maps the index itself
@@ -884,7 +885,7 @@ class Kitti:
 
     LAYOUTS = {"object frames": ("training/velodyne", "testing/velodyne"),
                "raw drives": ("*_drive_*_sync/velodyne_points", "*/*_drive_*_sync/velodyne_points")}
-    TELLS = "training/velodyne, or <date>/<date>_drive_<n>_sync"
+    LAYOUT_HINT = "training/velodyne, or <date>/<date>_drive_<n>_sync"
 
     def __init__(self, root, preset="paper"):
         self.grid, self.preset, self.root = GRIDS["kitti", preset], preset, os.path.realpath(root)
@@ -892,7 +893,7 @@ class Kitti:
         self.layout = next(iter(there))
         self.what = f"{self.root}: KITTI {self.layout}"
         if len(there) > 1:
-            say(f"{self.root}: object frames and raw drives are here; reading the object frames. "
+            print_once(f"{self.root}: object frames and raw drives are here; reading the object frames. "
                 f"For the drives of one day give {there['raw drives'][0].parent.parent}, for all of them a folder that holds only the dates")
         self.frames = self.find_object_frames() if self.layout == "object frames" else self.find_raw_frames(there[self.layout])
         if not self.frames:
@@ -933,7 +934,7 @@ class Kitti:
                 frames.append(KittiFile(name, split, files[0], files[1], (files[2],), files[3] if labelled else ""))
         absent = len(split_of.keys() - {tuple(frame.name.split("/")[1:]) for frame in frames})
         if absent:
-            say(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
+            print_once(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have no scan or picture on disk and are left out")
         return frames
 
     def find_raw_frames(self, places):
@@ -946,7 +947,7 @@ class Kitti:
             frames += [KittiFile(f"kitti/{place.parent.name}/{number}", "", str(drive / f"velodyne_points/data/{number}.bin"), str(drive / f"image_02/data/{number}.png"),
                                  (str(drive.parent / "calib_cam_to_cam.txt"), str(drive.parent / "calib_velo_to_cam.txt")), "") for number in sorted(clouds & images)]
         if left_out:
-            say(f"{self.root}: {left_out} raw frames have only a scan or only a picture and are left out")
+            print_once(f"{self.root}: {left_out} raw frames have only a scan or only a picture and are left out")
         return frames
 
     def __len__(self):
@@ -1023,7 +1024,7 @@ class Kitti:
     def shown(self, i, points):
         """Which points (N, 3 or more) the picture of frame i, as it is on disk, shows -> (N,) bool."""
         lidar2rect, rect2img = self.calibration(i)
-        return in_view(points, (rect2img @ lidar2rect)[None], [self.picture_size(i)[::-1]])[0]
+        return visible_points(points, (rect2img @ lidar2rect)[None], [self.picture_size(i)[::-1]])[0]
 
     def calibrated_by(self, i):
         """Which files say where the camera of frame i is: for messages."""
@@ -1125,7 +1126,7 @@ def regroup(root, target):
     import pyarrow.parquet as parquet
     files = [path for name in COMPONENTS for path in sorted(Path(root).glob(f"*/{name}/[!.]*.parquet"))]
     if not files:
-        raise DataError(f"{root}: no parquet file of the Waymo Open Dataset v2 here; give the folder that holds {Waymo.TELLS}")
+        raise DataError(f"{root}: no parquet file of the Waymo Open Dataset v2 here; give the folder that holds {Waymo.LAYOUT_HINT}")
     for path in tqdm(files, unit=" files", disable=None):
         copy = Path(target) / path.relative_to(root)
         if copy.exists():
@@ -1157,7 +1158,7 @@ class Waymo:
     """
 
     LAYOUTS = {"segments": ("training/vehicle_pose/*.parquet", "validation/vehicle_pose/*.parquet", "testing/vehicle_pose/*.parquet")}
-    TELLS = "training/vehicle_pose/<segment>.parquet"
+    LAYOUT_HINT = "training/vehicle_pose/<segment>.parquet"
     SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 
     def __init__(self, root, preset="paper"):
@@ -1171,7 +1172,7 @@ class Waymo:
         if len(partial) == len(files):
             raise DataError(f"{self.what}: none of its {len(files)} segments is whole, {missing[0]} is missing; download every component: {', '.join(COMPONENTS)}")
         if partial:
-            say(f"{self.what}: {len(partial)} of its {len(files)} segments lack files and are left out; the first is {missing[0]}")
+            print_once(f"{self.what}: {len(partial)} of its {len(files)} segments lack files and are left out; the first is {missing[0]}")
         for path in (path for path in files if (path.parents[1].name, path.name) not in partial):
             segment = WaymoFrame(path.parent.parent.name, path.stem, 0)
             self.frames += [segment._replace(time=int(t)) for t in sorted(self.read(segment, "vehicle_pose", ["key.frame_timestamp_micros"])[0])]
@@ -1378,7 +1379,7 @@ def open_dataset(root, preset="paper"):
         if not root.exists():
             with locked(root):
                 if not root.exists():                   # no other process was first
-                    say(f"writing the embedded world to {root}, once; this takes a few minutes")
+                    print_once(f"writing the embedded world to {root}, once; this takes a few minutes")
                     synthetic.write(root)
     root = Path(os.path.realpath(root))
     for reader in (NuScenes, Kitti, Waymo):
@@ -1389,9 +1390,9 @@ def open_dataset(root, preset="paper"):
     for place in (root.parent, root.parent.parent, *sorted(path for path in root.glob("*") if path.is_dir())):
         for reader in (NuScenes, Kitti, Waymo):
             if lies_in(place, reader):
-                raise DataError(f"{root}: this is not the root of a data set, which holds {reader.TELLS}; give {place}")
+                raise DataError(f"{root}: this is not the root of a data set, which holds {reader.LAYOUT_HINT}; give {place}")
     there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) if root.is_dir() else "no such folder"
-    raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.TELLS}), KITTI ({Kitti.TELLS}) and Waymo ({Waymo.TELLS}), found {there or 'nothing'}; "
+    raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.LAYOUT_HINT}), KITTI ({Kitti.LAYOUT_HINT}) and Waymo ({Waymo.LAYOUT_HINT}), found {there or 'nothing'}; "
                     "give the folder that the archives were extracted into")
 
 
@@ -1414,7 +1415,7 @@ def prepared(frame, prepare, folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(whole := io.BytesIO(), **extra, stamp=stamp)                    # a ZipFile on a full disk complains once more when it is forgotten
-        aside = beside(path)
+        aside = temp_path(path)
         try:
             aside.write_bytes(whole.getbuffer())
             aside.replace(path)
@@ -1445,14 +1446,14 @@ def collate_jobs(pairs):
 class Loader:
     """Batches of one split for one rank; see loader(). The contents are a function of seed, step and frames a step, never of rank or workers.
 
-    `indices`, the frames of the split, may be cut down before the first batch.
+    `indices` are the frames that it reads.
     """
 
-    def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop):
+    def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop, indices):
         if not 0 <= rank < world or batch < 1 or workers < 0:
             raise ValueError(f"rank {rank} of world {world}, batch {batch}, workers {workers}: "
                              "expected 0 <= rank < world, batch >= 1, workers >= 0")
-        self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split)
+        self.dataset, self.grid, self.indices = dataset, dataset.grid, dataset.split(split) if indices is None else indices
         self.batch, self.rank, self.world, self.seed, self.workers = batch, rank, world, seed, workers
         self.image, self.augment, self.prepare, self.crop = image or dataset.grid.image, augment, prepare, crop
         if crop and not hasattr(dataset, "shown"):
@@ -1506,13 +1507,22 @@ class Loader:
         """Endless batches from this step on: what a run that was never interrupted would see there."""
         return self.batches(self.jobs_from(step))
 
+    def first(self, n):
+        """The first n batches of begin_at(0), as a list: to look at the same ones again and again."""
+        return list(islice(self.begin_at(0), n))
+
     def once(self):
         """This rank's share of the split, every world-th frame, in order and not augmented; the last batch may be smaller."""
         mine = [(0, int(index), False) for index in self.indices[self.rank::self.world]]
         return self.batches(mine[i:i + self.batch] for i in range(0, len(mine), self.batch))
 
 
-def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None, crop=False):
+def spread(indices, n):
+    """At most n of these frames, every k-th, in order. indices (N,) -> (n or fewer,)."""
+    return indices[::max(len(indices) // n, 1)][:n]
+
+
+def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None, augment=None, prepare=None, crop=False, indices=None):
     """Loader of `split` of the data set in folder `root` ("": the embedded world; or what open_dataset returned), `batch` frames a rank.
 
     image    (H, W) of the pictures, default the grid's
@@ -1520,16 +1530,17 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
     prepare  prepare(frame) -> {name: array or tensor} of the unaugmented frame's points; computed once, kept under cache_dir() until they change,
              put into frame.extra before augment. Its attribute `key` (a str) names what it computes: name, version, parameters
     crop     leave out points that the picture on disk does not show: of KITTI, whose labels end there
+    indices  the frames to read, as dataset.split(split) gives them, where that is not the whole split
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level functions or objects.
     """
     dataset = open_dataset(root, preset) if isinstance(root, (str, Path)) else root
-    return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop)
+    return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare, crop, indices)
 
 
 # ---- the doctor: python data.py ROOT ----
 
-LOOKS = dict(zip((*CAMERAS, *WAYMO[0]), (0, -55, -110, 180, 110, 55, 0, 45, -45, 90, -90)), image_2=0)      # degrees from straight ahead, left positive; +- 30
-SAMPLE = 24                                                                 # frames looked at without --all
+CAMERA_YAW = dict(zip((*CAMERAS, *WAYMO[0]), (0, -55, -110, 180, 110, 55, 0, 45, -45, 90, -90)), image_2=0)      # degrees from straight ahead, left positive; +- 30
+CHECKED_FRAMES = 24                                                                 # frames looked at without --all
 
 
 def camera_faults(lidar2img, hw, yaw):
@@ -1569,7 +1580,7 @@ class Checkup:
             return [str(error)], None, None, None
         faults, hw = [], [image.shape[1:] for image in frame.images]
         for camera, matrix, size, image in zip(dataset.grid.cameras, frame.lidar2img, hw, frame.images):
-            faults += [f"{frame.name}: {camera}: {fault}; check {dataset.calibrated_by(i)}" for fault in camera_faults(matrix, size, LOOKS[camera])]
+            faults += [f"{frame.name}: {camera}: {fault}; check {dataset.calibrated_by(i)}" for fault in camera_faults(matrix, size, CAMERA_YAW[camera])]
             if image.min() == image.max():
                 faults.append(f"{frame.name}: {camera}: the picture has one colour, expected a scene; extract it again")
         key = frame.points[frame.points[:, 4] == 0]
@@ -1577,7 +1588,7 @@ class Checkup:
             faults.append(f"{frame.name}: {len(key)} points in the key sweep, expected thousands; extract it again")
         elif key[:, 3].min() == key[:, 3].max():
             faults.append(f"{frame.name}: every point has intensity {key[0, 3]:g}, expected different ones; extract it again")
-        return faults, len(key), in_view(key, frame.lidar2img, hw).mean(1), evidence
+        return faults, len(key), visible_points(key, frame.lidar2img, hw).mean(1), evidence
 
 
 def doctor(root, everything=False):
@@ -1587,7 +1598,7 @@ def doctor(root, everything=False):
         sizes = {name: len(dataset.split(name)) for name in ("train", "val")}
     except DataError as error:
         return [str(error)]
-    chosen = np.arange(len(dataset)) if everything else np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int))
+    chosen = np.arange(len(dataset)) if everything else np.unique(np.linspace(0, len(dataset) - 1, CHECKED_FRAMES).astype(int))
     print(f"{dataset.what}, {len(dataset)} frames, of them {sizes['train']} train, {sizes['val']} val; "
           f"looking at {len(chosen)}{'' if len(chosen) == len(dataset) else ', --all looks at every one'}", flush=True)
     found = torch.utils.data.DataLoader(Checkup(dataset), sampler=chosen.tolist(), batch_size=None, collate_fn=list, num_workers=os.cpu_count() if everything else 0)
@@ -1612,7 +1623,7 @@ def doctor(root, everything=False):
 def main():
     parser = argparse.ArgumentParser(description="Check a data set: layout, tables, files, calibration, labels. Exit status 1 if anything is wrong.")
     parser.add_argument("root", nargs="?", default="", help="its root folder; default the embedded world")
-    parser.add_argument("--all", action="store_true", help=f"look at every frame, not at {SAMPLE}")
+    parser.add_argument("--all", action="store_true", help=f"look at every frame, not at {CHECKED_FRAMES}")
     parser.add_argument("--regroup", metavar="FOLDER", help="check nothing, copy a Waymo folder into this new one, which is read many times faster")
     args = parser.parse_args()
     if args.regroup:

@@ -37,8 +37,8 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Log, all_reduce, bf16_autocast, claim, cosine, destroy_group, figure, init_process, launch, list_frames, load_units, loss_curves, mean_over_ranks,
-                    parse, processes, profile, rank0_first, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, written)
+from common import (Run, all_reduce, bf16_autocast, lock_run_folder, cosine, destroy_group, figure, init_process, launch, record_frames, load_units, loss_curves, mean_over_ranks,
+                    parse, processes, load_tool, rank0_first, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, atomic_write)
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
 GROUPS = {                                                          # classes that share a head [code CenterPoint]
@@ -189,7 +189,7 @@ class Detector(nn.Module):
         for part in (self.neck, self.shared, self.heads):
             part.to(memory_format=torch.channels_last)                                     # a quarter faster
 
-    def maps(self, batch):
+    def predict_maps(self, batch):
         """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one a group."""
         lidar = None if self.lidar is None else self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
         camera = None if self.camera is None else self.camera(batch, self.cells)[0]
@@ -203,7 +203,7 @@ class Detector(nn.Module):
         cfg = self.cfg
         cell, code, within = encode(batch.boxes, self.cells)
         L_heat = L_box = 0.0                                                                                            # [code CenterPoint]
-        for group, (heat, codes) in zip(self.groups, self.maps(batch)):
+        for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
             rows = (within & torch.isin(batch.labels, batch.labels.new_tensor(group))).nonzero()[:, 0]                  # (M,) boxes of this group
             b, at = batch.b_boxes[rows], cell[rows]
             label = (batch.labels[rows, None] == batch.labels.new_tensor(group)).float().argmax(1)
@@ -220,7 +220,7 @@ class Detector(nn.Module):
     def predict(self, batch):
         """-> [(boxes (n, 9), labels (n,) into Grid.classes, scores (n,))], one a frame, best first, n <= 500."""
         found = [[] for _ in range(batch.size)]
-        for group, (heat, codes) in zip(self.groups, self.maps(batch)):
+        for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
             heat = heat.sigmoid()
             heat = heat * (heat == F.max_pool2d(heat, 3, 1, 1))                            # 3 x 3 peaks
             (Y, X), n = heat.shape[2:], min(MAX_BOXES, heat[0].numel())
@@ -233,7 +233,7 @@ class Detector(nn.Module):
         for parts in found:
             boxes, labels, scores = map(torch.cat, zip(*parts))
             order = scores.argsort(descending=True, stable=True)[:MAX_BOXES]
-            order = order[~(scores[order] <= 0)]                                           # a score that is no number stays: see check_found
+            order = order[~(scores[order] <= 0)]                                           # a score that is no number stays: see check_predictions
             frames.append((boxes[order], labels[order], scores[order]))
         return frames
 
@@ -549,11 +549,11 @@ def predict_all(model, loader, device):
         return {}
     frames = {name: found for part in parts for name, found in part.items()}
     names = loader.dataset.names
-    check_found(frames, [names[i] for i in loader.indices])
+    check_predictions(frames, [names[i] for i in loader.indices])
     return {names[i]: frames[names[i]] for i in loader.indices}
 
 
-def check_found(frames, names):
+def check_predictions(frames, names):
     """What the metric would trip over, or not notice: a frame missing or too many, too many boxes, numbers that are not finite. frames as predict_all has them."""
     if frames.keys() != set(names):
         name = sorted(frames.keys() ^ set(names))[0]
@@ -565,30 +565,30 @@ def check_found(frames, names):
                                      f"expected at most {MAX_BOXES} and finite ones: the weights are broken, go back to an earlier checkpoint")
 
 
-def finish(model, cfg, out, held_out, device, rank):
+def finish(model, cfg, out, val_loader, device, rank):
     """Predict the held-out split, write detections, metrics.json and the figures into `out`, print the table and the README row."""
-    frames = predict_all(model, held_out, device)
+    frames = predict_all(model, val_loader, device)
     destroy_group()
     if rank == 0:
         of_nuscenes = partial(finish_nuscenes, modality=cfg.modality)
-        told = dict(nuscenes=of_nuscenes, kitti=finish_kitti, waymo=finish_waymo)[held_out.grid.dataset](held_out, frames, Path(out))
-        save_figures(held_out, frames, Path(out))
+        told = dict(nuscenes=of_nuscenes, kitti=finish_kitti, waymo=finish_waymo)[val_loader.grid.dataset](val_loader, frames, Path(out))
+        save_figures(val_loader, frames, Path(out))
         print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} | seed {cfg.seed} | {told} |")
 
 
-def finish_nuscenes(held_out, frames, out, modality):
+def finish_nuscenes(val_loader, frames, out, modality):
     """results_nusc.json, metrics.json, precision_recall.png, the table -> the scores of the README row."""
-    grid = held_out.grid
+    grid = val_loader.grid
     write_text(out / "results_nusc.json", json.dumps(nuscenes_results(frames, grid.classes, modality)))
     reach = min(-grid.low[0], -grid.low[1], grid.high[0], grid.high[1])                    # m; the metric measures from the ego vehicle, the range from the LiDAR
-    score = partial(nuscenes_score, held_out.dataset, out / "results_nusc.json", [name.rsplit("/", 1)[1] for name in frames])
+    score = partial(nuscenes_score, val_loader.dataset, out / "results_nusc.json", [name.rsplit("/", 1)[1] for name in frames])
     official, curves, present = score()
     near, _, near_present = score(reach) if reach < 50 else (official, curves, present)    # m, the widest class range
     absent = [name for name in grid.classes if name not in present]
     found = dict(mAP=official["mean_ap"], NDS=official["nd_score"], mAP_present=mean_of(official["mean_dist_aps"], present), reach=reach,
                  mAP_reach=mean_of(near["mean_dist_aps"], near_present), errors=official["tp_errors"], AP=official["mean_dist_aps"],
                  AP_reach={name: near["mean_dist_aps"][name] for name in near_present}, absent=absent, frames=len(frames))
-    write_text(out / "metrics.json", strict(found))
+    write_text(out / "metrics.json", to_json(found))
     if present:
         draw_curves(curves, present, out)
     print(f"{'class':22}{'AP':>8}{f'AP within {reach:g} m':>18}")
@@ -601,10 +601,10 @@ def finish_nuscenes(held_out, frames, out, modality):
     return f"mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | mAP within {reach:g} m {found['mAP_reach']:.4f}"
 
 
-def finish_kitti(held_out, frames, out):
+def finish_kitti(val_loader, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the scores of the README row."""
-    found = kitti_score(held_out.dataset, frames, out / "kitti")
-    write_text(out / "metrics.json", strict(found | dict(frames=len(frames))))
+    found = kitti_score(val_loader.dataset, frames, out / "kitti")
+    write_text(out / "metrics.json", to_json(found | dict(frames=len(frames))))
     print(f"{'':16}{'AP|R40':>24}   {'AP|R11':>24}\n{'':16}" + "   ".join([f"{'easy':>8}{'mod.':>8}{'hard':>8}"] * 2))
     for kind, classes in found.items():
         for name, ap in classes.items():
@@ -612,10 +612,10 @@ def finish_kitti(held_out, frames, out):
     return "3D AP|R40 moderate " + ", ".join(f"{name} {ap['R40'][1]:.2f}" for name, ap in found["3d"].items())
 
 
-def finish_waymo(held_out, frames, out):
+def finish_waymo(val_loader, frames, out):
     """metrics.json, the table -> the scores of the README row."""
-    found = waymo_score(held_out.dataset, frames)
-    write_text(out / "metrics.json", strict(found | dict(frames=len(frames))))
+    found = waymo_score(val_loader.dataset, frames)
+    write_text(out / "metrics.json", to_json(found | dict(frames=len(frames))))
     print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}   (our implementation, not the official server)")
     for name, levels in found.items():
         print(f"{name:12}" + "".join(f"{v:8.2f}" for level in ("L1", "L2") for v in levels[level]))
@@ -623,7 +623,7 @@ def finish_waymo(held_out, frames, out):
     return f"L2 mAP {mean[0]:.2f} | L2 mAPH {mean[1]:.2f}"
 
 
-def strict(found):
+def to_json(found):
     """A table as JSON text, null where a class has no truth: JSON has no NaN."""
     return json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None), indent=1)
 
@@ -647,13 +647,13 @@ def birds_eye(ax, frame, shown, grid):
     ax.set_aspect("equal")
 
 
-def save_figures(held_out, frames, out):
+def save_figures(val_loader, frames, out):
     """figures/bev.png and images.png of frames spread over the held-out split."""
-    grid, names = held_out.grid, held_out.dataset.names
-    chosen = held_out.indices[np.unique(np.linspace(0, len(held_out.indices) - 1, PER_FRAME_SHOWN).astype(int))]
+    grid, names = val_loader.grid, val_loader.dataset.names
+    chosen = val_loader.indices[np.unique(np.linspace(0, len(val_loader.indices) - 1, PER_FRAME_SHOWN).astype(int))]
     bev, images = [], []
     for i in chosen:
-        frame = held_out.dataset.load(int(i), held_out.image)
+        frame = val_loader.dataset.load(int(i), val_loader.image)
         boxes, labels, scores, _ = frames[names[i]]
         shown = boxes[scores > SCORE_SHOWN]
 
@@ -695,7 +695,7 @@ def draw_curves(curves, present, out):
 
 def augment(frame, rng, rotation, scale, flip):
     """data.loader's: boxes that hold no point of the key sweep leave, the rest turns, scales and mirrors with the cloud.  D4"""
-    xyz = frame.points[data.of_key_sweep(frame.points), :3]
+    xyz = frame.points[data.is_keyframe(frame.points), :3]
     keep = np.array([data.inside_box(xyz, box).any() for box in frame.boxes], bool)
     return data.augment_cloud(replace(frame, boxes=frame.boxes[keep], labels=frame.labels[keep]), rng, rotation, scale, flip)
 
@@ -733,57 +733,61 @@ def asked_units(cfg):
 def train(rank, world, cfg):
     if cfg.eval_only:
         return rescore(rank, world, cfg)
+    # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
     check(cfg, dataset)
     wanted, possible = asked_units(cfg)
     drawn = draw_labels(dataset, dataset.split("train"), cfg.fraction, cfg.draw, cfg.seed)
     if not any((dataset.annotations(i)["label"] >= 0).any() for i in drawn):
         raise SystemExit(f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no box of a detection class in the {len(drawn)} frames drawn; draw more, or with another seed")
-
-    device = start(cfg, rank, world)
-    torch.manual_seed(cfg.seed)
     crop = dataset.grid.dataset == "kitti"                          # labels end where the picture does [code OpenPCDet]
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop,
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop, indices=drawn,
                          augment=partial(augment, rotation=cfg.rotation, scale=cfg.scale, flip=dataset.grid.mirrors))
-    held_out = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop)
-    loader.indices = drawn
-    model = Detector(cfg, dataset.grid).to(device)
+    val_loader = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop)
+
+    # model, optimiser
+    torch.manual_seed(cfg.seed)
+    model = Detector(cfg, dataset.grid)
+    device = start(cfg, rank, world)
+    model.to(device)
     loaded = load_units(cfg.init, model, wanted, possible, dataset.grid, rank) if cfg.init != "none" else set()
     groups = [[p for name, p in model.named_parameters() if (name in loaded) == old] for old in (False, True)]
     opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_pretrained))], weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
         branches = {name: (branch, "forward") for name, branch in (("lidar", model.lidar), ("camera", model.camera)) if branch is not None}
-        return profile(cfg, net, loader, [opt], device, rank, cfg.fraction, **branches)
+        return load_tool("profiling").profile(cfg, net, loader, [opt], device, rank, cfg.fraction, **branches)
+
+    # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
-    list_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
-    log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
+    record_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     mine = np.concatenate([np.zeros(0, int), *[dataset.annotations(i)["label"] for i in drawn[rank::world]]])
     count = all_reduce(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
     if rank == 0:
         describe_draw(cfg)
         print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
-        print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
-              f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded, {device}", flush=True)
+    run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded")
 
-    for step, batch in log.batches(loader, first):
+    # train
+    for step, batch in run.batches(loader, first):
         for group in opt.param_groups:
             group["lr"] = group["base"] * cosine(step, min(cfg.warmup, steps // 4), steps)
         loss, terms = net(batch)
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=opt.param_groups[0]["lr"])
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=opt.param_groups[0]["lr"])
         opt.step()
-        stop = log.stopping()
+        stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, [opt], [*possible, "neck", "shared", "heads"], dataset.grid)
         if stop:
-            log.leave(step)
+            run.leave(step)
 
-    log.close()
-    finish(model, cfg, cfg.out, held_out, device, rank)
+    # results
+    run.close()
+    finish(model, cfg, cfg.out, val_loader, device, rank)
     if rank == 0:
         loss_curves(cfg.out)
 
@@ -798,18 +802,18 @@ def rescore(rank, world, cfg):
     """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder. --data: where its data set lies now."""
     if "use" not in run_config(cfg.eval_only):
         raise SystemExit(f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; expected a folder that finetune.py wrote")
-    run = config_of(cfg.eval_only)
-    run = replace(run, data=cfg.data or run.data, gpus=cfg.gpus, workers=cfg.workers, eval_only="")
-    device, dataset = init_process(cfg, world), data.open_dataset(run.data, run.preset)
-    model = Detector(run, dataset.grid).to(device)
+    trained = config_of(cfg.eval_only)
+    trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus, workers=cfg.workers, eval_only="")
+    device, dataset = init_process(cfg, world), data.open_dataset(trained.data, trained.preset)
+    model = Detector(trained, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)
     if not step:
         raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
-    rank0_first(rank, lambda: claim(Path(cfg.eval_only)))
+    rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
-    held_out = data.loader(dataset, "val", run.batch, rank, world, run.seed, workers=run.workers, crop=dataset.grid.dataset == "kitti")
-    finish(model, run, cfg.eval_only, held_out, device, rank)
+    val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed, workers=trained.workers, crop=dataset.grid.dataset == "kitti")
+    finish(model, trained, cfg.eval_only, val_loader, device, rank)
 
 
 # ---- weights for other projects --------------------------------------------------------------------------------------------------
@@ -854,7 +858,7 @@ def export(cfg):
                 "nuScenes x right, y forward, intensity to 255; KITTI four features; Waymo elongation")
         if width != 16:
             told += f".\nThis run is {width} wide, OpenPCDet's network 16: it would leave out every tensor of another shape. Narrow it, or pre-train with --width 16"
-    with written(target) as part:
+    with atomic_write(target) as part:
         part.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
     print(f"{target}: {unit} of {cfg.init}, step {header['step']}, for {told}.", flush=True)

@@ -46,7 +46,6 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -57,14 +56,14 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
-from common import (BatchNorm, Log, ResNet, at_most, bf16_autocast, destroy_group, evaluate, figure, frame_generators, in_picture, info_nce, launch, list_frames,
-                    load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse, profile, project, resume, sample_image, save, start, wrap, write_text)
+from common import (BatchNorm, Run, ResNet, random_subset, bf16_autocast, destroy_group, evaluate, figure, frame_rngs, valid_pixels, info_nce, launch, record_frames,
+                    load_resnet, loss_curves, mean_over_ranks, mlp, pair_points, parse, load_tool, project, resume, sample_image, save, start, wrap, write_text)
 
 UNITS = "camera.resnet",                                            # what backbones.safetensors holds            FORK 3
 RADII = (0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8)           # m, outer radii of the shells of the three set abstractions [code]
 NEIGHBOURS = (32, 32, 64), (32, 32, 64), (16, 16, 16)               # most points in each [code]
 WAYMO_EVERY = 5                                                     # of Waymo's frames every n-th is seen [code: its README] D10
-BATCHES = 3                                                         # held-out batches that are looked at [ours]
+VAL_BATCHES = 3                                                     # held-out batches that are looked at [ours]
 
 
 @dataclass
@@ -170,8 +169,8 @@ class TwoViews:
 
     def __call__(self, frame, rng):
         low, high, cloud = np.array(self.grid.low), np.array(self.grid.high), frame.points
-        seen = data.in_view(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
-        rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.of_key_sweep(cloud) & seen
+        seen = data.visible_points(cloud, frame.lidar2img, [image.shape[1:] for image in frame.images]).any(0)
+        rows = ((cloud[:, :3] > low) & (cloud[:, :3] < high)).all(1) & data.is_keyframe(cloud) & seen
         rows = rows.nonzero()[0] if rows.sum() >= self.points / 64 else np.zeros(0, np.int64)          # copies of a few points would be neighbours by the million
         T, mirrored = random_transform(rng, (low + high) / 2, self.rotation, self.scale)
         whole, factor = [(0, 0, *image.shape[1:]) for image in frame.images], min(rng.uniform(*self.zoom, 2))
@@ -321,7 +320,7 @@ class SimIPU(nn.Module):
     def views(self, batch):
         """-> alpha, beta (B, n, 4), T (B, 4, 4)."""
         alpha, a2b = batch.points.view(batch.size, -1, 5)[..., :4], batch.extra["a2b"].view(-1, 4, 4)
-        moved = torch.cat([apply(a2b, alpha[..., :3]), alpha[..., 3:]], 2)                                              # Eq. 1
+        moved = torch.cat([transform_points(a2b, alpha[..., :3]), alpha[..., 3:]], 2)                                              # Eq. 1
         return alpha, moved.gather(1, batch.extra["order"].view(batch.size, -1, 1).expand(-1, -1, 4)), a2b
 
     @torch.no_grad()
@@ -338,7 +337,7 @@ class SimIPU(nn.Module):
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
         with bf16_autocast(images.device):
-            return self.camera.stages(images, ~in_picture(hw, images.shape[-2:]))[-1].float(), images.shape[-2:]
+            return self.camera.stages(images, ~valid_pixels(hw, images.shape[-2:]))[-1].float(), images.shape[-2:]
 
     @torch.no_grad()
     def in_images(self, l, batch):
@@ -361,10 +360,10 @@ class SimIPU(nn.Module):
             l_beta, f_beta, row_beta = self.points(beta, first_beta)                       # (B, p, 3), (B, p, C)    Eq. 2
 
         # 2 intra-modal: pair the views one to one, contrast
-        moved = apply(T, l_alpha)
+        moved = transform_points(T, l_alpha)
         j = self.pair(moved, l_beta, row_alpha, order.gather(1, row_beta))                 # (B p,)                  Eq. 3
         alive = (batch.extra["seen"] > 0).repeat_interleave(l_alpha.shape[1])
-        i = at_most(cfg.pairs, alive.nonzero()[:, 0], frame_generators(batch.seeds[:1], alive.device)[0])               # (M,) into (B p)         D8
+        i = random_subset(cfg.pairs, alive.nonzero()[:, 0], frame_rngs(batch.seeds[:1], alive.device)[0])               # (M,) into (B p)         D8
         z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))                # (M, 128)
         with torch.no_grad():
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j[i]])                           # (M, 128)
@@ -373,7 +372,7 @@ class SimIPU(nn.Module):
         # 3 inter-modal: where each point lands, what the image says there; only the image network learns
         c5, padded = self.image_features(batch.images, batch.hw)                           # (B K, C, h, w)          Eq. 5
         k, image, uv = self.in_images(l_alpha, batch)                                      # (M',) into (B p)        Eq. 6
-        kept = at_most(cfg.pairs, alive[k].nonzero()[:, 0], frame_generators(batch.seeds[:1], alive.device)[0])         # D8
+        kept = random_subset(cfg.pairs, alive[k].nonzero()[:, 0], frame_rngs(batch.seeds[:1], alive.device)[0])         # D8
         k, image, uv = k[kept], image[kept], uv[kept]
         f_image = sample_image(c5, image, uv, padded)                                      # (M', C)                 Eq. 6  D5
         z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])                       # (M', 128)               D1
@@ -386,13 +385,13 @@ class SimIPU(nn.Module):
             cell = (uv / 32).long()
             terms = dict(L_intra=L_intra, L_inter=L_inter, matched_median=quantile(distance, 0.5), matched_p90=quantile(distance, 0.9),
                          chance_intra=math.log(max(len(i), 1)), chance_inter=math.log(max(len(k), 1)),
-                         floor_intra=log_repeats(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
-                         cell_inter=log_repeats((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
-                         stem=directions(self.camera.resnet.conv1.weight), std_alpha=spread_of(z_alpha), std_point=spread_of(z_point), std_image=spread_of(z_image))
+                         floor_intra=log_multiplicity(row_alpha.flatten()[i] + i // l_alpha.shape[1] * alpha.shape[1]),
+                         cell_inter=log_multiplicity((image * 4096 + cell[:, 1]) * 4096 + cell[:, 0]),
+                         stem=effective_rank(self.camera.resnet.conv1.weight), std_alpha=feature_std(z_alpha), std_point=feature_std(z_point), std_image=feature_std(z_image))
         return L, terms
 
 
-def apply(a2b, xyz):
+def transform_points(a2b, xyz):
     """a2b (B, 4, 4), xyz (B, n, 3) m -> (B, n, 3)."""
     return xyz @ a2b[:, :3, :3].transpose(1, 2) + a2b[:, None, :3, 3]
 
@@ -401,20 +400,20 @@ def quantile(x, q):
     return x.quantile(q) if len(x) else x.new_zeros(())
 
 
-def log_repeats(ids):
+def log_multiplicity(ids):
     """Mean over rows of log(rows with the same id): the lower bound of InfoNCE if equal ids have equal features. ids (M,) -> ()."""
     _, where, count = torch.unique(ids, return_inverse=True, return_counts=True)
     return count[where].float().log().sum() / max(len(ids), 1)
 
 
-def directions(weight):
+def effective_rank(weight):
     """How many directions the filters of a layer share evenly, (sum of l)^2 / sum of l^2 over their Gram matrix' eigenvalues l: all of them if orthogonal and of one
     length, 1 if they are multiples of one. weight (N, ...) -> ()."""
     gram = weight.flatten(1) @ weight.flatten(1).t()                                       # (N, N)
     return gram.trace().square() / gram.square().sum()
 
 
-def spread_of(z):
+def feature_std(z):
     """Standard deviation of the unit features over rows, mean over dimensions: 0.088 for 128 that are spread evenly, near 0 if all collapse."""
     return F.normalize(z, dim=1).std(0, correction=0).mean() if len(z) else z.new_zeros(())
 
@@ -430,9 +429,9 @@ def save_figures(model, batch, out):
     first_alpha, first_beta, order = (batch.extra[name].view(batch.size, -1) for name in ("first_alpha", "first_beta", "order"))
     l_alpha, f_alpha, row_alpha = model.points(alpha, first_alpha)
     l_beta, _, row_beta = model.points(beta, first_beta)
-    moved = apply(T, l_alpha)
+    moved = transform_points(T, l_alpha)
     j = model.pair(moved, l_beta, row_alpha, order.gather(1, row_beta))[:l_alpha.shape[1]].cpu()
-    back = apply(torch.linalg.inv(T), l_beta)[0].cpu()[j]                                  # (p, 3) where each partner was in alpha
+    back = transform_points(torch.linalg.inv(T), l_beta)[0].cpu()[j]                                  # (p, 3) where each partner was in alpha
     here, distance = l_alpha[0].cpu(), (l_alpha[0].cpu() - back).norm(dim=1)
 
     def matches(ax):
@@ -475,18 +474,21 @@ def save_figures(model, batch, out):
 
 def train(rank, world, cfg):
     check(cfg)
+
+    # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
     dataset.grid = replace(dataset.grid, sweeps=1)                  # TwoViews keeps no other; D7
+    augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
+    every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment, indices=dataset.split("train")[::every])
+    val_loader = data.loader(dataset, "val", 2, augment=augment)
+
+    # model, optimiser
     torch.manual_seed(cfg.seed)
     model = SimIPU(cfg)
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     device = start(cfg, rank, world)
-    augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, (cfg.zoom_low, cfg.zoom_high))
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, augment=augment)
-    every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1
-    loader.indices = loader.indices[::every]
-    held_out = list(islice(data.loader(dataset, "val", 2, 0, 1, 0, augment=augment).begin_at(0), BATCHES))               # the same for every process, seed and batch
     model.to(device)
     rest = [p for part in (model.camera, model.head_intra, model.head_point, model.head_image) for p in part.parameters()]
     opts = [torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points, betas=(0.95, 0.99), weight_decay=0.01),                    # [code]
@@ -494,18 +496,20 @@ def train(rank, world, cfg):
             torch.optim.SGD(rest, lr=cfg.lr, momentum=0.9, weight_decay=1e-4)]                                                        # [code]
     net = wrap(model, device, world)
     if cfg.profile:
-        return profile(cfg, net, loader, opts, device, rank, 1 / every, points=(model.points, "forward"), camera=(model.camera, "stages"), matching=(model, "pair"))
+        return load_tool("profiling").profile(cfg, net, loader, opts, device, rank, 1 / every, points=(model.points, "forward"),
+                                              camera=(model.camera, "stages"), matching=(model, "pair"))
+
+    # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)                           # 0 when there is nothing to resume
-    list_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)                      # for fine-tuning: what was seen
-    log = Log(cfg.out, rank, first, steps, cfg.batch * world, device)
-    if rank == 0:
-        print(f"{cfg.out}: steps {first} to {steps} of {cfg.batch * world} frames ({cfg.batch} x {world}), "
-              f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled, {device}", flush=True)
+    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)      # for fine-tuning: what was seen
+    run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled")
+    val_batches = val_loader.first(VAL_BATCHES)                     # the same on every rank and for every seed
 
-    for step, batch in log.batches(loader, first):
+    # train
+    for step, batch in run.batches(loader, first):
         if step % cfg.eval_every == 0:
-            log(step, ["held-out frames"], prefix="val_", **evaluate(model, held_out, device))
+            run.log(step, ["held-out frames"], prefix="val_", **evaluate(model, val_batches, device))
         factor = cfg.decay ** (step // loader.steps_per_epoch)
         for opt, lr in zip(opts, (cfg.lr_points, cfg.lr)):
             for group in opt.param_groups:
@@ -515,21 +519,22 @@ def train(rank, world, cfg):
             opt.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])       # a loss of weight 0 trains nothing
-        log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr * factor)                   # raises before the update if one is not finite
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=cfg.lr * factor)                   # raises before the update if one is not finite
         for opt in opts:
             opt.step()
-        stop = log.stopping()
+        stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
             save(cfg, step + 1, model, opts, UNITS, dataset.grid)
         if stop:
-            log.leave(step)
+            run.leave(step)
 
-    log.close()
-    found = {k: round(v, 4) for k, v in evaluate(model, held_out, device).items()}       # by every process: means are over all of them
+    # results
+    run.close()
+    found = {k: round(v, 4) for k, v in evaluate(model, val_batches, device).items()}       # by every process: means are over all of them
     destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(found, indent=1))
-        save_figures(model, held_out[0].to(device), cfg.out)
+        save_figures(model, val_batches[0].to(device), cfg.out)
         loss_curves(cfg.out, {"L_intra": (found["chance_intra"], found["floor_intra"]), "L_inter": (found["chance_inter"], found["cell_inter"])})
         print(json.dumps(found))
         print(f"{cfg.out}: held-out L_intra {found['L_intra']} (chance {found['chance_intra']}, floor {found['floor_intra']}), "

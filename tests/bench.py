@@ -670,7 +670,7 @@ def sample_with(sampler, run, rounds):
     stored = json.loads((Path(run) / "config.json").read_text())
     cfg = clap.Config(**{f.name: stored[f.name] for f in dataclasses.fields(clap.Config)} | {"sampler": sampler})
     loader = data.loader(cfg.data, "val", cfg.batch, seed=cfg.seed, preset=cfg.preset, prepare=clap.Curvature(cfg.neighbours))
-    model = clap.Clap(cfg, loader.grid)
+    model = clap.CLAP(cfg, loader.grid)
     model.load_state_dict(torch.load(Path(run) / "last.pt", weights_only=True)["model"])
     found = []
     for _, batch in zip(range(rounds), loader.begin_at(0)):

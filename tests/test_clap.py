@@ -42,7 +42,7 @@ def batch(world):
 @pytest.fixture()
 def model():
     torch.manual_seed(0)
-    made = clap.Clap(TINY, data.GRIDS["nuscenes", "small"])
+    made = clap.CLAP(TINY, data.GRIDS["nuscenes", "small"])
     for layer in made.camera.resnet.modules():                                          # no block begins as an identity here: gradients show at once
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(layer.weight)
@@ -199,9 +199,9 @@ def test_pca_orders_edges_before_faces():
 
 
 def test_weights_are_made_safe():
-    w = clap.sane(torch.tensor([0.0, 1.0, float("nan"), float("inf"), 2.0] + [1.0] * 200))
+    w = clap.clean_weights(torch.tensor([0.0, 1.0, float("nan"), float("inf"), 2.0] + [1.0] * 200))
     assert w.isfinite().all() and (w > 0).all() and w.max() < 1.1
-    assert torch.equal(clap.sane(torch.zeros(4)), torch.ones(4)) and clap.sane(torch.zeros(0)).shape == (0,)
+    assert torch.equal(clap.clean_weights(torch.zeros(4)), torch.ones(4)) and clap.clean_weights(torch.zeros(0)).shape == (0,)
 
 
 def test_draws_follow_the_weights_within_each_frame():
@@ -261,11 +261,11 @@ def test_pixels_are_drawn_by_weight():
 
 def test_the_field_is_not_trusted_for_exactly_the_warm_up(three_frames, tmp_path, monkeypatch):
     """--sampler sdf: uniform for uniform_epochs epochs, held-out terms likewise; a step an epoch here."""
-    asked, forward = [], clap.Clap.forward
+    asked, forward = [], clap.CLAP.forward
     for name in ("save_figures", "loss_curves"):
         monkeypatch.setattr(clap, name, lambda *_: None)
-    monkeypatch.setattr(clap, "examine", lambda *_: dict.fromkeys(("range_hidden", "beam_mean", "nearest_ray", "range_visible")))
-    monkeypatch.setattr(clap.Clap, "forward", lambda self, batch, uniform=False: asked.append((self.training, uniform)) or forward(self, batch, uniform))
+    monkeypatch.setattr(clap, "held_out_errors", lambda *_: dict.fromkeys(("range_hidden", "beam_mean", "nearest_ray", "range_visible")))
+    monkeypatch.setattr(clap.CLAP, "forward", lambda self, batch, uniform=False: asked.append((self.training, uniform)) or forward(self, batch, uniform))
     clap.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, sampler="sdf", batch=2, steps=3, uniform_epochs=2, eval_every=1))
     assert [uniform for training, uniform in asked if training] == [True, True, False] == [uniform for training, uniform in asked if not training]
 
@@ -383,8 +383,8 @@ def test_rendering_losses_written_out_in_loops(batch, model, monkeypatch):
     seen = {}
     original, originals = clap.draw_pixels, model.render
     monkeypatch.setattr(clap, "draw_pixels", lambda *a: seen.setdefault("pixels", original(*a)))
-    def render(table, origin, direction, b, generators, colour):
-        seen["colour" if colour else "range"] = origin, direction, (out := originals(table, origin, direction, b, generators, colour))
+    def render(table, origin, direction, b, rngs, colour):
+        seen["colour" if colour else "range"] = origin, direction, (out := originals(table, origin, direction, b, rngs, colour))
         return out
     monkeypatch.setattr(model, "render", render)
     L, terms = model(batch)
@@ -458,7 +458,7 @@ def test_every_parameter_gets_gradient(batch, model):
 
 def test_without_prototypes_only_rendering_is_left(batch):
     torch.manual_seed(0)
-    model = clap.Clap(replace(TINY, without="prototypes"), data.GRIDS["nuscenes", "small"])
+    model = clap.CLAP(replace(TINY, without="prototypes"), data.GRIDS["nuscenes", "small"])
     L, terms = model(batch)
     assert float(L) == pytest.approx(2 * float(terms["L_rend"])) and "L_SwAV" not in terms and not any("proto" in n for n, _ in model.named_parameters())
     L.backward()
@@ -468,29 +468,29 @@ def test_without_prototypes_only_rendering_is_left(batch):
 def test_what_is_hidden_stays_hidden(batch, model):
     """Nothing of a hidden point or pixel enters the volume; most is hidden; blocks are 8 voxels wide."""
     model.eval()
-    hidden = clap.mask_points(batch.points, batch.b_points, 2, model.lidar, 0.9, clap.frame_generators(batch.seeds, CPU))
-    hidden_px = clap.mask_pixels(batch.images, batch.cameras, 0.3, clap.frame_generators(batch.seeds, CPU))
-    before = model.encode(batch, hidden, hidden_px)[0]
+    masked = clap.mask_points(batch.points, batch.b_points, 2, model.lidar, 0.9, clap.frame_rngs(batch.seeds, CPU))
+    masked_px = clap.mask_pixels(batch.images, batch.cameras, 0.3, clap.frame_rngs(batch.seeds, CPU))
+    before = model.encode(batch, masked, masked_px)[0]
     points, images = batch.points.clone(), batch.images.clone()
-    points[hidden, :4] = points[hidden, :4].flip(0)
-    images.permute(0, 2, 3, 1)[hidden_px] = 255 - images.permute(0, 2, 3, 1)[hidden_px]
-    assert torch.equal(before, model.encode(replace(batch, points=points, images=images), hidden, hidden_px)[0])
-    assert not torch.equal(before, model.encode(replace(batch, points=batch.points * 0.9), hidden, hidden_px)[0])
+    points[masked, :4] = points[masked, :4].flip(0)
+    images.permute(0, 2, 3, 1)[masked_px] = 255 - images.permute(0, 2, 3, 1)[masked_px]
+    assert torch.equal(before, model.encode(replace(batch, points=points, images=images), masked, masked_px)[0])
+    assert not torch.equal(before, model.encode(replace(batch, points=batch.points * 0.9), masked, masked_px)[0])
     inside = ((batch.points[:, :3].abs() < torch.tensor([25.6, 25.6, 1.0])).all(1)) & (batch.points[:, 2] > -3)
     block = torch.cat([batch.b_points[inside, None], ((batch.points[inside, :3] + torch.tensor([25.6, 25.6, 3.0])) / torch.tensor([0.8, 0.8, 1.0])).long()], 1)
     _, which = block.unique(dim=0, return_inverse=True)
-    assert 0.85 < hidden[inside].float().mean() < 0.95 and 0.15 < hidden_px.float().mean() < 0.45
-    assert all(len(hidden[inside][which == i].unique()) == 1 for i in range(int(which.max()) + 1))
-    patches = hidden_px[:, :32].unflatten(2, (4, 32))                                   # of 48 x 128 pixels: a whole row of patches and half a row
+    assert 0.85 < masked[inside].float().mean() < 0.95 and 0.15 < masked_px.float().mean() < 0.45
+    assert all(len(masked[inside][which == i].unique()) == 1 for i in range(int(which.max()) + 1))
+    patches = masked_px[:, :32].unflatten(2, (4, 32))                                   # of 48 x 128 pixels: a whole row of patches and half a row
     assert (patches.flatten(3).any(3) == patches.flatten(3).all(3)).all() and torch.equal(patches.all(3).all(1), patches[:, 0, :, 0])
-    assert (patches[:, 0, 1:, 0] != patches[:, 0, :-1, 0]).any() and (hidden_px[:, 32] != hidden_px[:, 31]).any()
+    assert (patches[:, 0, 1:, 0] != patches[:, 0, :-1, 0]).any() and (masked_px[:, 32] != masked_px[:, 31]).any()
 
 
 def test_prototypes_meet_cells_that_hold_a_point_and_that_a_camera_sees(batch, model):
-    g, cells = clap.frame_generators(batch.seeds, CPU), model.lidar.cells[-1]
+    g, cells = clap.frame_rngs(batch.seeds, CPU), model.lidar.cells[-1]
     none = torch.zeros(len(batch.points), dtype=torch.bool)
     _, lidar, _, seen = model.encode(batch, none, torch.zeros(len(batch.images), 48, 128, dtype=torch.bool))
-    cell = model.both_see(lidar, seen, batch.points, batch.b_points, g)
+    cell = model.shared_cells(lidar, seen, batch.points, batch.b_points, g)
     found = set(map(tuple, lidar.coords[cell].tolist()))
     expected = set()
     for b, (x, y, z) in zip(batch.b_points.tolist(), batch.points[:, :3].tolist()):
@@ -499,7 +499,7 @@ def test_prototypes_meet_cells_that_hold_a_point_and_that_a_camera_sees(batch, m
             if seen[b, at[0], at[1], at[2]]:
                 expected.add((b, *at))
     assert len(found ^ expected) <= 0.01 * len(expected) and len(cell) == len(found) and 100 < len(found) < 0.6 * len(lidar.coords)    # fp32 at faces
-    assert torch.bincount(lidar.coords[model.both_see(lidar, seen, batch.points, batch.b_points, g, most=7), 0]).tolist() == [7, 7]
+    assert torch.bincount(lidar.coords[model.shared_cells(lidar, seen, batch.points, batch.b_points, g, most=7), 0]).tolist() == [7, 7]
 
 
 def test_targets_and_sampling(batch, model):
@@ -538,18 +538,18 @@ def test_forward_hides_draws_by_curvature_and_pairs_what_stayed_visible(batch, m
     for owner, name in ((model, "encode"), (model, "render"), (model.proto, "forward"), (clap, "draw_points"), (clap, "draw_pixels")):
         spy(owner, name)
     model(batch)
-    (_, hidden, hidden_px), (_, lidar, image, seen) = calls["encode"][0]
-    assert all(torch.equal(a, b) for a, b in zip((hidden, hidden_px), model.hide(batch, clap.frame_generators(batch.seeds, CPU))))
+    (_, masked, masked_px), (_, lidar, image, seen) = calls["encode"][0]
+    assert all(torch.equal(a, b) for a, b in zip((masked, masked_px), model.draw_masks(batch, clap.frame_rngs(batch.seeds, CPU))))
     rows = slow_targets(batch)
     b, omega = batch.b_points[rows], batch.extra["points_curvature"][rows]
-    omega = torch.cat([clap.sane(omega[b == frame]) for frame in range(2)])
+    omega = torch.cat([clap.clean_weights(omega[b == frame]) for frame in range(2)])
     assert torch.equal(calls["draw_points"][0][0][0], omega) and omega.std() > 0
     assert torch.equal(calls["draw_pixels"][0][0][0], clap.pixel_weights(omega, points[rows, :3], b, batch, 9))
     drawn, (_, origin, direction, *_) = rows[calls["draw_points"][0][1]], calls["render"][0][0]
     assert torch.equal(origin, batch.origin[batch.b_points[drawn]])
     torch.testing.assert_close(direction, F.normalize(points[drawn, :3] - origin, dim=1))
 
-    shown = ~hidden & model.lidar.inside(points)
+    shown = ~masked & model.lidar.inside(points)
     zyx = lidar.cells.index(points[shown, :3])
     zyx = torch.stack([zyx[:, axis].round().clamp(0, n - 1) for axis, n in enumerate(lidar.cells.shape)], 1).long()
     held = torch.cat([batch.b_points[shown, None], zyx], 1).unique(dim=0)
@@ -638,25 +638,25 @@ def run(world, out, *more, wait=True):
 
 def test_held_out_errors_written_out(batch, model, monkeypatch):
     """A volume that renders 7 m everywhere, 9 with the other frame's cloud; grey 7 / 20, with every pixel hidden 5 / 20. Slow loops."""
-    asked = model.hide(batch, clap.frame_generators(batch.seeds, CPU))
+    asked = model.draw_masks(batch, clap.frame_rngs(batch.seeds, CPU))
 
-    def encode(x, hidden, hidden_px):
-        assert torch.equal(hidden, asked[0]) and (hidden_px.all() or torch.equal(hidden_px, asked[1]))
-        return (torch.tensor(9.0 if not torch.equal(x.b_points, batch.b_points) else 5.0 if hidden_px.all() else 7.0),)
+    def encode(x, masked, masked_px):
+        assert torch.equal(masked, asked[0]) and (masked_px.all() or torch.equal(masked_px, asked[1]))
+        return (torch.tensor(9.0 if not torch.equal(x.b_points, batch.b_points) else 5.0 if masked_px.all() else 7.0),)
 
-    def render(table, origin, direction, b, generators, colour):
+    def render(table, origin, direction, b, rngs, colour):
         return table.expand(len(b)), (table / 20).expand(len(b), 3), torch.ones(len(b), dtype=torch.bool)
     drawn, original = [], clap.draw_pixels
     monkeypatch.setattr(model, "encode", encode)
     monkeypatch.setattr(model, "render", render)
     monkeypatch.setattr(clap, "draw_pixels", lambda *a: drawn.append(original(*a)) or drawn[-1])
-    found = clap.examine(model, SimpleNamespace(once=lambda: [batch]), CPU)
-    hidden = model.hide(batch, clap.frame_generators(batch.seeds, CPU))[0]
+    found = clap.held_out_errors(model, [batch], CPU)
+    masked = model.draw_masks(batch, clap.frame_rngs(batch.seeds, CPU))[0]
     targets = []                                                                        # frame, direction, range, hidden
     for n, (x, y, z, _, age) in enumerate(batch.points.double().tolist()):
         r = math.sqrt(x * x + y * y + z * z)
         if r > 3 and age == 0 and -25.6 <= x < 25.6 and -25.6 <= y < 25.6 and -3 <= z < 1:
-            targets.append((int(batch.b_points[n]), np.array([x, y, z]) / r, r, bool(hidden[n])))
+            targets.append((int(batch.b_points[n]), np.array([x, y, z]) / r, r, bool(masked[n])))
     beams, near = {}, []
     for _, ray, r, _ in targets:
         beams.setdefault(round(2 * math.degrees(math.asin(ray[2]))), []).append(r)

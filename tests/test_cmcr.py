@@ -15,7 +15,7 @@ import common
 import data
 import finetune
 from conftest import on_two, run
-from cmcr import SMALL, Cmcr, Codebook, Config, Views, mask_cells, occupancy_queries, orthogonality, random_crop
+from cmcr import SMALL, CMCR, Codebook, Config, Views, mask_cells, occupancy_queries, orthogonality, random_crop
 
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{**SMALL, "width": 4, "crop_h": 64, "crop_w": 96, "crop_points": 60, "codes": 16, "pairs": 200, "queries": 90, "mask_images": 0.7})
@@ -30,7 +30,7 @@ def batch(world):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Cmcr(TINY, GRID, frozen=False)
+    return CMCR(TINY, GRID, frozen=False)
 
 
 def pairs_of(batch):
@@ -39,8 +39,8 @@ def pairs_of(batch):
     return point, image, uv, (image * h + (uv[:, 1] / 32).long()) * w + (uv[:, 0] / 32).long()
 
 
-def hidden_of(batch, cfg=TINY):
-    return mask_cells(batch.cameras, (2, 3), cfg, common.frame_generators(batch.seeds, torch.device("cpu")))
+def masked_of(batch, cfg=TINY):
+    return mask_cells(batch.cameras, (2, 3), cfg, common.frame_rngs(batch.seeds, torch.device("cpu")))
 
 
 # ---- cuts and masks ----
@@ -86,25 +86,25 @@ def test_cuts_show_enough_points_or_are_the_middle():
 
 
 def test_masks_hide_exactly_half_of_the_cells_of_some_pictures():
-    cfg, generators = Config(), [torch.Generator().manual_seed(i) for i in range(40)]
-    hidden = mask_cells(6, (7, 13), cfg, generators)
-    count = hidden.flatten(1).sum(1)
-    assert hidden.shape == (240, 7, 13) and set(count.tolist()) == {0, round(0.5 * 91)}
+    cfg, rngs = Config(), [torch.Generator().manual_seed(i) for i in range(40)]
+    masked = mask_cells(6, (7, 13), cfg, rngs)
+    count = masked.flatten(1).sum(1)
+    assert masked.shape == (240, 7, 13) and set(count.tolist()) == {0, round(0.5 * 91)}
     assert 0.4 < (count > 0).float().mean() < 0.6
-    assert 0.4 < hidden[count > 0].float().mean(0).min() + 0.1 and hidden[count > 0].float().mean(0).max() < 0.68            # every cell alike
-    assert torch.equal(mask_cells(6, (7, 13), cfg, [torch.Generator().manual_seed(3)]), hidden[18:24])                       # a frame's own stream
+    assert 0.4 < masked[count > 0].float().mean(0).min() + 0.1 and masked[count > 0].float().mean(0).max() < 0.68            # every cell alike
+    assert torch.equal(mask_cells(6, (7, 13), cfg, [torch.Generator().manual_seed(3)]), masked[18:24])                       # a frame's own stream
 
 
 def test_what_is_hidden_does_not_reach_the_network_and_its_change_is_not_seen(batch, model):
     model.eval()
-    hidden = hidden_of(batch)
-    cover = hidden.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
-    assert hidden.any() and not hidden.all()
+    masked = masked_of(batch)
+    cover = masked.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    assert masked.any() and not masked.all()
     other = torch.where(cover, 255 - batch.images, batch.images)
-    for a, b in zip(model.images_2d(batch.images, hidden), model.images_2d(other, hidden)):
+    for a, b in zip(model.images_2d(batch.images, masked), model.images_2d(other, masked)):
         assert torch.equal(a, b)
     visible = replace(batch, images=torch.where(cover, batch.images, 255 - batch.images))
-    shown = [model.images_2d(x.images, hidden)[1] for x in (batch, visible)]
+    shown = [model.images_2d(x.images, masked)[1] for x in (batch, visible)]
     assert not torch.equal(*shown)
     with torch.no_grad():
         terms, changed = model(batch)[1], model(replace(batch, images=other))[1]
@@ -133,12 +133,12 @@ def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
     point, image, uv, cell = model.pairs(batch)
     assert all(torch.equal(a, b) for a, b in zip((point, image, uv, cell), pairs_of(batch)))
     assert (batch.b_points[point] == image // 6).all() and len(torch.unique(point * 100 + image)) == len(point)
-    masked = hidden_of(batch).flatten()[cell]
-    shown = ~masked
-    assert shown.any() and masked.any()
-    chosen = common.at_most(TINY.pairs, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
-    assert len(chosen) == TINY.pairs == len(chosen.unique()) and not masked[chosen].any()
-    everything = common.at_most(10**6, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
+    masked_flat = masked_of(batch).flatten()[cell]
+    shown = ~masked_flat
+    assert shown.any() and masked_flat.any()
+    chosen = common.random_subset(TINY.pairs, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
+    assert len(chosen) == TINY.pairs == len(chosen.unique()) and not masked_flat[chosen].any()
+    everything = common.random_subset(10**6, shown.nonzero()[:, 0], torch.Generator().manual_seed(0))
     assert len(everything.unique()) == shown.sum()                                          # the release comes to two a camera
     with torch.no_grad():
         assert model.eval()(batch)[1]["distinct"] == 1
@@ -337,7 +337,7 @@ def test_every_loss_written_out(batch, model):
     model.eval()
     with torch.no_grad():
         L, terms = model(batch)
-        hidden = hidden_of(batch)
+        masked = masked_of(batch)
         codes, cfg = model.codebook.codes, TINY
 
         def nearest(x):
@@ -345,14 +345,14 @@ def test_every_loss_written_out(batch, model):
         f = model.lidar.point_features(model.lidar(batch.points, batch.b_points), batch.points, batch.b_points)
         F_3D, G_3D = F.normalize(model.shared_3d(f), dim=1), model.specific_3d(f)
         black = batch.images.clone()
-        for n, r, c in hidden.nonzero().tolist():
+        for n, r, c in masked.nonzero().tolist():
             black[n, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32] = 0
         c5 = model.teacher.stages(black)[-1]
         shared, G_2D = model.shared_2d(c5), model.specific_2d(c5)
         point, image, uv, cell = pairs_of(batch)
-        generators = common.frame_generators(batch.seeds, torch.device("cpu"))
-        mask_cells(batch.cameras, (2, 3), cfg, generators)
-        chosen = common.at_most(TINY.pairs, (~hidden.flatten()[cell]).nonzero()[:, 0], generators[0])
+        rngs = common.frame_rngs(batch.seeds, torch.device("cpu"))
+        mask_cells(batch.cameras, (2, 3), cfg, rngs)
+        chosen = common.random_subset(TINY.pairs, (~masked.flatten()[cell]).nonzero()[:, 0], rngs[0])
         p, q = F_3D[point[chosen]], []
         for n in chosen.tolist():
             u, v = uv[n].tolist()
@@ -366,22 +366,22 @@ def test_every_loss_written_out(batch, model):
             expected[name] = sum(0.25 * float(2 * (x[i] - codes[own[i]]).square().mean() + (x[i] - codes[other[i]]).square().mean()) for i in range(len(x))) / len(x)
         expected["agreement"] = sum(m == n for m, n in zip(a, b)) / len(a)
 
-        Z = torch.zeros(len(hidden), 64, 2, 3)
+        Z = torch.zeros(len(masked), 64, 2, 3)
         held = 0
-        for n, r, c in torch.cartesian_prod(torch.arange(len(hidden)), torch.arange(2), torch.arange(3)).tolist():
+        for n, r, c in torch.cartesian_prod(torch.arange(len(masked)), torch.arange(2), torch.arange(3)).tolist():
             value = codes[nearest(F.normalize(shared[n, :, r, c], dim=0))]
-            if hidden[n, r, c]:
+            if masked[n, r, c]:
                 mine = point[cell == (n * 2 + r) * 3 + c]
                 value = codes[nearest(F_3D[mine].mean(0))] if len(mine) else model.token
                 held += len(mine) > 0
             Z[n, :, r, c] = value + G_2D[n, :, r, c]
-        expected["covered"] = held / int(hidden.sum())
+        expected["covered"] = held / int(masked.sum())
         error, guess, count = 0.0, 0.0, 0
-        for n in hidden.flatten(1).any(1).nonzero()[:, 0].tolist():
+        for n in masked.flatten(1).any(1).nonzero()[:, 0].tolist():
             rebuilt = model.paint(F.interpolate(Z[n][None], size=(64, 96), mode="bilinear", align_corners=False))[0]
             picture = batch.images[n].float() / 255
-            mean = torch.stack([picture[:, 32 * r:32 * r + 32, 32 * c:32 * c + 32].mean((1, 2)) for r, c in (~hidden[n]).nonzero().tolist()]).mean(0)
-            for r, c in hidden[n].nonzero().tolist():
+            mean = torch.stack([picture[:, 32 * r:32 * r + 32, 32 * c:32 * c + 32].mean((1, 2)) for r, c in (~masked[n]).nonzero().tolist()]).mean(0)
+            for r, c in masked[n].nonzero().tolist():
                 window = np.s_[:, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
                 error += float((rebuilt[window] - picture[window]).square().sum())
                 guess += float((mean[:, None, None] - picture[window]).square().sum())
@@ -402,7 +402,7 @@ def test_every_loss_written_out(batch, model):
                         l1, known = l1 + abs(value - intensity), known + 1
         expected |= dict(L_occ=bce / edges, L_int=l1 / known, edges=edges,
                          chance_occ=-(ones * math.log(ones / edges) + (edges - ones) * math.log(1 - ones / edges)) / edges)
-        shown = ~hidden
+        shown = ~masked
         cells = [(shared[n, :, r, c], G_2D[n, :, r, c]) for n, r, c in shown.nonzero().tolist()]
         expected["L_orth"] = 0.0
         for rows in (list(zip(F_3D, G_3D)), cells):
@@ -436,7 +436,7 @@ REACH = dict(L_NCE={"trunk", "shared_3d", "shared_2d"}, L_c3D={"trunk", "shared_
 def test_which_loss_teaches_what(batch, frozen):
     """With a trained teacher, what reaches a head of the image reaches the teacher too; a frozen one is never reached."""
     torch.manual_seed(0)
-    model = Cmcr(TINY, GRID, frozen)
+    model = CMCR(TINY, GRID, frozen)
     for name, parts in REACH.items():
         model.zero_grad()
         model(batch)[1][name].backward()
@@ -446,20 +446,20 @@ def test_which_loss_teaches_what(batch, frozen):
 
 def test_the_reconstruction_reaches_the_points_through_the_replacement_alone(batch, model):
     """Gradient goes to the features of exactly the points that fall on a masked cell; without the replacement to none."""
-    hidden = hidden_of(batch)
+    masked = masked_of(batch)
     point, image, _, cell = pairs_of(batch)
     for without in ("", "replacement"):
         model.cfg = replace(TINY, without=without)
         shared = F.normalize(torch.randn(len(batch.points), 64), dim=1).requires_grad_()
-        _, F_2D, G_2D = model.images_2d(batch.images, hidden)
-        model.rebuild(hidden, F_2D, G_2D, shared, point, cell)[0].square().sum().backward()
+        _, F_2D, G_2D = model.images_2d(batch.images, masked)
+        model.rebuild(masked, F_2D, G_2D, shared, point, cell)[0].square().sum().backward()
         reached = set() if shared.grad is None else set(shared.grad.abs().sum(1).nonzero()[:, 0].tolist())
-        assert reached == (set(point[hidden.flatten()[cell]].tolist()) if not without else set()), without
+        assert reached == (set(point[masked.flatten()[cell]].tolist()) if not without else set()), without
 
 
 def test_a_frozen_teacher_stays_as_it_is(batch):
     torch.manual_seed(0)
-    model = Cmcr(TINY, GRID, frozen=True)
+    model = CMCR(TINY, GRID, frozen=True)
     before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):                                              # as a run that is taken up again does: no evaluation has called train() before
@@ -471,7 +471,7 @@ def test_a_frozen_teacher_stays_as_it_is(batch):
 
 @pytest.mark.parametrize("without, gone", [("replacement", "token"), ("codebook", "codebook"), ("specific", "specific")])
 def test_ablations_leave_nothing_idle(batch, without, gone):
-    model = Cmcr(replace(TINY, without=without), GRID, frozen=True)
+    model = CMCR(replace(TINY, without=without), GRID, frozen=True)
     assert not [name for name in model.state_dict() if name.startswith(gone)]
     loss, terms = model(batch)
     loss.backward()
@@ -483,7 +483,7 @@ def test_frames_without_points_or_masks_are_fine(world):
     full, empty = VIEWS(dataset.load(0), rng), VIEWS(data.select(dataset.load(1), np.zeros(0, np.int64)), rng)
     assert empty.extra["neighbours"].shape == (0, 32)
     for frames, share in (([full, empty], 0.7), ([empty], 1.0), ([full], 0.0)):
-        model = Cmcr(replace(TINY, mask_images=share), GRID, frozen=True)
+        model = CMCR(replace(TINY, mask_images=share), GRID, frozen=True)
         loss, terms = model(data.collate(frames, list(range(len(frames)))))
         loss.backward()
         assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -494,7 +494,7 @@ def test_frames_without_points_or_masks_are_fine(world):
 @pytest.mark.slow
 def test_one_scene_is_learned_by_heart(batch):
     torch.manual_seed(0)
-    model = Cmcr(replace(TINY, momentum=0.9), GRID, frozen=True)
+    model = CMCR(replace(TINY, momentum=0.9), GRID, frozen=True)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     first = None
     for _ in range(25):

@@ -315,11 +315,11 @@ def test_image_weights_are_torchvision_s_less_fc(depth):
 def test_hidden_pixels_and_padding_do_not_matter_and_seen_ones_do():
     torch.manual_seed(0)
     net, cells = common.CameraNet(18, 4, max_depth=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
-    images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
-    hidden[:, :, :32] = True
-    def volume(images, hidden=hidden, size=(48, 64)):
+    images, masked = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
+    masked[:, :, :32] = True
+    def volume(images, masked=masked, size=(48, 64)):
         batch = SimpleNamespace(images=images, hw=torch.tensor([size] * 4), lidar2img=pinhole(1, 4), size=1)
-        return net(batch, cells, hidden)[0]
+        return net(batch, cells, masked)[0]
     left, right = images.clone(), images.clone()
     left[..., :32], right[..., 32:] = 255 - left[..., :32], 255 - right[..., 32:]
     assert torch.equal(volume(images), volume(left)) and not torch.equal(volume(images), volume(right))
@@ -394,10 +394,10 @@ def test_padding_stays_hidden_where_a_mask_is_given():
     """Waymo's side pictures under CLAP's mask, which does not know where a picture ends."""
     torch.manual_seed(0)
     net, cells = common.CameraNet(18, 4, max_depth=6.0, bins=3).eval(), common.VoxelResNet(**GRID, width=2).cells[-1]
-    images, hidden = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
-    hidden[:, :16] = True
+    images, masked = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8), torch.zeros(4, 48, 64, dtype=torch.bool)
+    masked[:, :16] = True
     other = torch.cat([images[..., :32], 255 - images[..., 32:]], 3)
-    one, two = (net(SimpleNamespace(images=x, hw=torch.tensor([[48, 32]] * 4), lidar2img=pinhole(1, 4), size=1), cells, hidden)[0] for x in (images, other))
+    one, two = (net(SimpleNamespace(images=x, hw=torch.tensor([[48, 32]] * 4), lidar2img=pinhole(1, 4), size=1), cells, masked)[0] for x in (images, other))
     assert torch.equal(one, two) and one.any()
 
 
@@ -501,19 +501,20 @@ def test_learning_rate_schedule():
 
 
 def test_a_term_that_is_not_finite_is_named(tmp_path):
-    log = common.Log(tmp_path, 0, 0, 10, 1, torch.device("cpu"))
-    log(0, ["a"], loss=torch.tensor(1.0), L_x=torch.tensor(0.5))
+    cfg = SimpleNamespace(out=str(tmp_path), batch=1)
+    run = common.Run(cfg, 0, 1, 0, 10, torch.device("cpu"), "a test")
+    run.log(0, ["a"], loss=torch.tensor(1.0), L_x=torch.tensor(0.5))
     with pytest.raises(FloatingPointError, match=r"step 1, rank 0: L_x not finite on nuscenes/scene/token; nothing was updated"):
-        log(1, ["nuscenes/scene/token"], loss=torch.tensor(1.0), L_x=torch.tensor(float("nan")))
+        run.log(1, ["nuscenes/scene/token"], loss=torch.tensor(1.0), L_x=torch.tensor(float("nan")))
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0]
-    log.close()
-    common.Log(tmp_path, 0, 0, 10, 1, torch.device("cpu")).close()                      # resuming at step 0 drops what comes again
+    run.close()
+    common.Run(cfg, 0, 1, 0, 10, torch.device("cpu"), "a test").close()                      # resuming at step 0 drops what comes again
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_random_streams_belong_to_frames():
     seeds = torch.tensor([5, 2**61 + 7])
-    a, b = (torch.stack([torch.rand(3, generator=g) for g in common.frame_generators(s, torch.device("cpu"))]) for s in (seeds, seeds.flip(0)))
+    a, b = (torch.stack([torch.rand(3, generator=g) for g in common.frame_rngs(s, torch.device("cpu"))]) for s in (seeds, seeds.flip(0)))
     assert torch.equal(a, b.flip(0)) and not torch.equal(a[0], a[1])
 
 
@@ -528,10 +529,10 @@ def test_a_figure_shows_what_it_is_given(tmp_path):
 
 def test_some_rows_are_drawn_at_random_and_stay_in_order():
     rows = torch.arange(100, 400, 3)
-    drawn = torch.stack([common.at_most(30, rows, torch.Generator().manual_seed(seed)) for seed in range(300)])
+    drawn = torch.stack([common.random_subset(30, rows, torch.Generator().manual_seed(seed)) for seed in range(300)])
     assert (drawn.diff(dim=1) > 0).all() and torch.isin(drawn, rows).all()
     assert (torch.bincount(drawn.flatten(), minlength=400)[rows] / 300 - 0.3).abs().max() < 0.13                        # each as often; sd 0.026
-    assert torch.equal(common.at_most(30, rows, torch.Generator().manual_seed(7)), drawn[7]) and torch.equal(common.at_most(101, rows, torch.Generator()), rows)
+    assert torch.equal(common.random_subset(30, rows, torch.Generator().manual_seed(7)), drawn[7]) and torch.equal(common.random_subset(101, rows, torch.Generator()), rows)
 
 
 class Judge(torch.nn.Module):
@@ -610,11 +611,11 @@ def test_batch_norm_over_two_processes_is_that_of_the_joined_rows(server, tmp_pa
 
 
 def log_stop_and_score(rank, out):
-    log = common.Log(out, rank, 0, 10, 1, torch.device("cpu"))
-    log(3, ["a"], loss=torch.tensor(1.0 + 2 * rank), L_x=0.25 * rank)
-    log.asked = float(rank)                                                         # only one of the two was asked to stop
-    stop = log.stopping()
-    log.close()
+    run = common.Run(SimpleNamespace(out=out, batch=1), rank, 2, 0, 10, torch.device("cpu"), "a test")
+    run.log(3, ["a"], loss=torch.tensor(1.0 + 2 * rank), L_x=0.25 * rank)
+    run.asked = float(rank)                                                         # only one of the two was asked to stop
+    stop = run.interrupted()
+    run.close()
     return stop, common.evaluate(Judge(float(rank)), rows_of(3), "cpu")
 
 
@@ -664,7 +665,7 @@ def test_every_script_trains_in_bfloat16(script, three_frames, monkeypatch):
                    finetune=lambda: None, simipu=lambda: module.TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, (cfg.zoom_low, cfg.zoom_high)))[script]()
     batch = next(data.loader(dataset, "train", 1, augment=augment, prepare=prepare).begin_at(0))
     torch.manual_seed(0)
-    model = dict(clap=lambda: module.Clap(cfg, dataset.grid), cmcr=lambda: module.Cmcr(cfg, dataset.grid, False), simipu=lambda: module.SimIPU(cfg),
+    model = dict(clap=lambda: module.CLAP(cfg, dataset.grid), cmcr=lambda: module.CMCR(cfg, dataset.grid, False), simipu=lambda: module.SimIPU(cfg),
                  finetune=lambda: module.Detector(cfg, dataset.grid))[script]()
     exact = model(batch)[0]
     for place in {common, module}:

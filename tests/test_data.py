@@ -878,11 +878,11 @@ def test_wrong_root_names_the_right_one(world, tmp_path):
 
 def test_no_root_is_the_embedded_world_written_once(world, new_cache, monkeypatch, capsys):
     import synthetic
-    written = []
-    monkeypatch.setattr(synthetic, "write", lambda root: (written.append(root), clone(Path(world), Path(root))))
+    atomic_write = []
+    monkeypatch.setattr(synthetic, "write", lambda root: (atomic_write.append(root), clone(Path(world), Path(root))))
     for _ in range(2):
         assert data.open_dataset("", "small").version == "v1.0-embedded"
-    assert written == [new_cache / f"world-{synthetic.VERSION}"] and "writing the embedded world" in capsys.readouterr().out
+    assert atomic_write == [new_cache / f"world-{synthetic.VERSION}"] and "writing the embedded world" in capsys.readouterr().out
 
 
 # ---- KITTI: the fabricated folder, then the real frames ----

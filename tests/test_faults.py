@@ -122,13 +122,13 @@ def run(*words, **options):
 
 def terminate_at(module, step):
     """Fault: SIGTERM from outside in the middle of this step."""
-    stopping, steps = common.Log.stopping, itertools.count()
+    interrupted, steps = common.Run.interrupted, itertools.count()
 
     def asked(log):
         if next(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return stopping(log)
-    common.Log.stopping = asked
+        return interrupted(log)
+    common.Run.interrupted = asked
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def steps_logged(out):
 def kill_after(module, what):
     """Fault: SIGKILL once the second step has been logged, or has moved the weights."""
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    log, stopping, steps = common.Log.__call__, common.Log.stopping, itertools.count(1)
+    log, interrupted, steps = common.Run.log, common.Run.interrupted, itertools.count(1)
 
     def logged(self, step, names, prefix="", **terms):
         log(self, step, names, prefix, **terms)
@@ -201,8 +201,8 @@ def kill_after(module, what):
     def moved(self):
         if what == "update" and next(steps) == 2:
             kill()
-        return stopping(self)
-    common.Log.__call__, common.Log.stopping = logged, moved
+        return interrupted(self)
+    common.Run.log, common.Run.interrupted = logged, moved
 
 
 @pytest.mark.parametrize("script", ["simipu", "finetune"])
@@ -245,13 +245,13 @@ def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(server, folde
 
 def wait_for(module, gate):
     """Fault: every step waits until this file exists."""
-    stopping = common.Log.stopping
+    interrupted = common.Run.interrupted
 
     def held(log):
         while not Path(gate).exists():
             time.sleep(0.01)
-        return stopping(log)
-    common.Log.stopping = held
+        return interrupted(log)
+    common.Run.interrupted = held
 
 
 def test_a_folder_that_a_running_process_writes_is_refused_to_a_second_one(server, three_frames, tmp_path):
@@ -329,7 +329,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(server, three_frames, tmp_pa
 
 def never_stopping(module, _):
     """Fault: a step that does not end."""
-    common.Log.stopping = lambda log: time.sleep(1000)
+    common.Run.interrupted = lambda log: time.sleep(1000)
 
 
 def test_a_finished_run_is_left_as_it_is(folders, tmp_path):
@@ -398,12 +398,12 @@ def no_room(module, limit):
 
 def full_log(module, _):
     """Fault: the device of the log is full."""
-    enter = common.Log.__init__
+    enter = common.Run.__init__
 
     def full(log, *words):
         enter(log, *words)
         log.file = open("/dev/full", "w")
-    common.Log.__init__ = full
+    common.Run.__init__ = full
 
 
 @pytest.mark.parametrize("fault, told", [(no_room, "last.pt: could not be written ("), (full_log, "log.jsonl: step 3 could not be written (No space left on device)")])
@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_made_is_named(three_frames, tmp_path):
 
 def poison(module, where):
     """Fault: in the second step that is made here, the loss or the gradient is not finite."""
-    model = getattr(module, {"clap": "Clap", "finetune": "Detector"}[module.__name__])
+    model = getattr(module, {"clap": "CLAP", "finetune": "Detector"}[module.__name__])
     forward, steps = model.forward, itertools.count(1)
 
     def spoiled(self, *words):
@@ -455,8 +455,8 @@ def test_nan_ends_the_run_before_the_update(folders, tmp_path, script, where, to
 
 @pytest.mark.parametrize("script", ["simipu", "cmcr"])
 def test_every_method_looks_at_its_gradient(script):
-    """Each training loop logs the gradient's norm, which Log refuses if it is not finite, before the optimiser's step."""
-    loop = (ROOT / f"{script}.py").read_text().split("in log.batches(loader, first):")[1]
+    """Each training loop logs the gradient's norm, which Run refuses if it is not finite, before the optimiser's step."""
+    loop = (ROOT / f"{script}.py").read_text().split("in run.batches(loader, first):")[1]
     assert loop.index("norm = ") < loop.index("grad_norm=norm") < loop.index(".step()")
 
 
@@ -519,14 +519,14 @@ def test_contrast_on_two_processes_goes_on_when_one_has_no_point(server, method,
     frames = [dataset.load(i) for i in range(2)]
     full, bare = of.VIEWS(frames[0], rng), of.VIEWS(replace(frames[1], points=frames[1].points[:0]), rng)
     torch.manual_seed(0)
-    model = simipu.SimIPU(of.TINY) if method is simipu else cmcr.Cmcr(of.TINY, dataset.grid, False)
+    model = simipu.SimIPU(of.TINY) if method is simipu else cmcr.CMCR(of.TINY, dataset.grid, False)
     model.eval()
     apart = [data.collate([frame], [n]) for n, frame in enumerate((full, bare))]
     parts = on_two(server, a_frame_each, tmp_path, [(copy.deepcopy(model), apart), (copy.deepcopy(model).train(), apart)])
     for (loss, _, gradient), (other, _, same) in zip(*parts):
         assert loss.isfinite() and other.isfinite() and all(g.isfinite().all() and torch.equal(g, same[name]) for name, g in gradient.items())
     contrast = "L_intra" if method is simipu else "L_NCE"
-    alone = method.SimIPU(of.TINY).eval() if method is simipu else cmcr.Cmcr(of.TINY, dataset.grid, False).eval()
+    alone = method.SimIPU(of.TINY).eval() if method is simipu else cmcr.CMCR(of.TINY, dataset.grid, False).eval()
     alone.load_state_dict(model.state_dict())
     torch.testing.assert_close((parts[0][0][1][contrast] + parts[1][0][1][contrast]) / 2, alone(apart[0])[1][contrast].detach())
 
@@ -693,14 +693,14 @@ def found(*changes):
 
 def test_predictions_are_checked_before_they_are_scored():
     names = ["nuscenes/s/a", "nuscenes/s/b"]
-    finetune.check_found(found(), names)
+    finetune.check_predictions(found(), names)
     for wrong, error, told in (({names[0]: found()[names[0]]}, ValueError, "nuscenes/s/b: held out but not predicted"),
                                ({**found(), "nuscenes/s/c": found()[names[0]]}, ValueError, "nuscenes/s/c: predicted but not held out"),
                                (found((2, np.array([0.5, np.nan, 0.4], np.float32))), FloatingPointError, "nuscenes/s/b: 3 boxes predicted, 1 of them"),
                                (found((0, np.full((3, 9), np.inf, np.float32))), FloatingPointError, "3 of them with numbers that are not finite"),
                                (found((0, np.ones((501, 9))), (2, np.ones(501))), FloatingPointError, "501 boxes predicted.*at most 500")):
         with pytest.raises(error, match=told):
-            finetune.check_found(wrong, names)
+            finetune.check_predictions(wrong, names)
 
 
 def test_broken_weights_do_not_score_as_no_detections(three_frames):

@@ -141,7 +141,7 @@ def test_the_maps_answer_where_something_changes(batch, modality):
                 images[patch] = 255 - images[patch]
             changed = replace(batch, images=images)
         with torch.no_grad():
-            gap = sum((a[0] - b[0]).abs().sum(1) for a, b in zip(detector.maps(changed), detector.maps(batch)))            # (B, Y, X)
+            gap = sum((a[0] - b[0]).abs().sum(1) for a, b in zip(detector.predict_maps(changed), detector.predict_maps(batch)))            # (B, Y, X)
         y, x = divmod(int(gap[0].argmax()), gap.shape[2])
         if modality == "lidar":
             cell = encode(torch.tensor([[*place[:2], 0, 1, 1, 1, 0, 0, 0.]]) + torch.tensor([.5, .5, 0, 0, 0, 0, 0, 0, 0]), detector.cells)[0][0]
@@ -176,7 +176,7 @@ def test_gaussians_are_cornernets():
 def test_losses_written_out_in_loops(batch, model, monkeypatch):
     torch.manual_seed(1)
     maps = [(torch.randn(2, len(g), 64, 64), torch.randn(2, 10, 64, 64)) for g in model.groups]
-    monkeypatch.setattr(model, "maps", lambda batch: maps)
+    monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
     boxes = batch.boxes.clone()
     boxes[0, 7:] = torch.nan                                                            # an unknown velocity is not asked for
     given = replace(batch, boxes=boxes)
@@ -256,7 +256,7 @@ def test_peaks_are_of_three_by_three_cells_and_one_class(world, monkeypatch):
     for y, x, logit in ((20, 20, 9.), (21, 21, 8.), (19, 20, 8.), (20, 18, 7.), (23, 20, 6.)):            # of cars the second and third stand beside the first
         maps[0][0][1, 0, y, x] = logit
     maps[1][0][1, 0, 20, 20], maps[1][0][1, 1, 21, 20] = 5., 4.                             # neighbours of two classes
-    monkeypatch.setattr(model, "maps", lambda batch: maps)
+    monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
     (_, _, none), (boxes, labels, scores) = model.predict(batch)
     assert not (none > 0.5).any() and labels[scores > 0.5].tolist() == [0, 0, 0, 1, 2]
     cell = finetune.encode(boxes[:5], model.cells)[0]
@@ -279,7 +279,7 @@ def test_a_frame_is_predicted_alike_alone_and_among_others(world):
             module.momentum = 1.                                                            # the statistics of one step
     loaders = [data.loader(dataset, "val", batch, image=(48, 128)) for batch in (1, 3)]
     with torch.no_grad():
-        model.maps(next(iter(loaders[1].once())))
+        model.predict_maps(next(iter(loaders[1].once())))
     alone, among = (finetune.predict_all(model, loader, torch.device("cpu")) for loader in loaders)
     assert list(alone) == list(among) == [dataset.names[i] for i in dataset.split("val")]
     for i, name in zip(dataset.split("val"), alone):
@@ -415,7 +415,7 @@ def run(out, *flags):
 
 def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path, capsys):
     torch.manual_seed(0)
-    before = clap.Clap(clap.Config(preset="small", **{**clap.SMALL, "width": 4, "bins": 12}), GRID)
+    before = clap.CLAP(clap.Config(preset="small", **{**clap.SMALL, "width": 4, "bins": 12}), GRID)
     (tmp_path / "before").mkdir()
     for name, content in (("provenance.json", '[{"commit": "none"}]'), ("config.json", '{"preset": "small"}')):
         (tmp_path / "before" / name).write_text(content)
@@ -452,7 +452,7 @@ def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path, capsys):
 def stored(tmp_path):
     """A pre-training run's weights, its model and a detector to load them into."""
     cfg = clap.Config(preset="small", out=str(tmp_path), **{**clap.SMALL, "width": 4, "bins": 12})
-    before = clap.Clap(cfg, GRID)
+    before = clap.CLAP(cfg, GRID)
     (tmp_path / "provenance.json").write_text('[{"commit": "none"}]')
     clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
     return before

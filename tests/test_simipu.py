@@ -93,10 +93,10 @@ def test_sampling_reads_the_cell_a_point_falls_on_also_with_mixed_sizes(world, m
     assert len({frame.images[0].shape for frame in frames}) == 3
     mixed = data.collate(frames, [0, 1, 2])
 
-    def own_coordinates(images, hidden):
+    def own_coordinates(images, masked):
         count, _, H, W = images.shape
         assert H % 32 == W % 32 == 0
-        assert all(not shown[:h, :w].any() and shown.sum() == H * W - h * w for shown, (h, w) in zip(hidden, mixed.hw.tolist()))    # padding: the mean colour
+        assert all(not shown[:h, :w].any() and shown.sum() == H * W - h * w for shown, (h, w) in zip(masked, mixed.hw.tolist()))    # padding: the mean colour
         v, u = torch.meshgrid(torch.arange(H // 32) * 32. + 16, torch.arange(W // 32) * 32. + 16, indexing="ij")
         return [torch.stack([u, v]).expand(count, 2, -1, -1)]
     monkeypatch.setattr(model.camera, "stages", own_coordinates)
@@ -257,9 +257,9 @@ def test_pairs_stay_in_their_frame_and_either_direction_gives_the_same(batch, mo
     order = batch.extra["order"].view(2, -1)
     l_a, _, row_a = model.points(alpha, batch.extra["first_alpha"].view(2, -1))
     l_b, _, row_b = model.points(beta, batch.extra["first_beta"].view(2, -1))
-    j = model.pair(simipu.apply(T, l_a), l_b, row_a, order.gather(1, row_b))
+    j = model.pair(simipu.transform_points(T, l_a), l_b, row_a, order.gather(1, row_b))
     assert (j // 16 == torch.arange(32) // 16).all() and sorted(j.tolist()) == list(range(32))
-    back = simipu.apply(torch.linalg.inv(T), l_b)
+    back = simipu.transform_points(torch.linalg.inv(T), l_b)
     for b in range(2):
         cost = cdist(l_a[b], back[b])
         mine = cost[range(16), (j[b * 16:b * 16 + 16] - b * 16)].sum()
@@ -375,7 +375,7 @@ def test_two_views_draw_what_is_seen_in_range_and_mirror_the_pictures_with_the_c
     frame = data.open_dataset(world, "small").load(0, (48, 128))
     ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8), (48, 1))
     frame, matrices, sides = replace(frame, images=[np.stack([ramp] * 3)] * 6), frame.lidar2img, set()
-    outside = ~data.in_view(frame.points, matrices, [(48, 128)] * 6).any(0)
+    outside = ~data.visible_points(frame.points, matrices, [(48, 128)] * 6).any(0)
     assert outside.sum() > 100 and (abs(frame.points[~outside, :2]) > 25.6).any(1).sum() > 100
     for seed in range(12):
         view, again = VIEWS(frame, np.random.default_rng(seed)), np.random.default_rng(seed)
@@ -386,7 +386,7 @@ def test_two_views_draw_what_is_seen_in_range_and_mirror_the_pictures_with_the_c
         assert all((image[0, 0, 0] > image[0, 0, -1]) == mirrored for image in view.images)
         sides.add(mirrored)
         assert ((view.points[:, :3] > GRID.low) & (view.points[:, :3] < GRID.high)).all()
-        assert data.in_view(view.points, matrices, [(48, 128)] * 6).any(0).all()
+        assert data.visible_points(view.points, matrices, [(48, 128)] * 6).any(0).all()
         assert len(np.unique(view.points, axis=0)) == 256
     assert sides == {True, False}
 
@@ -425,7 +425,7 @@ def test_a_frame_that_shows_no_point_has_no_pair(world, model):
     dataset, rng = data.open_dataset(world, "small"), np.random.default_rng(0)
     empty = data.select(dataset.load(1, (48, 128)), np.zeros(0, np.int64))
     few = dataset.load(0, (48, 128))
-    few = data.select(few, np.flatnonzero(data.in_view(few.points, few.lidar2img, [(48, 128)] * 6).any(0))[:100])
+    few = data.select(few, np.flatnonzero(data.visible_points(few.points, few.lidar2img, [(48, 128)] * 6).any(0))[:100])
     frames = [VIEWS(few, rng), VIEWS(empty, rng)]
     assert 0 < len(np.unique(frames[0].points, axis=0)) <= 100 and len(frames[0].points) == 256                          # drawn with repetition
     mixed = data.collate(frames, [0, 1])
@@ -467,15 +467,15 @@ def test_two_scenes_are_learned_by_heart(batch):
 
 
 def test_directions_of_filters():
-    assert float(simipu.directions(torch.eye(6).view(6, 2, 3))) == pytest.approx(6) and float(simipu.directions(torch.ones(6, 4))) == pytest.approx(1)
+    assert float(simipu.effective_rank(torch.eye(6).view(6, 2, 3))) == pytest.approx(6) and float(simipu.effective_rank(torch.ones(6, 4))) == pytest.approx(1)
     weight = common.ResNet(18).resnet.conv1.weight
     values = torch.linalg.svdvals(weight.flatten(1).double()) ** 2
-    assert 35 < float(simipu.directions(weight)) == pytest.approx(float(values.sum() ** 2 / (values ** 2).sum()), rel=1e-4)
+    assert 35 < float(simipu.effective_rank(weight)) == pytest.approx(float(values.sum() ** 2 / (values ** 2).sum()), rel=1e-4)
 
 
 def test_floors_count_the_rows_that_share(batch):
-    assert simipu.log_repeats(torch.tensor([4, 4, 4, 7])).item() == pytest.approx(3 * math.log(3) / 4)
-    assert simipu.log_repeats(torch.arange(5)) == 0 and simipu.log_repeats(torch.arange(0)) == 0
+    assert simipu.log_multiplicity(torch.tensor([4, 4, 4, 7])).item() == pytest.approx(3 * math.log(3) / 4)
+    assert simipu.log_multiplicity(torch.arange(5)) == 0 and simipu.log_multiplicity(torch.arange(0)) == 0
 
 
 def test_rows_of_two_frames_share_no_point(world, model):
