@@ -1,37 +1,38 @@
-"""The embedded world: procedural streets, so that every command runs without a download.
+"""The embedded world: procedural streets, so that each command runs without a download.
 
     python synthetic.py ROOT                   # 24 + 8 scenes of 8 keyframes, 71 MB
     python synthetic.py ROOT --format waymo    # the same world in Waymo's layout
-    python synthetic.py ROOT --format kitti    # or in KITTI's, with the front camera only
+    python synthetic.py ROOT --format kitti    # or in KITTI's: the front camera only
 
-The world is written as a nuScenes folder, which takes about two minutes on two cores. It is a
-demonstration and a test bench, never evidence for the papers' numbers. Every modelling number
-in this file is [ours].
+The world is written as a nuScenes folder, which takes about two minutes on two cores.
+It is a demonstration and a test bench, never evidence for the papers' numbers. Every
+modelling number in this file is [ours].
 
 The sections stand in the order in which a world comes about:
 
-    things     what stands or moves in a street, built of solids: affine images of a cube, a
-               frustum or a ball
-    street     a straight or bent road, the light of day, the ground, houses and kerbs
-    traffic    compose: the things of a scene, and how they move without touching each other;
-               a pure function of (seed, index)
-    rays       cast: the nearest hit of rays with solids, culled by the rays that each solid can
-               cover; the LiDAR, the cameras and the sun all use it
-    LiDAR      sweep: 32 beams by 360 azimuths with noise, drop-outs and intensity
+    solids     affine images of a cube, a frustum or a ball
+    things     the catalogue of what stands or moves in a street, built of solids
+    street     a straight or bent road, the light of day, houses, kerbs, the ground
+    traffic    compose: the things of a scene and how they move without touching each
+               other; a pure function of (seed, index)
+    rays       cast: the nearest hit of rays with solids, culled by the rays that each
+               solid can cover; the LiDAR, the cameras and the sun all use it
+    LiDAR      sweep: 32 beams by 360 azimuths, with noise, drop-outs and intensity
     cameras    render: texture, sun and its shadows, sky, haze
-    scene      the files and the table rows of one scene
-    tables     write: the thirteen tables, .pcd.bin, .jpg and splits.json, version v1.0-embedded;
-               the same arguments give the same bytes
-    KITTI, Waymo    the same world in their layouts
+    scene      the .pcd.bin and .jpg files of one scene, and its table rows
+    tables     the thirteen tables and splits.json, version v1.0-embedded
+    layouts    the same world as KITTI's files, and as Waymo's
+    world      write: all of it; the same arguments give the same bytes
 
-Frames: a thing's own (x forward, y left, z up, z = 0 where it stands); the scene's plane (x along
-the road at s = 0, z up), in which everything is computed; the global frame, which is entered only
-when poses and boxes are written. Road coordinates are s (along the centre line) and l (to its
-left). Rotations are (3, 3) with local axes as columns; a2b (4, 4) maps a to b. Units are metres,
-radians and seconds; on disk, time is in nuScenes' microseconds.
+Frames: a thing's own (x forward, y left, z up, z = 0 where it stands); the scene's
+plane (x along the road at s = 0, z up), in which everything is computed; the global
+frame, which is entered only when poses and boxes are written. Road coordinates are s
+(along the centre line) and l (to its left). Rotations are (3, 3) with local axes as
+columns; a2b (4, 4) maps a to b. Units are metres, radians and seconds; on disk, time
+is in nuScenes' microseconds.
 
-Each sensor sees the world at its own time stamp. Within one sweep or image nothing moves. The
-shadows in all pictures of a frame are those of the sweep's moment.
+Each sensor sees the world at its own time stamp. Within one sweep or image nothing
+moves. The shadows in all pictures of a frame are those of the sweep's moment.
 """
 import argparse
 import hashlib
@@ -57,29 +58,32 @@ TABLES = "v1.0-embedded"
 
 # ---- solids -------------------------------------------------------------------------
 
-CUBE, FRUSTUM, BALL = range(3)                                            # kinds of solids
-PLAIN, WINDOWS, LEAVES, STRIPES, PANES, RIBS, BANDS = range(7)            # textures
-SIDEWAYS = Rotation.from_euler("x", 90, degrees=True).as_matrix()         # local z lies across
+# kinds of solids, and textures
+CUBE, FRUSTUM, BALL = range(3)
+PLAIN, WINDOWS, LEAVES, STRIPES, PANES, RIBS, BANDS = range(7)
+# a turn after which local z lies across
+SIDEWAYS = Rotation.from_euler("x", 90, degrees=True).as_matrix()
 
 
 class Solid(NamedTuple):
     """A unit shape, scaled by `half`, turned by `axes` and moved to `centre`.
 
-    The unit shapes are the cube [-1, 1]^3, a frustum of radius 1 and height 2, and a unit ball.
+    The unit shapes are the cube [-1, 1]^3, a frustum of radius 1 and height 2, and a
+    unit ball. At z = +1 the frustum's radius, or the cube's x and y, is 1 - taper.
     """
     kind: int
     centre: tuple
     half: tuple
     colour: tuple                  # linear albedo
     texture: int = PLAIN
-    taper: float = 0.0             # at z = +1 a frustum's radius, or a cube's x and y, is 1 - taper
+    taper: float = 0.0
     shine: float = 0.4             # LiDAR reflectance, 0 to 1
     axes: np.ndarray = np.eye(3)
 
 
 @dataclass(frozen=True)
 class World:
-    """P solids at one instant, in the scene's plane: Solid's fields as arrays, and the owners."""
+    """P solids at one instant, in the scene's plane: Solid's fields, and owners."""
     kind: np.ndarray
     centre: np.ndarray             # (P, 3)
     half: np.ndarray               # (P, 3)
@@ -163,13 +167,8 @@ PAINTS = [
     (.45, .4, .3),       # beige
 ]
 CLOTHES = [
-    (.55, .08, .08),
-    (.08, .12, .35),
-    (.1, .1, .1),
-    (.6, .6, .58),
-    (.1, .3, .15),
-    (.5, .4, .1),
-    (.35, .15, .35),
+    (.55, .08, .08), (.08, .12, .35), (.1, .1, .1), (.6, .6, .58),
+    (.1, .3, .15), (.5, .4, .1), (.35, .15, .35),
 ]
 TROUSERS = [(.05, .06, .15), (.04, .04, .04), (.25, .22, .18)]
 UNIFORMS = {
@@ -180,12 +179,8 @@ LOADS = [(.8, .8, .8), (.6, .6, .62), (.7, .68, .6), (.2, .3, .5)]
 SIGNS = [(.6, .03, .03), (.04, .15, .5), (.8, .65, .05)]
 BINS = [(.05, .25, .08), (.05, .1, .3), (.15, .15, .15)]
 WALLS = [
-    (.45, .3, .22),
-    (.6, .55, .45),
-    (.5, .5, .5),
-    (.62, .45, .3),
-    (.35, .2, .16),
-    (.7, .68, .62),
+    (.45, .3, .22), (.6, .55, .45), (.5, .5, .5),
+    (.62, .45, .3), (.35, .2, .16), (.7, .68, .62),
 ]
 BUS_PAINTS = PAINTS[3:5] + SIGNS + BINS[:1]
 SIZES = {                # metres; width, length and height are each drawn from a range
@@ -203,12 +198,12 @@ class Thing:
     At time t it is at (s + vs t, l + vl t) in road coordinates.
     """
     category: str                  # "" is clutter: drawn, never labelled
-    size: tuple                    # w, l, h; every solid of a labelled thing lies inside
+    size: tuple                    # w, l, h; the solids of a labelled thing lie inside
     solids: list
     attribute: str = ""
     s: float = 0.0
     l: float = 0.0
-    vs: float = 0.0                # along the centre line: the speed is vs (1 - curve l)
+    vs: float = 0.0                # on the centre line; the speed is vs (1 - curve l)
     vl: float = 0.0
     turn: float = 0.0              # heading against the road's
 
@@ -413,7 +408,7 @@ def wheelie_bin(rng):
 
 
 def clutter(rng):
-    """An unlabelled thing of object size: by shape alone, or by colour alone, one of the ten classes."""
+    """An unlabelled thing that by shape alone, or by colour alone, may be an object."""
     u = rng.uniform(.9, 1.1)
     box_colour = pick(rng, CLOTHES)
     container_colour = pick(rng, WALLS + BINS)
@@ -462,7 +457,8 @@ def tree(rng):
     else:
         for x, y, z in offsets:
             height = (h - 1.9 * r + z, h + z)
-            solids.append(pillar(r, height, tuple(colour), x=x, y=y, texture=LEAVES, kind=BALL))
+            solids.append(pillar(r, height, tuple(colour), x=x, y=y, texture=LEAVES,
+                                 kind=BALL))
     return Thing("", (1., 1., h), solids)
 
 
@@ -527,8 +523,7 @@ class Scene:
     speed: float                   # of the ego vehicle
     phase: float                   # of its weaving in the lane
     plane2world: np.ndarray        # (4, 4) float64
-    light: dict                    # sun: the direction to it, (3,);
-    #                                sunlight, skylight, zenith, horizon: linear colours, (3,)
+    light: dict                    # see draw_light
     things: list = field(default_factory=list)
     solids: World = None           # scenery in the plane, things each in its own frame
 
@@ -569,7 +564,7 @@ def to_road(curve, x, y):
 
 def ego2plane(scene, t):
     """Where the ego vehicle's rear axle is at time t: (4, 4)."""
-    rate = 2 * np.pi / 7                             # it weaves 25 cm to each side in 7 s
+    rate = 2 * np.pi / 7           # it weaves 25 cm to each side in 7 s
     wave = rate * t + scene.phase
     l = EGO_LANE + .25 * np.sin(wave)
     x, y, heading = to_plane(scene.curve, scene.speed * t, l)
@@ -577,7 +572,7 @@ def ego2plane(scene, t):
 
 
 def thing2plane(scene, thing, t):
-    """Where a thing is at time t: (4, 4). It stands 3 cm above the road: its box holds no ground."""
+    """Where a thing is at time t: (4, 4); 3 cm up, so that its box holds no ground."""
     s = thing.s + thing.vs * t
     l = thing.l + thing.vl * t
     x, y, heading = to_plane(scene.curve, s, l)
@@ -597,7 +592,11 @@ def world_at(scene, t):
 
 
 def draw_light(rng):
-    """Noon, evening, overcast or dusk, each a little different."""
+    """Noon, evening, overcast or dusk, each a little different.
+
+    -> sun: the direction to it, (3,); sunlight, skylight, zenith, horizon: linear
+       colours, (3,)
+    """
     chances = [day.chance for day in DAYLIGHTS.values()]
     day = list(DAYLIGHTS.values())[rng.choice(4, p=chances)]
     up = np.radians(rng.uniform(*day.elevation))
@@ -623,7 +622,8 @@ def draw_street(rng, index):
     x, y = rng.uniform(300, 1500, 2)
     plane2world = pose((x, y, 0), rng.uniform(-np.pi, np.pi))
     light = draw_light(rng)
-    return Scene(f"embedded-{index:04d}", curve, crossing, speed, phase, plane2world, light)
+    name = f"embedded-{index:04d}"
+    return Scene(name, curve, crossing, speed, phase, plane2world, light)
 
 
 def houses(scene, rng, side):
@@ -641,12 +641,14 @@ def houses(scene, rng, side):
         if clear and rng.random() < .8:
             x, y, heading = to_plane(scene.curve, middle, side * (front + deep / 2))
             axes = about_z(heading)
+            centre = (x, y, high / 2)
             half = (wide / 2, deep / 2, high / 2)
-            solids.append(Solid(CUBE, (x, y, high / 2), half, wall, WINDOWS, axes=axes))
+            solids.append(Solid(CUBE, centre, half, wall, WINDOWS, axes=axes))
             if high < 6:                             # a pitched roof
-                tiles = (.3, .12, .08)
+                centre = (x, y, high + .9)
                 half = (wide / 2 + .3, deep / 2 + .3, .9)
-                solids.append(Solid(CUBE, (x, y, high + .9), half, tiles, taper=.75, axes=axes))
+                tiles = (.3, .12, .08)
+                solids.append(Solid(CUBE, centre, half, tiles, taper=.75, axes=axes))
         s += wide + rng.uniform(.5, 5)
     return solids
 
@@ -667,13 +669,17 @@ def speckle(*cells):
     """A number in [0, 1) for each integer cell: (N,) arrays -> (N,)."""
     h = np.zeros(np.shape(cells[0]), np.uint32)
     for cell in cells:
-        h = (h ^ np.floor(cell).astype(np.int64).astype(np.uint32)) * np.uint32(0x9E3779B1)
+        number = np.floor(cell).astype(np.int64).astype(np.uint32)
+        h = (h ^ number) * np.uint32(0x9E3779B1)
         h ^= h >> np.uint32(15)
     return (h * np.uint32(0x85EBCA77) >> np.uint32(8)) / 2.0 ** 24
 
 
 def ground_colour(scene, x, y):
-    """Asphalt, markings, pavement, grass: x, y (N,) -> albedo (N, 3), LiDAR reflectance (N,)."""
+    """Asphalt, markings, pavement, grass.
+
+    x, y (N,) -> albedo (N, 3), LiDAR reflectance (N,)
+    """
     s, l = to_road(scene.curve, x, y)
     across = abs(s - scene.crossing)
     side = abs(l)
@@ -685,11 +691,11 @@ def ground_colour(scene, x, y):
     line = middle_line | lane_line | edge_line
     zebra = (abs(across - 6.6) < 1.4) & (side < HALF_ROAD - .4) & (l % 1.1 < .55)
     paint = road & (line & (across > 8) | zebra)
-    joint = pavement & ((s % 1 < .06) | (l % 1 < .06))                    # between flagstones
+    joint = pavement & ((s % 1 < .06) | (l % 1 < .06))         # between flagstones
     coarse = speckle(s / 3.1, l / 2.3)
     fine = speckle(s / .12, l / .12)
     patch = .85 + .15 * coarse + .3 * (fine - .5)
-    kinds = [paint, road, pavement]                  # the first that holds; none is grass
+    kinds = [paint, road, pavement]                  # the first that holds, else grass
     colours = [[.75, .75, .72], [.16, .16, .165], [.42, .4, .37]]
     grass = [.13, .22, .06]
     albedo = np.select([kind[:, None] for kind in kinds], colours, grass)
@@ -725,12 +731,12 @@ class Way(NamedTuple):
 
 
 class Planner:
-    """Places things in a scene so that none ever touches another, nor the ego vehicle."""
+    """Places things in a scene so that none ever touches another or the ego vehicle."""
 
     def __init__(self, scene, rng, frames):
         self.scene = scene
         self.rng = rng
-        self.end = scene.speed * .5 * frames         # the ego vehicle goes from s = 0 to here
+        self.end = scene.speed * .5 * frames         # of the ego vehicle, from s = 0
         instants = max(12, 3 * frames // 2)
         self.times = np.linspace(-.1, .5 * frames, instants)
         ego = Way(scene.speed * self.times + 1.3, np.full(instants, EGO_LANE), 2.9, 1.3)
@@ -767,7 +773,7 @@ class Planner:
             thing.attribute = "vehicle.moving" if moves else "vehicle.parked"
 
     def add(self, number, make, spot, gap=.35, **options):
-        """Make a number of things, and place each at one of up to 30 spots drawn for it."""
+        """Make a number of things, and draw up to 30 spots for each until it fits."""
         for _ in range(number):
             thing = make(self.rng, **options)
             for _ in range(30):
@@ -777,7 +783,7 @@ class Planner:
     # spots; traffic keeps to the right
 
     def between(self, before, beyond):
-        """A place from `before` (m) to `beyond` metres past the end of the ego vehicle's way."""
+        """s, from `before` to `beyond` metres past the end of the ego vehicle's way."""
         return self.rng.uniform(before, self.end + beyond)
 
     def parking(self):
@@ -849,7 +855,8 @@ def add_vehicles(planner, rng, rare):
     planner.add(rng.integers(0, 2), truck, planner.driving)
     planner.add(rng.integers(0, 2) + rare[1], motorcycle, planner.driving, ridden=True)
     planner.add(rng.integers(0, 2), motorcycle, planner.pavement)
-    planner.add(rng.integers(0, 2) + rare[2], bicycle, planner.cycling, gap=.1, ridden=True)
+    planner.add(rng.integers(0, 2) + rare[2], bicycle, planner.cycling, gap=.1,
+                ridden=True)
     planner.add(rng.integers(1, 3), bicycle, planner.pavement)
     planner.add(rng.integers(2, 5), car, planner.driving)
     planner.add(rng.integers(5, 10), car, planner.parking)
@@ -876,17 +883,18 @@ def add_trees_and_lamps(planner, rng):
             if rng.random() < .65:
                 make = tree if rng.random() < .6 else lamp_post
                 thing = make(rng)
-                turn = 0 if side > 0 else np.pi      # a lamp's arm reaches over the road
-                planner.place(thing, Spot(s + rng.uniform(-2, 2), side * 7.1, turn=turn))
+                turn = 0 if side > 0 else np.pi      # a lamp's arm is over the road
+                shift = rng.uniform(-2, 2)
+                planner.place(thing, Spot(s + shift, side * 7.1, turn=turn))
 
 
 def compose(seed, index, frames=8):
-    """Scene number `index` of world `seed`: road, light, houses, things and their motion."""
+    """Scene number `index` of world `seed`: road, light, houses, things, motion."""
     rng = np.random.default_rng((seed, index))
     scene = draw_street(rng, index)
     planner = Planner(scene, rng, frames)
-    # Four groups of rare classes: digger and bus, barrier and motorcycle, cone and bicycle, trailer.
-    # Each is in three scenes of four, and in others by chance.
+    # Four groups of rare classes: digger and bus, barrier and motorcycle, cone and
+    # bicycle, trailer. Each is in three scenes of four, and in others by chance.
     rare = [int((index + k) % 4 != 0 or rng.random() < .5) for k in range(4)]
     add_road_works(planner, rng, rare)
     add_vehicles(planner, rng, rare)
@@ -972,7 +980,7 @@ def hit_frustum(o, d, taper):
 
 
 def first_between_caps(o, d, quadratic, caps):
-    """The least positive t on a mantle or on the caps that close it at z = -1 and z = 1.
+    """The least positive t on a mantle, or on its caps at z = -1 and z = 1.
 
     quadratic: a, b, c of a t^2 + 2 b t + c = 0, the mantle; caps: their radii squared
     """
@@ -994,11 +1002,11 @@ def first_between_caps(o, d, quadratic, caps):
 def cast(world, origin, rays, rects=None, ground=True):
     """The nearest surface along each ray.
 
-    origin (3,); rays (H, W, 3) of any length; rects (P, 4) int: from row, to row, from column,
-    to column (modulo W) of the rays that may hit each solid, None for all
+    origin (3,); rays (H, W, 3) of any length; rects (P, 4) int: from row, to row, from
+    column, to column (modulo W) of the rays that may hit each solid, None for all
     -> distance (H, W) in lengths of a ray, inf for none;
        ids (H, W): the solid, GROUND or NOTHING;
-       touched: for each solid the flat indices of all rays that meet it, seen or occluded
+       touched: for each solid the flat indices of all rays that meet it, seen or not
     """
     H, W = rays.shape[:2]
     P = len(world.kind)
@@ -1034,7 +1042,9 @@ def corners(world):
 
 def surface(world, ids, xyz):
     """What was hit: ids (N,) of solids, xyz (N, 3)
-    -> normals (N, 3) in the plane; normals (N, 3) and xyz (N, 3) in the solid's axes."""
+
+    -> normals (N, 3) in the plane; normals (N, 3) and xyz (N, 3) in the solid's axes
+    """
     axes = world.axes[ids]
     half = world.half[ids]
     kind = world.kind[ids][:, None]
@@ -1048,9 +1058,9 @@ def surface(world, ids, xyz):
 
 
 def cube_normals(unit, taper):
-    """The side on which points (N, 3) of a tapered unit cube lie: its normals (N, 3)."""
+    """Normals (N, 3) of the sides of a unit cube on which points (N, 3) lie."""
     normals, offsets = cube_sides(taper)
-    reach = np.einsum("nsi,ni->ns", normals, unit) - offsets               # 0 on their side
+    reach = np.einsum("nsi,ni->ns", normals, unit) - offsets   # 0 on their side
     return normals[np.arange(len(unit)), reach.argmax(1)]
 
 
@@ -1068,9 +1078,9 @@ def frustum_normals(unit, taper):
 
 # ---- LiDAR --------------------------------------------------------------------------
 
-LIDAR_MOUNT = (0.94, 0.0, 1.84)                      # metres, in the ego frame
-LIDAR_AXES = np.array([[0, 1, 0], [-1, 0, 0], [0, 0, 1]])                 # x right, y forward
-REACH = 70.0                                         # metres
+LIDAR_MOUNT = (0.94, 0.0, 1.84)    # metres, in the ego frame
+REACH = 70.0                       # metres
+LIDAR_AXES = np.array([[0, 1, 0], [-1, 0, 0], [0, 0, 1]])  # x right, y forward
 
 
 def beam_elevations(beams):
@@ -1078,7 +1088,10 @@ def beam_elevations(beams):
 
 
 def beam_rays(elevations, azimuths):
-    """Unit rays of one turn in the LiDAR's axes, clockwise from the front: (beams, azimuths, 3)."""
+    """Unit rays of one turn in the LiDAR's axes, clockwise from the front.
+
+    -> (beams, azimuths, 3)
+    """
     angles = 2 * np.pi * np.arange(azimuths) / azimuths
     up, turn = np.meshgrid(elevations, angles, indexing="ij")
     x = np.cos(up) * np.sin(turn)
@@ -1087,7 +1100,7 @@ def beam_rays(elevations, azimuths):
 
 
 def beam_rects(world, lidar2plane, elevations, azimuths):
-    """-> (P, 4), the beams and azimuth steps that each solid can cover, for cast.
+    """The beams and azimuth steps that each solid can cover, for cast: (P, 4).
 
     They follow from its axis-parallel bounds in the LiDAR frame.
     """
@@ -1133,10 +1146,10 @@ def sweep(world, scene, lidar2plane, roof, beams, azimuths, rng):
     rects = beam_rects(world, lidar2plane, elevations, azimuths)
     distance, ids, _ = cast(world, origin, rays, rects)
     own, _, _ = cast(roof, origin, rays, ground=False)
-    clear = distance < own                           # not stopped by the own roof
+    clear = distance < own                           # not stopped by its own roof
     shine, cosine = echoes(world, scene, origin, rays, distance, ids, clear)
     distance = np.minimum(distance, own)
-    echo = shine * np.sqrt(cosine) * np.exp(-distance / 45)                # what returns, 0 to 1
+    echo = shine * np.sqrt(cosine) * np.exp(-distance / 45)    # what returns, 0 to 1
     lost = .02 + .5 * np.exp(-echo / .012)           # by chance; or dark, far or grazed
     keep = (distance < REACH) & (rng.random(ids.shape) > lost)
     noisy = np.where(keep, distance, 0) + rng.normal(0, .015, ids.shape)
@@ -1144,13 +1157,13 @@ def sweep(world, scene, lidar2plane, roof, beams, azimuths, rng):
     ring = np.broadcast_to(np.arange(beams)[:, None], ids.shape)
     columns = [local * noisy[..., None], intensity[..., None], ring[..., None]]
     points = np.concatenate(columns, -1)
-    return points.transpose(1, 0, 2)[keep.T].astype(np.float32)            # as they are fired
+    return points.transpose(1, 0, 2)[keep.T].astype(np.float32)  # as they are fired
 
 
 def echoes(world, scene, origin, rays, distance, ids, clear):
-    """Reflectance and cosine of incidence (H, W) of what the rays hit, where they are clear.
+    """Reflectance and cosine of incidence (H, W) of what the clear rays hit.
 
-    Elsewhere both are those of the own roof.
+    Elsewhere both are those of the vehicle's own roof.
     """
     shine = np.full(ids.shape, .5)
     cosine = np.full(ids.shape, .6)
@@ -1182,7 +1195,8 @@ CAMERAS = {
     "CAM_BACK_LEFT": Camera(110, 68, (1.04, 0.48, 1.59), 700),
     "CAM_FRONT_LEFT": Camera(55, 68, (1.52, 0.49, 1.51), -42_100),
 }
-CAMERA_AXES = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])               # x right, y down, z forward
+# x right, y down, z forward
+CAMERA_AXES = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
 
 def pinhole(focal, u, v):
@@ -1198,14 +1212,14 @@ def pixel_rays(camera2plane, K, hw):
 
 
 def pixel_rects(world, camera2plane, K, hw):
-    """-> (P, 4), the rows and columns that each solid can cover in a pinhole image, for cast.
+    """The rows and columns that each solid can cover in an image, for cast: (P, 4).
 
-    They are all rows and columns for one that reaches behind the lens.
+    A solid that reaches behind the lens can cover all.
     """
     height, width = hw
-    local = (corners(world) - camera2plane[:3, 3]) @ camera2plane[:3, :3]                # (P, 8, 3)
-    xy = local[..., :2]
-    depth = local[..., 2:]
+    local = (corners(world) - camera2plane[:3, 3]) @ camera2plane[:3, :3]
+    xy = local[..., :2]                              # (P, 8, 2)
+    depth = local[..., 2:]                           # (P, 8, 1)
     focal = K[[0, 1], [0, 1]]
     middle = K[:2, 2]
     size = np.array([width, height])
@@ -1224,7 +1238,10 @@ def pixel_rects(world, camera2plane, K, hw):
 
 
 def solid_colour(world, ids, normal, local):
-    """Textures: ids (N,), normals and coordinates (N, 3) in the solid's axes -> albedo (N, 3)."""
+    """Textures.
+
+    ids (N,); normals (N, 3) and coordinates (N, 3) in the solid's axes -> albedo (N, 3)
+    """
     colour = world.colour[ids]
     texture = world.texture[ids]
     half_height = world.half[ids, 2]
@@ -1236,8 +1253,8 @@ def solid_colour(world, ids, normal, local):
     house = (texture == WINDOWS) & upright
     glow = speckle(u / 2.6, z / 3, ids)[:, None]     # one number a window
     window = house & (abs(u / 2.6 % 1 - .5) < .23) & (abs(z / 3 % 1 - .54) < .24)
-    pane = np.where(glow < .12, [.75, .6, .3], [.05, .07, .1] + .15 * glow)              # some are lit
-    colour[window] = pane[window]
+    some_lit = np.where(glow < .12, [.75, .6, .3], [.05, .07, .1] + .15 * glow)
+    colour[window] = some_lit[window]
     colour[house & (z < .5)] *= .6
 
     leaves = texture == LEAVES
@@ -1272,7 +1289,7 @@ def shadow_map(world, scene, middle, size=560, span=112.0):
 
 
 def lit(shadows, xyz, margin=.25):
-    """1 where the sun reaches xyz (N, 3), else 0; nothing is in shadow outside the map."""
+    """1 where the sun reaches xyz (N, 3), else 0; outside the map it always does."""
     sun2plane, K, depth = shadows
     local = (xyz - sun2plane[:3, 3]) @ sun2plane[:3, :3]
     uv = K[[0, 1], [0, 1]] * local[:, :2] / local[:, 2:] + K[:2, 2]
@@ -1291,7 +1308,10 @@ def sky(light, d, length):
 
 
 def materials(world, scene, ids, xyz):
-    """What lies at xyz (N, 3), of ids (N,) -> albedo (N, 3), normals (N, 3); 0 for NOTHING."""
+    """What lies at xyz (N, 3), of ids (N,).
+
+    -> albedo (N, 3), normals (N, 3); 0 for NOTHING
+    """
     albedo = np.zeros_like(xyz)
     normal = np.zeros_like(xyz)
     ground = np.flatnonzero(ids == GROUND)
@@ -1331,11 +1351,11 @@ def render(world, scene, camera2plane, K, hw, shadows, rng):
 
 # ---- one scene: its files and its table rows ----------------------------------------
 
-PERIOD = 500_000                                     # microseconds between keyframes
-EPOCH = 1_600_000_000_000_000                        # microseconds: the first scene starts
-SCENE_EVERY = 60_000_000                             # microseconds from scene to scene
-LABEL_REACH = 60.0                                   # metres from the ego vehicle
-VISIBILITY = {                                       # per cent of a thing's pixels that show it
+PERIOD = 500_000                   # microseconds between keyframes
+EPOCH = 1_600_000_000_000_000      # microseconds: the first scene starts
+SCENE_EVERY = 60_000_000           # microseconds from scene to scene
+LABEL_REACH = 60.0                 # metres from the ego vehicle
+VISIBILITY = {                     # per cent of a thing's pixels that show it
     "1": (0, 40),
     "2": (40, 60),
     "3": (60, 80),
@@ -1350,6 +1370,11 @@ def token(*names):
 def wxyz(rotation):
     """A rotation matrix as nuScenes' quaternion, real part first."""
     return Rotation.from_matrix(rotation).as_quat()[[3, 0, 1, 2]].tolist()
+
+
+def visibility(percent):
+    """nuScenes' number of the highest range whose lower end is reached."""
+    return max(number for number, (low, _) in VISIBILITY.items() if percent >= low)
 
 
 def calibration(rng, channel, hw):
@@ -1370,7 +1395,10 @@ def calibration(rng, channel, hw):
 
 
 def count_inside(points, sensor2world, translation, size, yaw):
-    """How many points (N, 3), float32 as written, lie strictly inside a global box of size w, l, h."""
+    """How many points lie strictly inside a global box.
+
+    points (N, 3), float32 as written; size: w, l, h
+    """
     w, l, h = size
     world = points.astype(np.float64) @ sensor2world[:3, :3].T + sensor2world[:3, 3]
     local = (world - translation) @ about_z(yaw)
@@ -1387,7 +1415,7 @@ class Sweep(NamedTuple):
 
 
 class Recorder:
-    """Drives through one scene, writes its sweeps and pictures, and collects its table rows."""
+    """Drives through one scene, writes its files, and collects its table rows."""
 
     def __init__(self, root, seed, index, frames, beams, azimuths, image):
         self.root = root
@@ -1402,10 +1430,10 @@ class Recorder:
         self.sensors = {}
         for channel in ("LIDAR_TOP", *CAMERAS):
             self.sensors[channel] = calibration(self.rng, channel, image)
-        # two of 32 beams meet the roof
-        self.roof = stack([Solid(FRUSTUM, (.94, 0, 1.4), (.555, .555, .14), STEEL)], [-1])
+        roof = Solid(FRUSTUM, (.94, 0, 1.4), (.555, .555, .14), STEEL)
+        self.roof = stack([roof], [-1])              # two of 32 beams meet it
         self.rows = {}                               # table -> its rows
-        self.tracks = {}                             # index of a thing -> its annotations
+        self.tracks = {}                             # thing's index -> its annotations
 
     def key(self, *names):
         return token(self.seed, self.scene.name, *names)
@@ -1418,7 +1446,7 @@ class Recorder:
         self.rows.setdefault(table, []).append(row)
 
     def record(self):
-        """-> rows {table: [row]}"""
+        """Drive through the scene. -> rows {table: [row]}"""
         self.add_sensors()
         for k in range(self.frames):
             moment = k * PERIOD + int(self.rng.integers(-2000, 2000))
@@ -1448,7 +1476,10 @@ class Recorder:
                  scene_token=self.key("scene"))
 
     def add_data(self, k, channel, stamp, ego2world, ending, hw):
-        """The rows of one file, written at `stamp` after the scene's start. -> its path below root"""
+        """Add the rows of one file, `stamp` microseconds after the scene's start.
+
+        -> the path of the file below root
+        """
         name = self.scene.name
         time = self.start + stamp
         path = f"samples/{channel}/{name}__{channel}__{time}.{ending}"
@@ -1480,13 +1511,17 @@ class Recorder:
         ego2world = scene.plane2world @ ego
         path = self.add_data(k, "LIDAR_TOP", moment, ego2world, "pcd.bin", (0, 0))
         roof = replace(self.roof, centre=self.roof.centre @ ego[:3, :3].T + ego[:3, 3])
-        points = sweep(world, scene, ego @ sensor2ego, roof, self.beams, self.azimuths, self.rng)
+        points = sweep(world, scene, ego @ sensor2ego, roof, self.beams, self.azimuths,
+                       self.rng)
         points.tofile(self.root / path)
         shadows = shadow_map(world, scene, ego[:2, 3])
         return Sweep(points, ego2world @ sensor2ego, ego, shadows)
 
     def write_pictures(self, k, moment, shadows):
-        """-> for each thing, in all pictures: the pixels that show it, those that would alone"""
+        """Write the pictures of all cameras.
+
+        -> for each thing, how many pixels show it, and how many would if it were alone
+        """
         scene = self.scene
         shown = np.zeros(len(scene.things))
         whole = np.zeros(len(scene.things))
@@ -1495,9 +1530,10 @@ class Recorder:
             stamp = moment + CAMERAS[channel].delay
             world = world_at(scene, stamp / 1e6)
             ego = ego2plane(scene, stamp / 1e6)
-            path = self.add_data(k, channel, stamp, scene.plane2world @ ego, "jpg", self.image)
-            picture, ids, touched = render(world, scene, ego @ sensor2ego, K, self.image,
-                                           shadows, self.rng)
+            ego2world = scene.plane2world @ ego
+            path = self.add_data(k, channel, stamp, ego2world, "jpg", self.image)
+            picture, ids, touched = render(world, scene, ego @ sensor2ego, K,
+                                           self.image, shadows, self.rng)
             Image.fromarray(picture).save(self.root / path, quality=90)
             owners = world.owner[ids[ids >= 0]]
             shown += np.bincount(owners[owners >= 0], minlength=len(shown))
@@ -1518,14 +1554,16 @@ class Recorder:
             centre = thing2world[:3, 3] + [0, 0, size[2] / 2]
             yaw = np.arctan2(thing2world[1, 0], thing2world[0, 0])
             percent = 100 * shown[i] / max(whole[i], 1)
-            reached = [number for number, (low, _) in VISIBILITY.items() if percent >= low]
-            attributes = [token("attribute", thing.attribute)] if thing.attribute else []
-            inside = count_inside(swept.points[:, :3], swept.lidar2world, centre, size, yaw)
+            attributes = []
+            if thing.attribute:
+                attributes.append(token("attribute", thing.attribute))
+            inside = count_inside(swept.points[:, :3], swept.lidar2world, centre, size,
+                                  yaw)
             self.tracks.setdefault(i, []).append(dict(
                 token=self.key("annotation", i, k),
                 sample_token=self.key("sample", k),
                 instance_token=self.key("instance", i),
-                visibility_token=max(reached),
+                visibility_token=visibility(percent),
                 attribute_tokens=attributes,
                 translation=centre.tolist(),
                 size=size,
@@ -1536,7 +1574,7 @@ class Recorder:
                 num_radar_pts=0))
 
     def add_instances(self):
-        """Link the annotations of each thing, in the order in which things first appeared."""
+        """Link the annotations of each thing; things in the order of their first."""
         self.rows["sample_annotation"] = []
         for i, track in self.tracks.items():
             for before, after in zip(track, track[1:]):
@@ -1570,14 +1608,9 @@ class Recorder:
 # ---- nuScenes' tables ---------------------------------------------------------------
 
 ATTRIBUTES = [
-    "vehicle.moving",
-    "vehicle.stopped",
-    "vehicle.parked",
-    "cycle.with_rider",
-    "cycle.without_rider",
-    "pedestrian.standing",
-    "pedestrian.moving",
-    "pedestrian.sitting_lying_down",
+    "vehicle.moving", "vehicle.stopped", "vehicle.parked",
+    "cycle.with_rider", "cycle.without_rider",
+    "pedestrian.standing", "pedestrian.moving", "pedestrian.sitting_lying_down",
 ]
 CATEGORIES = [
     "human.pedestrian.adult",
@@ -1609,16 +1642,17 @@ def shared_tables():
     sensors = []
     for channel in (*CAMERAS, "LIDAR_TOP"):
         modality = "camera" if channel in CAMERAS else "lidar"
-        sensors.append(dict(token=token("sensor", channel), channel=channel, modality=modality))
-    visibility = []
+        key = token("sensor", channel)
+        sensors.append(dict(token=key, channel=channel, modality=modality))
+    levels = []
     for number, (low, high) in VISIBILITY.items():
         text = f"{low} to {high} % of the object is visible"
-        visibility.append(dict(token=number, level=f"v{low}-{high}", description=text))
+        levels.append(dict(token=number, level=f"v{low}-{high}", description=text))
     return {
         "attribute": named_rows("attribute", ATTRIBUTES),
         "category": categories,
         "sensor": sensors,
-        "visibility": visibility,
+        "visibility": levels,
     }
 
 
@@ -1631,8 +1665,11 @@ def write_tables(root, seed, train):
     tables.update(shared_tables())
     picture = f"maps/{token(seed, 'map')}.png"       # the devkit expects a file
     Image.new("L", (16, 16)).save(root / picture)
-    tables["map"] = [dict(category="semantic_prior", token=token(seed, "map"), filename=picture,
-                          log_tokens=[log["token"] for log in tables["log"]])]
+    tables["map"] = [dict(
+        category="semantic_prior",
+        token=token(seed, "map"),
+        filename=picture,
+        log_tokens=[log["token"] for log in tables["log"]])]
     names = [scene["name"] for scene in tables["scene"]]
     tables["splits"] = {"embedded_train": names[:train], "embedded_val": names[train:]}
     for table, rows in tables.items():
@@ -1735,8 +1772,15 @@ class Tables:
         kind = self.categories[category]["name"].split(".")[1]
         yaw = 2 * np.arctan2(row["rotation"][3], row["rotation"][0])
         w, l, h = row["size"]
-        return Label(kind, row["instance_token"], np.array(row["translation"]), np.array([l, w, h]),
-                     yaw, row["num_lidar_pts"], int(row["visibility_token"]), velocity)
+        return Label(
+            kind=kind,
+            instance=row["instance_token"],
+            centre=np.array(row["translation"]),
+            size=np.array([l, w, h]),
+            yaw=yaw,
+            points=row["num_lidar_pts"],
+            visibility=int(row["visibility_token"]),
+            velocity=velocity)
 
     def time(self, annotation):
         return self.samples[annotation["sample_token"]]["timestamp"]
@@ -1752,15 +1796,12 @@ def row_pose(row):
 
 KITTI_TYPE = {
     "car": "Car",
-    "truck": "Truck",
-    "bus": "Truck",
-    "trailer": "Truck",
-    "construction": "Truck",
+    "truck": "Truck", "bus": "Truck", "trailer": "Truck", "construction": "Truck",
     "pedestrian": "Pedestrian",
-    "bicycle": "Cyclist",
-    "motorcycle": "Cyclist",
+    "bicycle": "Cyclist", "motorcycle": "Cyclist",
 }
-FORWARD2LIDAR = rigid(LIDAR_AXES.T, (0, 0, 0))       # x forward, y left -> x right, y forward
+# x forward, y left -> x right, y forward
+FORWARD2LIDAR = rigid(LIDAR_AXES.T, (0, 0, 0))
 
 
 def to_kitti(source, root):
@@ -1785,8 +1826,10 @@ def to_kitti(source, root):
         velo2camera = world2camera @ frame.ego2world @ frame.lidar2ego @ FORWARD2LIDAR
         calibration_text = kitti_calibration(front.K, velo2camera)
         (training / "calib" / f"{name}.txt").write_text(calibration_text)
-        lines = [kitti_label(label, world2camera, front.K, picture.size) for label in frame.labels]
-        (training / "label_2" / f"{name}.txt").write_text("".join(lines))
+        lines = ""
+        for label in frame.labels:
+            lines += kitti_label(label, world2camera, front.K, picture.size)
+        (training / "label_2" / f"{name}.txt").write_text(lines)
     for split, names in lists.items():
         (root / "ImageSets" / f"{split}.txt").write_text("\n".join(names))
 
@@ -1812,19 +1855,19 @@ def kitti_calibration(K, velo2camera):
 
 
 def kitti_label(label, world2camera, K, size):
-    """The line of a label; empty where KITTI has no such type or the picture does not show it."""
+    """The line of a label; "" for no type of KITTI, or outside the picture."""
     if label.kind not in KITTI_TYPE:
         return ""
     rotation = world2camera[:3, :3]
     l, w, h = label.size
     heading = rotation @ [np.cos(label.yaw), np.sin(label.yaw), 0]
-    heading = heading / np.hypot(*heading[::2]) * [1, 0, 1]                # level
+    heading = heading / np.hypot(*heading[::2]) * [1, 0, 1]    # level
     across = np.cross(heading, [0, 1, 0])
     bottom = rotation @ label.centre + world2camera[:3, 3] + [0, h / 2, 0]
 
     signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (0, 1)])
     edges = np.stack([heading, across, [0, -h, 0]])
-    uvd = (bottom + signs * [l / 2, w / 2, 1] @ edges) @ K.T               # (8, 3)
+    uvd = (bottom + signs * [l / 2, w / 2, 1] @ edges) @ K.T   # (8, 3)
     if (uvd[:, 2] < 0.5).any():
         return ""
     uv = uvd[:, :2] / uvd[:, 2:]
@@ -1844,12 +1887,7 @@ def kitti_label(label, world2camera, K, size):
 # ---- the same world in Waymo's layout -----------------------------------------------
 
 WAYMO_TYPE = {
-    "car": 1,
-    "truck": 1,
-    "bus": 1,
-    "trailer": 1,
-    "construction": 1,
-    "motorcycle": 1,
+    "car": 1, "truck": 1, "bus": 1, "trailer": 1, "construction": 1, "motorcycle": 1,
     "pedestrian": 2,
     "bicycle": 4,
 }
@@ -1871,7 +1909,7 @@ WAYMO_KEYS = {
 
 
 class Component(NamedTuple):
-    """A kind of parquet file: its keys, and its columns with their types (see arrow_type)."""
+    """A kind of parquet file: its keys, its columns and their types for arrow_type."""
     keys: str
     prefix: str                    # of the names of its columns
     columns: dict
@@ -1899,14 +1937,10 @@ WAYMO_COMPONENTS = {
         "pose.transform": "matrix",
     }),
     "camera_calibration": Component("segment camera", "[CameraCalibrationComponent].", {
-        "intrinsic.f_u": "double",
-        "intrinsic.f_v": "double",
-        "intrinsic.c_u": "double",
-        "intrinsic.c_v": "double",
-        "intrinsic.k1": "double",
-        "intrinsic.k2": "double",
-        "intrinsic.p1": "double",
-        "intrinsic.p2": "double",
+        "intrinsic.f_u": "double", "intrinsic.f_v": "double",
+        "intrinsic.c_u": "double", "intrinsic.c_v": "double",
+        "intrinsic.k1": "double", "intrinsic.k2": "double",
+        "intrinsic.p1": "double", "intrinsic.p2": "double",
         "intrinsic.k3": "double",
         "extrinsic.transform": "matrix",
         "width": "int32",
@@ -1916,12 +1950,8 @@ WAYMO_COMPONENTS = {
         "world_from_vehicle.transform": "matrix",
     }),
     "lidar_box": Component("segment time object", "[LiDARBoxComponent].", {
-        "box.center.x": "double",
-        "box.center.y": "double",
-        "box.center.z": "double",
-        "box.size.x": "double",
-        "box.size.y": "double",
-        "box.size.z": "double",
+        "box.center.x": "double", "box.center.y": "double", "box.center.z": "double",
+        "box.size.x": "double", "box.size.y": "double", "box.size.z": "double",
         "box.heading": "double",
         "speed.x": "double",
         "speed.y": "double",
@@ -1935,8 +1965,9 @@ WAYMO_COMPONENTS = {
 def to_waymo(source, root, beams, azimuths):
     """<split>/<component>/<segment>.parquet, one segment a scene.
 
-    The LiDAR is TOP. The vehicle's axes are turned by so little that its columns have their
-    middles on the rays. The pictures of five cameras keep their pixels and have no lens error.
+    The LiDAR is TOP. The vehicle's axes are turned a little, so that the columns have
+    their middles on the rays. The pictures of five cameras keep their pixels and have
+    no lens error.
     """
     segments = {}
     for frame in Tables(source).keyframes():
@@ -1977,13 +2008,14 @@ class Segment:
         for number, channel in WAYMO_CAMERAS.items():
             picture = first.pictures[channel]
             K = picture.K
+            intrinsic = (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
             extrinsic = ego2vehicle @ picture.camera2ego @ upright.T
             width, height = Image.open(picture.file).size
-            self.add("camera_calibration", number, K[0, 0], K[1, 1], K[0, 2], K[1, 2], *lens,
+            self.add("camera_calibration", number, *intrinsic, *lens,
                      extrinsic.ravel(), width, height)
 
     def record(self, frames):
-        """-> rows {component: [row]}"""
+        """Add all frames. -> rows {component: [row]}"""
         for frame in frames:
             vehicle2world = frame.ego2world @ self.vehicle2ego
             self.add_sweep(frame, vehicle2world)
@@ -1999,20 +2031,21 @@ class Segment:
     def add_sweep(self, frame, vehicle2world):
         image = self.range_image(frame.points.astype(np.float64))
         no_second_return = np.full(image.size, -1, np.float32)
-        self.add("lidar", frame.time, 1, image.ravel(), image.shape, no_second_return, image.shape)
+        self.add("lidar", frame.time, 1, image.ravel(), image.shape,
+                 no_second_return, image.shape)
         angles = Rotation.from_matrix(vehicle2world[:3, :3]).as_euler("xyz")
         pixel = np.concatenate([angles, vehicle2world[:3, 3]]).astype(np.float32)
         poses = np.tile(pixel, (self.beams, self.azimuths, 1))
         self.add("lidar_pose", frame.time, 1, poses.ravel(), poses.shape)
 
     def range_image(self, points):
-        """points (N, 5) -> (beams, azimuths, 4) float32: range, intensity, elongation, -1."""
+        """(N, 5) -> (beams, azimuths, 4) float32: range, intensity, elongation, -1."""
         image = np.full((self.beams, self.azimuths, 4), -1, np.float32)
         image[..., 1:3] = 0
         row = self.beams - 1 - points[:, 4].astype(int)
-        azimuth = np.arctan2(-points[:, 0], points[:, 1])                  # from ahead to the left
+        azimuth = np.arctan2(-points[:, 0], points[:, 1])      # from ahead to the left
         step = 2 * np.pi / self.azimuths
-        # The middles are at pi - (k + 1/2) steps, and the vehicle is turned by half a step.
+        # Middles are at pi - (k + 1/2) steps; the vehicle is turned by half a step.
         column = (np.round((np.pi - azimuth) / step).astype(int) - 1) % self.azimuths
         image[row, column, 0] = np.linalg.norm(points[:, :3], axis=1)
         image[row, column, 1] = np.arctanh(np.clip(points[:, 3] / 255, 0, 0.999))
@@ -2026,9 +2059,10 @@ class Segment:
             centre = rotation @ label.centre + world2vehicle[:3, 3]
             ahead = rotation @ [np.cos(label.yaw), np.sin(label.yaw), 0]
             heading = np.arctan2(ahead[1], ahead[0])
+            kind = WAYMO_TYPE[label.kind]
             unmarked = 0                             # the detection difficulty
-            self.add("lidar_box", frame.time, label.instance, *centre, *label.size, heading,
-                     *label.velocity[:2], WAYMO_TYPE[label.kind], label.points, unmarked)
+            self.add("lidar_box", frame.time, label.instance, *centre, *label.size,
+                     heading, *label.velocity[:2], kind, label.points, unmarked)
 
 
 def arrow_type(name):
@@ -2064,25 +2098,26 @@ ALONE = 16               # frames; fewer are written without child processes
 CHILDREN = 2
 
 
-def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, image=(96, 256),
-          format="nuscenes"):
-    """Write the world in the nuScenes layout, or with format "kitti" or "waymo" in theirs.
+def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360,
+          image=(96, 256), format="nuscenes"):
+    """Write the world in the layout of nuScenes, or of format "kitti" or "waymo".
 
-    The nuScenes layout is root/v1.0-embedded with 13 tables and splits.json, root/samples and
-    root/maps.
+    The nuScenes layout is root/v1.0-embedded with 13 tables and splits.json,
+    root/samples and root/maps. train and val count scenes, frames a scene's keyframes.
 
-    The folder appears whole: it is written next to its place and renamed. Of two writers the
-    second discards its own. Two children that run this file share the scenes, so nothing of the
-    caller's is forked or imported twice. Raises FileExistsError where root holds anything.
+    The folder appears whole: it is written next to its place and renamed. Of two
+    writers the second discards its own. Two children that run this file share the
+    scenes, so nothing of the caller's is forked or imported twice. Raises
+    FileExistsError where root holds anything.
     """
     root = Path(root).absolute()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists and is not empty: the embedded world is written "
-                              "into a new folder; name another or remove this one")
+        raise FileExistsError(f"{root} exists and is not empty; the embedded world "
+                              "goes into a new folder: name another or remove this one")
     root.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    job = dict(parts=CHILDREN, seed=seed, scenes=train + val, frames=frames, beams=beams,
-               azimuths=azimuths, image=tuple(image))
+    job = dict(parts=CHILDREN, seed=seed, scenes=train + val, frames=frames,
+               beams=beams, azimuths=azimuths, image=tuple(image))
     try:
         samples = [f"samples/{channel}" for channel in ("LIDAR_TOP", *CAMERAS)]
         for folder in ("maps", "rows", TABLES, *samples):
@@ -2096,7 +2131,7 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360, im
 
 
 def write_scenes(staging, root, job):
-    """Write all scenes, with two children if they are many; root is named in the error message."""
+    """Write all scenes, with two children if they are many; errors name root."""
     children = []
     try:
         if job["scenes"] * job["frames"] < ALONE:
@@ -2112,8 +2147,9 @@ def write_scenes(staging, root, job):
                 child.wait()
     codes = [child.returncode for child in children]
     if any(codes):
-        raise RuntimeError(f"{root}: a writing process stopped with exit codes {codes}, expected 0; "
-                           "its own message is above")
+        raise RuntimeError(f"{root}: the writing processes ended with exit codes "
+                           f"{codes}, expected 0; the message of the one that failed "
+                           "is above")
 
 
 def start_child(staging, job):
@@ -2142,7 +2178,7 @@ def write_part(root, part, parts, seed, scenes, frames, beams, azimuths, image):
 
 
 def convert(staging, format, beams, azimuths):
-    """-> the folder of the world in the layout that was asked for"""
+    """The folder of the world in the layout that was asked for."""
     if format == "nuscenes":
         return staging
     converted = staging / "converted"
@@ -2156,11 +2192,11 @@ def convert(staging, format, beams, azimuths):
 
 def publish(folder, root):
     """Rename a finished folder to root, unless another writer was faster."""
-    folder.chmod(0o755)                              # mkdtemp's folder is closed to other users
+    folder.chmod(0o755)            # mkdtemp's folder is closed to other users
     try:
         folder.rename(root)
     except OSError:
-        if not any(root.iterdir()):                  # no other writer filled it: a real error
+        if not any(root.iterdir()):                  # no other writer filled it
             raise
 
 
@@ -2168,12 +2204,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=24, help="scenes of the train split")
+    parser.add_argument("--train", type=int, default=24, help="scenes to train on")
     parser.add_argument("--val", type=int, default=8, help="scenes of the val split")
     parser.add_argument("--frames", type=int, default=8, help="keyframes of each scene")
-    parser.add_argument("--format", choices=("nuscenes", "kitti", "waymo"), default="nuscenes",
-                        help="layout on disk")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)  # a child's, see write
+    parser.add_argument("--format", choices=("nuscenes", "kitti", "waymo"),
+                        default="nuscenes", help="layout on disk")
+    # what write asks of a child
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     job = options.pop("job")
     if job:
