@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 import data
 import synthetic
-from synthetic import BALL, CUBE, FRUSTUM, SIDEWAYS, Solid
+from synthetic import BALL, CUBE, FRUSTUM, PLAIN, SIDEWAYS, Solid
 
 CLASSES = {
     "vehicle.car",
@@ -33,10 +33,11 @@ def tables(root):
 
 def rotation(w, x, y, z):
     """Quaternion to matrix, from the definition; shares nothing with the code under test."""
-    return np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
+    half_turn = np.array([
+        [-y * y - z * z, x * y - w * z, x * z + w * y],
+        [x * y + w * z, -x * x - z * z, y * z - w * x],
+        [x * z - w * y, y * z + w * x, -x * x - y * y]])
+    return np.eye(3) + 2 * half_turn
 
 
 def digests(root):
@@ -74,10 +75,10 @@ def test_the_same_seed_gives_the_same_bytes_with_and_without_children(tmp_path, 
 
 
 def test_write_refuses_a_folder_in_use(tmp_path):
-    (tmp_path / "mine").write_text("not to be lost")
+    (tmp_path / "notes.txt").write_text("not to be lost")
     with pytest.raises(FileExistsError, match="not empty"):
         synthetic.write(tmp_path, **SMALL)
-    assert (tmp_path / "mine").read_text() == "not to be lost"
+    assert (tmp_path / "notes.txt").read_text() == "not to be lost"
 
 
 def test_both_splits_have_all_classes_and_solids_lie_inside_their_boxes():
@@ -228,27 +229,29 @@ def test_lidar_ranges_of_a_box_match_slab_intersection():
     assert missing < 32 * 360 * .5
 
 
-LYING = Solid(FRUSTUM, (5, 0, 1), (1, 1, 3), (), 0, 0, .4, SIDEWAYS)
+def solid(kind, half=(1, 1, 1), taper=0.0, x=5, axes=None):
+    axes = np.eye(3) if axes is None else axes
+    return Solid(kind, (x, 0, 1), half, (.5,) * 3, PLAIN, taper, axes=axes)
 
 
-@pytest.mark.parametrize("solid, origin, ray, expected", [
-    (Solid(BALL, (5, 0, 1), (1, 1, 1), ()), (0, 0, 1), (1, 0, 0), 4.0),
-    # in lengths of the ray
-    (Solid(BALL, (5, 0, 1), (2, 1, 1), ()), (0, 0, 1), (2, 0, 0), 1.5),
-    (Solid(FRUSTUM, (5, 0, 1), (1, 1, 1), ()), (0, .6, 1), (1, 0, 0), 5 - .8),
-    # a cone, half way up
-    (Solid(FRUSTUM, (5, 0, 1), (1, 1, 1), (), 0, 1.0), (0, 0, 1), (1, 0, 0), 4.5),
-    # the lid of a cylinder
-    (Solid(FRUSTUM, (5, 0, 1), (1, 1, 1), ()), (5.5, 0, 9), (0, 0, -1), 7.0),
-    (LYING, (4.5, 0, 9), (0, 0, -1), 8 - np.sqrt(.75)),
-    # a sloping side
-    (Solid(CUBE, (5, 0, 1), (1, 1, 1), (), 0, .5), (0, 0, 1), (1, 0, 0), 4.25),
-    (Solid(CUBE, (5, 0, 1), (1, 1, 1), ()), (0, 1.01, 1), (1, 0, 0), np.inf),
-    # behind
-    (Solid(CUBE, (-5, 0, 1), (1, 1, 1), ()), (0, 0, 1), (1, 0, 0), np.inf),
+EYE = (0, 0, 1)
+AHEAD = (1, 0, 0)
+DOWN = (0, 0, -1)
+
+
+@pytest.mark.parametrize("thing, origin, ray, expected", [
+    (solid(BALL), EYE, AHEAD, 4.0),
+    (solid(BALL, half=(2, 1, 1)), EYE, (2, 0, 0), 1.5),      # in lengths of the ray
+    (solid(FRUSTUM), (0, .6, 1), AHEAD, 5 - .8),
+    (solid(FRUSTUM, taper=1.0), EYE, AHEAD, 4.5),            # a cone, half way up
+    (solid(FRUSTUM), (5.5, 0, 9), DOWN, 7.0),                # its lid
+    (solid(FRUSTUM, half=(1, 1, 3), axes=SIDEWAYS), (4.5, 0, 9), DOWN, 8 - np.sqrt(.75)),
+    (solid(CUBE, taper=.5), EYE, AHEAD, 4.25),               # a sloping side
+    (solid(CUBE), (0, 1.01, 1), AHEAD, np.inf),
+    (solid(CUBE, x=-5), EYE, AHEAD, np.inf),                 # behind
 ])
-def test_hit_gives_the_distance_by_hand(solid, origin, ray, expected):
-    world = synthetic.stack([solid._replace(colour=(.5,) * 3)], [-1])
+def test_hit_gives_the_distance_by_hand(thing, origin, ray, expected):
+    world = synthetic.stack([thing], [-1])
     distance = synthetic.hit(world, 0, np.array(origin, float), np.array([ray], float))[0]
     assert distance == pytest.approx(expected)
 
