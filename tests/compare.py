@@ -1,22 +1,25 @@
-"""The three methods and no pre-training: one trunk, one detector, one protocol, embedded world.
+"""The three methods and no pre-training: one trunk, one detector, one protocol.
 
-    python tests/compare.py                # every missing row, in order; stop it when you like
-    python tests/compare.py --minutes 60   # the same; after an hour the rest is left for next time
+    python tests/compare.py                # every missing row, in order
+    python tests/compare.py --minutes 60   # the same; the rest waits for the next time
     python tests/compare.py --only finetune/clap/0.05/fusion/0    # run this row (again)
-    python tests/compare.py --table        # compare.md: means, deviations, paired differences
+    python tests/compare.py --table        # compare.md
     python tests/compare.py --figures      # label_efficiency.png, curves.png, bev.png
 
-Rows go to tests/results/compare.jsonl. The same command goes on where the last one stopped. --only
-also runs what its row needs. bev.png needs the run folders of seed 0.
+All on the embedded world. Rows go to tests/results/compare.jsonl. Stop it whenever
+you like: runs are saved, and the same command goes on. --only also runs what its row
+needs. compare.md has means, deviations and paired differences of the rows so far.
+bev.png needs the run folders of seed 0.
 
-Protocol. Each seed has its own pre-training run (`python METHOD.py --seed S`, all defaults of the
-small preset), its own label draw and its own initial weights. Every fine-tuning run takes the same
-60 steps of two frames. The `longer` ones take 240, which tells a head start from a gain that stays
-(three seeds, the inits that gain). The learning rate is chosen for each init, `none` included, by
-NDS on a spare seed (9, from the pre-training of seed 0), from the same three values, at 60 steps
-and 5 % of the labels, fusion. Half of NDS is mAP, which is near zero where little is found.
-Ablations have three seeds. A row holds its key, its command, the commits that ran it, the device,
-the seconds, and the scores of nuscenes-devkit.
+Protocol. Each seed has its own pre-training run (`python METHOD.py --seed S`, all
+defaults of the small preset), its own label draw and its own initial weights. Every
+fine-tuning run takes the same 60 steps of two frames. The `longer` ones take 240,
+which tells a head start from a gain that stays (three seeds, the inits that gain).
+The learning rate is chosen for each init, `none` included, by NDS on a spare seed (9,
+from the pre-training of seed 0), from the same three values, at 60 steps and 5 % of
+the labels, fusion. Half of NDS is mAP, which is near zero where little is found.
+Ablations have three seeds. A row holds its key, its command, the commits that ran it,
+the device, the seconds, and the scores of nuscenes-devkit.
 """
 import argparse
 import json
@@ -63,7 +66,8 @@ ABLATIONS = {                      # name: method, flags, the modality that it c
 def plan():
     """Every row in the order in which they are run -> [(key, key of what it needs or None)].
 
-    Keys: pretrain/NAME/SEED, rate/INIT/LR, finetune/INIT/FRACTION/MODALITY/SEED, longer/ likewise.
+    Keys: pretrain/NAME/SEED, rate/INIT/LR, finetune/INIT/FRACTION/MODALITY/SEED, and
+    longer/ likewise.
     """
     rows = []
 
@@ -92,7 +96,8 @@ def plan():
     for seed, (name, (_, _, modality)) in product(range(3), ABLATIONS.items()):
         rows.append((f"pretrain/{name}/{seed}", None))
         add(name, few, modality, seed)
-    for init, seed in product(("none", "clap", "cmcr"), range(3)):    # SimIPU has no gain to stay
+    # SimIPU gains nothing that could stay.
+    for init, seed in product(("none", "clap", "cmcr"), range(3)):
         add(init, few, "fusion", seed, "longer")
     return rows
 
@@ -194,7 +199,7 @@ def needed(key, needs):
 # ---- running them --------------------------------------------------------------------
 
 def store_seconds(out, since):
-    """Write next to a run's folder how long it has taken so far, for when it goes on. -> s"""
+    """Write next to a run's folder how long it has taken, for when it goes on. -> s"""
     seconds = time.monotonic() - since
     Path(f"{out}.seconds").write_text(f"{seconds:.0f}")
     return seconds
@@ -216,7 +221,8 @@ def missing_rows(only, rows, needs, runs):
 
 def start_run(argv, out, threads):
     """-> the process of a run, and when it would have begun had it never been stopped."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
+                   "OMP_WAIT_POLICY": "PASSIVE"}
     spent = Path(f"{out}.seconds")
     since = time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
     process = subprocess.Popen([sys.executable, *argv, "--gpus", "0"], cwd=ROOT, env=environment,
@@ -277,8 +283,9 @@ def interval(values):
 def table():
     """compare.md: a line for each init, fraction, modality and length.
 
-    Mean, standard deviation, and the paired difference of the same seeds with its 95 % interval.
-    The difference is to `none`, and for an ablation, in a second table, to its whole method.
+    Mean, standard deviation, and the paired difference of the same seeds with its 95 %
+    interval. The difference is to `none`; for an ablation, in a second table, it is to
+    its whole method.
     """
     rows = done()
     settings = {}                                 # {(modality, fraction, kind, init): {seed: row}}
@@ -343,7 +350,7 @@ TERMS = dict(                                     # what curves.png shows of eac
 
 
 def figures(runs):
-    """label_efficiency.png (fusion), curves.png, and bev.png where the runs of seed 0 are left."""
+    """label_efficiency.png (fusion), curves.png, and bev.png where seed 0's runs are left."""
     rows = done()
     panels = [(f"{name}, fusion, mean and standard deviation",
                partial(draw_efficiency, rows=rows, name=name)) for name in ("mAP", "NDS")]
@@ -368,7 +375,7 @@ def figures(runs):
 
 
 def draw_efficiency(ax, rows, name):
-    """A score over the share of labels: mean and standard deviation of the seeds, by init."""
+    """A score over the share of labels: mean and deviation of the seeds, by init."""
     for n, init in enumerate(INITS):
         scores = {}                               # {fraction: of each seed}
         for fraction in FRACTIONS:
@@ -388,7 +395,7 @@ def draw_efficiency(ax, rows, name):
 
 
 def draw_curve(ax, logs, name):
-    """One loss over the steps, training and val: mean of the seeds, their range as a band."""
+    """One loss over the steps, training and val: mean of the seeds, range as a band."""
     for key, colour in ((name, "C0"), ("val_" + name, "C3")):
         of_seeds = [{row["step"]: row[key] for row in log if key in row} for log in logs]
         steps = sorted(set.intersection(*(set(values) for values in of_seeds)))
