@@ -569,7 +569,7 @@ def test_own_lists_stand_beside_the_official_ones(tmp_path):
     few = official["train"][3:38]
     assert of("train", few_train=few) == sorted(few) and of("val", few_train=few) == sorted(official["val"])
     assert of("train", few_train=few, my_val=few[:0] + official["train"][:3]) == sorted(few) and of("val", few_train=few, my_val=["mine"]) == ["mine"]
-    data.say.cache_clear()
+    data.print_once.cache_clear()
     assert of("train", **{"nuscenes-5pct-a": few}) == sorted(official["train"])
     with pytest.raises(data.DataError, match=f"{official['val'][0]} is in train and in val.*official"):
         of("train", few_train=official["val"][:1])
@@ -598,7 +598,7 @@ def test_frames_without_any_file_are_left_out_aloud(world, tmp_path, capsys):
     after = data.NuScenes(root, "small")
     assert after.names == [name for name in before.names if name != gone] and len(after.load(1, (9, 16)).images) == 6
     assert f"1 of the {len(before)} frames" in capsys.readouterr().out
-    data.say.cache_clear()
+    data.print_once.cache_clear()
     data.NuScenes(root, "small")
     assert "left out" in capsys.readouterr().out                                                        # known from the cached index too
 
@@ -930,7 +930,7 @@ def test_kitti_labels_are_the_devkits_boxes(kitti):
 
 
 def test_kitti_splits_and_what_is_left_out(kitti, tmp_path, capsys):
-    data.say.cache_clear()
+    data.print_once.cache_clear()
     dataset = data.open_dataset(kitti)
     said = capsys.readouterr().out
     assert "object frames and raw drives" in said and f"give {raw_root(kitti)}" in said and "2 of the 6 frames in ImageSets" in said
