@@ -60,7 +60,8 @@ VERSION = 3
 class DataError(ValueError):
     """The files are not as they should be.
 
-    The message says which file or frame, what was found, what was expected and what to do.
+    The message says which file or frame, what was found, what was expected and what to
+    do.
     """
 
 
@@ -329,8 +330,9 @@ def collate(frames, seeds):
 def warp_boxes(boxes, a2b):
     """boxes (M, 9) in frame a -> (M, 9) float64 in frame b.
 
-    a2b (4, 4) rotates, scales alike in all directions, mirrors and moves. Yaw and velocity follow
-    as directions. What a tilted a2b adds to their z is dropped, since a box has only a yaw.
+    a2b (4, 4) rotates, scales alike in all directions, mirrors and moves. Yaw and
+    velocity follow as directions. What a tilted a2b adds to their z is dropped, since a
+    box has only a yaw.
     """
     linear = a2b[:3, :3]
     centre = boxes[:, :3] @ linear.T + a2b[:3, 3]
@@ -345,10 +347,10 @@ def warp_boxes(boxes, a2b):
 def warp_frame(frame, a2b):
     """Move the whole cloud by a2b (4, 4) float64: rotation or reflection, one scale, translation.
 
-    Points, origin and boxes are mapped. lidar2img and lidar2world are multiplied by the inverse
-    from the right, so that a point keeps its pixel, its depth in true metres and its place in the
-    world. Images stay as they are. Raises ValueError for a shear or an uneven scale, which boxes
-    cannot follow.
+    Points, origin and boxes are mapped. lidar2img and lidar2world are multiplied by the
+    inverse from the right, so that a point keeps its pixel, its depth in true metres
+    and its place in the world. Images stay as they are. Raises ValueError for a shear
+    or an uneven scale, which boxes cannot follow.
     """
     a2b = np.asarray(a2b, np.float64)
     linear = a2b[:3, :3]
@@ -376,11 +378,11 @@ def warp_frame(frame, a2b):
 def augment_cloud(frame, rng, rotation, scale, flip):
     """Turn the cloud about z at random, scale it, and mirror x and y.
 
-    The angle is U(-rotation, rotation) rad, the scale U(1 - scale, 1 + scale). x and y are each
-    mirrored with p = 0.5 where flip (x, y) allows it. flip is the data set's Grid.mirrors:
-    mirroring x on KITTI would put what the camera sees behind the range. rng is a
-    np.random.Generator. The same numbers are drawn whatever the options, so that switching one
-    off leaves the others as they were.
+    The angle is U(-rotation, rotation) rad, the scale U(1 - scale, 1 + scale). x and y
+    are each mirrored with p = 0.5 where flip (x, y) allows it. flip is the data set's
+    Grid.mirrors: mirroring x on KITTI would put what the camera sees behind the range.
+    rng is a np.random.Generator. The same numbers are drawn whatever the options, so
+    that switching one off leaves the others as they were.
     """
     angle = rng.uniform(-rotation, rotation)
     size = rng.uniform(1 - scale, 1 + scale)
@@ -395,8 +397,8 @@ def augment_cloud(frame, rng, rotation, scale, flip):
 def crop_images(frame, boxes, sizes, mirrored):
     """Crop each image, resize the crop, and mirror it left to right where asked.
 
-    boxes K x (top, left, height, width) px, sizes K x (H, W), mirrored K x bool. lidar2img follows
-    with the exact ratios.
+    boxes K x (top, left, height, width) px, sizes K x (H, W), mirrored K x bool.
+    lidar2img follows with the exact ratios.
     """
     images = []
     matrices = []
@@ -485,11 +487,13 @@ def inside_box(xyz, box):
 def open_dataset(root, preset="paper"):
     """The data set in folder `root`, recognised by its layout -> a NuScenes, Kitti or Waymo.
 
-    "" is the embedded world, written under cache_dir() at first use. Where a nuScenes root has
-    several versions, the folder of one's tables (ROOT/v1.0-mini) chooses that one.
+    "" is the embedded world, written under cache_dir() at first use. Where a nuScenes
+    root has several versions, the folder of one's tables (ROOT/v1.0-mini) chooses that
+    one.
 
-    A data set of your own is easiest written in nuScenes' layout. Otherwise it needs an entry in
-    GRIDS for each preset, a reader here (Kitti is the shortest), and its cameras in CAMERA_YAW.
+    A data set of your own is easiest written in nuScenes' layout. Otherwise it needs an
+    entry in GRIDS for each preset, a reader here (Kitti is the shortest), and its
+    cameras in CAMERA_YAW.
     """
     if root == "":
         root = embedded_world()
@@ -569,7 +573,8 @@ def spread(indices, n):
 class Loader:
     """Batches of one split for one rank; see loader(). `indices` are the frames that it reads.
 
-    The contents are a function of seed, step and frames a step, never of rank or workers.
+    The contents are a function of seed, step and frames a step, never of rank or
+    workers.
     """
 
     def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare,
@@ -674,9 +679,9 @@ def collate_jobs(pairs):
 def start_worker(_):
     """One thread for a worker, in a process group of its own.
 
-    So Ctrl-C reaches the main process only, which finishes its step while the workers live.
-    SIGTERM, at the end of the run or to all processes of a job, ends a worker quietly: torch's own
-    handler would raise an error in the main process.
+    So Ctrl-C reaches the main process only, which finishes its step while the workers
+    live. SIGTERM, at the end of the run or to all processes of a job, ends a worker
+    quietly: torch's own handler would raise an error in the main process.
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
@@ -686,8 +691,9 @@ def start_worker(_):
 def cached_extra(frame, prepare, folder):
     """What prepare(frame) returns, as arrays, from its file in `folder`.
 
-    It is computed and written there if the file is missing, damaged or made from other points.
-    Where the file cannot be written, the arrays are computed each time, with a warning.
+    It is computed and written there if the file is missing, damaged or made from other
+    points. Where the file cannot be written, the arrays are computed each time, with a
+    warning.
     """
     path = folder / f"{frame.name.replace('/', '_')}.npz"
     stamp = zlib.crc32(frame.points)
@@ -729,7 +735,8 @@ def cached_extra(frame, prepare, folder):
 def cache_dir():
     """The folder of all that can be computed again.
 
-    It is $LIDAR_CAMERA_CACHE, else lidar-camera-pretraining under $XDG_CACHE_HOME or ~/.cache.
+    It is $LIDAR_CAMERA_CACHE, else lidar-camera-pretraining under $XDG_CACHE_HOME or
+    ~/.cache.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     default = Path(home) / "lidar-camera-pretraining"
@@ -750,7 +757,8 @@ def not_writable(folder, error):
 def temp_path(path):
     """A new name next to `path`, for a file or folder that is then renamed to it.
 
-    The caller makes it with open or mkdir, so that the umask holds, unlike for tempfile's files.
+    The caller makes it with open or mkdir, so that the umask holds, unlike for
+    tempfile's files.
     """
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
 
@@ -795,10 +803,11 @@ def path_inside(root, file, owner):
 def split_frames(dataset, split_of, name):
     """The data set's own split: rows where split_of (n,) bytes is `name` -> (m,) int64.
 
-    name is "train", "val" or "test"; `dataset` begins the messages. If train or val has no frame
-    on disk, both come from all frames on disk, cut 80/20 in their order. Test frames, which have
-    no labels, are used for this only if there are no others. Both splits are cut anew even if only
-    one of them is empty: otherwise frames could be in both.
+    name is "train", "val" or "test"; `dataset` begins the messages. If train or val has
+    no frame on disk, both come from all frames on disk, cut 80/20 in their order. Test
+    frames, which have no labels, are used for this only if there are no others. Both
+    splits are cut anew even if only one of them is empty: otherwise frames could be in
+    both.
     """
     if name not in ("train", "val", "test"):
         raise DataError(f"{dataset}: no split {name!r}; expected train, val or test")
@@ -844,11 +853,11 @@ def read_image(file, size, name, expected=None):
 def decode(raw, file, size, name, expected=None):
     """Image as bytes -> pixels (3, H, W) uint8 of this size (H, W), and the (3, 3) crop matrix.
 
-    The matrix takes pixels on disk to pixels in the result. The decoded image is cut to whole
-    pixels, the same number at both sides and the rest at the top, where the sky is, and is then
-    resized [ours]. The two scales may therefore differ by half a pixel in its width, and the
-    matrix has both. expected (width, height) is what the calibration was made for; file and name
-    are for messages.
+    The matrix takes pixels on disk to pixels in the result. The decoded image is cut to
+    whole pixels, the same number at both sides and the rest at the top, where the sky
+    is, and is then resized [ours]. The two scales may therefore differ by half a pixel
+    in its width, and the matrix has both. expected (width, height) is what the
+    calibration was made for; file and name are for messages.
     """
     try:
         with Image.open(io.BytesIO(raw), formats=["JPEG", "PNG"]) as header:
@@ -932,8 +941,8 @@ TEXTS = {
 class Table:
     """One JSON table as columns.
 
-    table["name"] is a list; `link`, `numbers` and `poses` give checked arrays. keep(row), where it
-    is given, says which rows are needed.
+    table["name"] is a list; `link`, `numbers` and `poses` give checked arrays.
+    keep(row), where it is given, says which rows are needed.
     """
 
     def __init__(self, folder, name, columns, keep=None):
@@ -1046,8 +1055,8 @@ class Table:
 def check_time_order(table, time, link, column):
     """Neighbours in a chain must lie in order of time.
 
-    A cycle, however long, breaks that somewhere. time (n,), link (n,) row numbers or -1; column is
-    "prev" or "next".
+    A cycle, however long, breaks that somewhere. time (n,), link (n,) row numbers or
+    -1; column is "prev" or "next".
     """
     i = np.flatnonzero(link >= 0)
     if column == "prev":
@@ -1082,8 +1091,8 @@ def pack(**columns):
 def official_splits(folder):
     """{scene name: "train", "val" or "test"}: the official lists, or the user's own.
 
-    Own lists are in folder/splits.json, the devkit's place for them. Those whose names end in
-    train, val or test replace the official list of that end.
+    Own lists are in folder/splits.json, the devkit's place for them. Those whose names
+    end in train, val or test replace the official list of that end.
     """
     from nuscenes.utils.splits import create_splits_scenes  # slow to import, needed only here
     official = create_splits_scenes()
@@ -1169,8 +1178,8 @@ def build_index(root, version):
 def index_sensors(read, root):
     """What was measured: every LiDAR sweep, and the images of keyframes.
 
-    read(name, columns, keep) reads a table -> table sample_data; channel (n,), the place of each
-    row's sensor in CHANNELS; `sensors` of the index.
+    read(name, columns, keep) reads a table -> table sample_data; channel (n,), the
+    place of each row's sensor in CHANNELS; `sensors` of the index.
     """
     # the sensors: radars get channel -1
     sensor = read("sensor", "channel")
@@ -1322,7 +1331,8 @@ def index_boxes(read, samples):
 def find_version(root, version):
     """Name of the folder of tables in root.
 
-    It is `version` if given, else v1.0-trainval, else v1.0-mini, else the only one there is.
+    It is `version` if given, else v1.0-trainval, else v1.0-mini, else the only one
+    there is.
     """
     versions = sorted({path.parent.name for path in root.glob("v1.0-*/*.json")})
     if version in versions:
@@ -1347,24 +1357,25 @@ def find_version(root, version):
 class NuScenes:
     """Reader of nuScenes, as it is downloaded.
 
-    The root holds samples/, sweeps/ and v1.0-trainval, v1.0-mini, v1.0-test or other folders of
-    tables. Scoring (finetune.py) also wants maps/. Of several versions one is taken, and printed:
-    v1.0-trainval, else v1.0-mini. `--data ROOT/v1.0-mini` takes that one. No link may lead out of
-    the root, folders included: mount them, or link the root.
+    The root holds samples/, sweeps/ and v1.0-trainval, v1.0-mini, v1.0-test or other
+    folders of tables. Scoring (finetune.py) also wants maps/. Of several versions one
+    is taken, and printed: v1.0-trainval, else v1.0-mini. `--data ROOT/v1.0-mini` takes
+    that one. No link may lead out of the root, folders included: mount them, or link
+    the root.
 
-    The official tables are read as they are. Opening parses them once, with a progress bar, into
-    an index under cache_dir(), never inside the data set. The index is memory-mapped after that,
-    so that reading a frame touches its own rows only.
+    The official tables are read as they are. Opening parses them once, with a progress
+    bar, into an index under cache_dir(), never inside the data set. The index is
+    memory-mapped after that, so that reading a frame touches its own rows only.
 
-    A partial download works: keyframes of which no file is on disk are left out, and their number
-    is printed. If train or val has no frame on disk, both are cut 80/20 in order of time from the
-    frames on disk (split_frames). Own lists of scenes go into splits.json next to the tables
-    (official_splits).
+    A partial download works: keyframes of which no file is on disk are left out, and
+    their number is printed. If train or val has no frame on disk, both are cut 80/20 in
+    order of time from the frames on disk (split_frames). Own lists of scenes go into
+    splits.json next to the tables (official_splits).
 
-    A frame has the keyframe sweep and up to Grid.sweeps - 1 sweeps before it, moved to its place.
-    The LiDAR's axes on disk (x right, y forward) become ours, intensity 0..255 becomes 0..1, and
-    the points on the car itself are taken off. The six images are projected each from the car's
-    pose at its own shutter. v1.0-test has no labels.
+    A frame has the keyframe sweep and up to Grid.sweeps - 1 sweeps before it, moved to
+    its place. The LiDAR's axes on disk (x right, y forward) become ours, intensity
+    0..255 becomes 0..1, and the points on the car itself are taken off. The six images
+    are projected each from the car's pose at its own shutter. v1.0-test has no labels.
 
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names
     .split(name)  .load(i)
@@ -1521,8 +1532,8 @@ class NuScenes:
     def camera_images(self, row, size, name):
         """Images of a frame (a row of .frames) -> K x (3, H, W) uint8; world2img (K, 4, 4).
 
-        LiDAR -> world -> camera goes through each sensor's own ego pose: the car moves up to a
-        metre between sweep and shutter.
+        LiDAR -> world -> camera goes through each sensor's own ego pose: the car moves
+        up to a metre between sweep and shutter.
         """
         cameras = self.sensors[row["sensors"][1:]]
         images = []
@@ -1573,8 +1584,9 @@ class NuScenes:
     def annotations(self, i):
         """All boxes of frame i, as structured rows.
 
-        box (9,) float64 as Frame.boxes but in the world, category, token, instance, label (-1: a
-        category outside the detection task), lidar_points (in the keyframe sweep).
+        box (9,) float64 as Frame.boxes but in the world, category, token, instance,
+        label (-1: a category outside the detection task), lidar_points (in the keyframe
+        sweep).
         """
         return self.boxes[slice(*self.frames["boxes"][i])]
 
@@ -1662,23 +1674,26 @@ def read_calibration(path, keys, name):
 class Kitti:
     """Reader of KITTI: the left colour camera (image_2) and the full scans.
 
-    The root holds object frames, training/ with testing/ and ImageSets/ where they are, or raw
-    drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do). A root with both reads
-    the object frames and prints how to take the drives. No link may lead out of the root.
+    The root holds object frames, training/ with testing/ and ImageSets/ where they are,
+    or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do). A
+    root with both reads the object frames and prints how to take the drives. No link
+    may lead out of the root.
 
-    Object frames: velodyne/, image_2/ and calib/ are needed; label_2/ in training/ too, or not at
-    all. Splits are those of ImageSets/. Without ImageSets, or where no frame of train or val is on
-    disk, labelled frames are cut 80/20 in their order (split_frames). train.txt without val.txt is
-    an error, and the other way round. Frames of ImageSets that are not on disk are left out, and
-    their number is printed. Object frames have no time.
+    Object frames: velodyne/, image_2/ and calib/ are needed; label_2/ in training/ too,
+    or not at all. Splits are those of ImageSets/. Without ImageSets, or where no frame
+    of train or val is on disk, labelled frames are cut 80/20 in their order
+    (split_frames). train.txt without val.txt is an error, and the other way round.
+    Frames of ImageSets that are not on disk are left out, and their number is printed.
+    Object frames have no time.
 
-    Raw drives have no labels. Their frames have a time (10 Hz). Frames that lack a scan or an
-    image are left out, and their number is printed.
+    Raw drives have no labels. Their frames have a time (10 Hz). Frames that lack a scan
+    or an image are left out, and their number is printed.
 
-    Neither has a pose here: lidar2world is the identity. The sizes of the images vary, and each is
-    resized to the grid's. Boxes are of cars, pedestrians and cyclists; their labels end where the
-    image does, so training wants crop=True (Loader), and crop_to_view makes the "reduced" clouds.
-    The range lies ahead of the car, so only y is mirrored in training.
+    Neither has a pose here: lidar2world is the identity. The sizes of the images vary,
+    and each is resized to the grid's. Boxes are of cars, pedestrians and cyclists;
+    their labels end where the image does, so training wants crop=True (Loader), and
+    crop_to_view makes the "reduced" clouds. The range lies ahead of the car, so only y
+    is mirrored in training.
 
     .grid  .root  .layout ("object frames" or "raw drives")  .frames (list of KittiFile)  .names
     .split(name)  .load(i)
@@ -1790,8 +1805,8 @@ class Kitti:
     def find_raw_frames(self, places):
         """Frames of every drive in order of time.
 
-        Those without a scan or an image (some drives lack a few scans) are left out, and their
-        number is printed.
+        Those without a scan or an image (some drives lack a few scans) are left out,
+        and their number is printed.
         """
         frames = []
         left_out = 0
@@ -1883,8 +1898,8 @@ class Kitti:
     def calibration(self, i):
         """-> lidar2rect (4, 4), rect2img (4, 4), both float64.
 
-        lidar2rect goes from the LiDAR to rectified camera 0, where the labels are, rect2img from
-        there to the pixels on disk.
+        lidar2rect goes from the LiDAR to rectified camera 0, where the labels are,
+        rect2img from there to the pixels on disk.
         """
         frame = self.frames[i]
         paths = [path_inside(self.root, file, frame.name) for file in frame.calibration]
@@ -1901,8 +1916,8 @@ class Kitti:
     def annotations(self, i):
         """Label rows of frame i as they are on disk, "DontCare" included.
 
-        -> structured rows (KITTI_LABEL), none for a frame without labels. box is NaN for DontCare,
-        label is -1 outside Grid.classes.
+        -> structured rows (KITTI_LABEL), none for a frame without labels. box is NaN
+        for DontCare, label is -1 outside Grid.classes.
         """
         frame = self.frames[i]
         if not frame.labels:
@@ -2027,10 +2042,10 @@ class WaymoFrame(NamedTuple):
 def range_image_points(distance, extrinsic, inclinations, pixel_poses=None, vehicle2world=None):
     """Range image -> points in the vehicle's place at the frame's pose, float64.
 
-    distance (H, W) m, > 0 where something was hit; extrinsic (4, 4) laser to vehicle; inclinations
-    (H,) rad, lowest beam first; pixel_poses (H, W, 6) roll, pitch, yaw, x, y, z of the vehicle when
-    each pixel was shot (TOP only), vehicle2world (4, 4) -> (n, 3), rows (n,), columns (n,).
-    Source: the official range_image_utils.
+    distance (H, W) m, > 0 where something was hit; extrinsic (4, 4) laser to vehicle;
+    inclinations (H,) rad, lowest beam first; pixel_poses (H, W, 6) roll, pitch, yaw, x,
+    y, z of the vehicle when each pixel was shot (TOP only), vehicle2world (4, 4) -> (n,
+    3), rows (n,), columns (n,). Source: the official range_image_utils.
     """
     W = distance.shape[1]
     row, column = np.nonzero(distance > 0)
@@ -2056,8 +2071,8 @@ def range_image_points(distance, extrinsic, inclinations, pixel_poses=None, vehi
 def rows_at_time(file, columns, key, time):
     """The rows of an open parquet file where column `key` is `time` -> a table of these columns.
 
-    Decoded a few rows at a time and no further than needed: a row group of the official files has
-    256 rows, of pixel poses a whole segment, 800 MB.
+    Decoded a few rows at a time and no further than needed: a row group of the official
+    files has 256 rows, of pixel poses a whole segment, 800 MB.
     """
     import pyarrow
     times = file.read([key], use_threads=False)[key].to_numpy()
@@ -2101,9 +2116,9 @@ def segment_files(path):
 def regroup(root, target):
     """Copy a Waymo folder, as far as Waymo reads it, into files with small row groups.
 
-    The large files of the copy have a row group for the rows of each frame, so that a frame is
-    read without what lies before it. A file that the copy has already is left as it is: the same
-    call goes on after an interruption.
+    The large files of the copy have a row group for the rows of each frame, so that a
+    frame is read without what lies before it. A file that the copy has already is left
+    as it is: the same call goes on after an interruption.
     """
     import pyarrow
     import pyarrow.parquet as parquet
@@ -2140,26 +2155,28 @@ def regroup(root, target):
 class Waymo:
     """Reader of the Waymo Open Dataset v2: <split>/<component>/<segment>.parquet.
 
-    The root holds training/, validation/ and, where it is, testing/, each with one folder of
-    parquet files for each component. lidar, lidar_pose, lidar_calibration, vehicle_pose,
-    lidar_box (not in testing), camera_image and camera_calibration are needed. Segments that lack
-    one are left out, and their number is printed. No link may lead out of the root.
+    The root holds training/, validation/ and, where it is, testing/, each with one
+    folder of parquet files for each component. lidar, lidar_pose, lidar_calibration,
+    vehicle_pose, lidar_box (not in testing), camera_image and camera_calibration are
+    needed. Segments that lack one are left out, and their number is printed. No link
+    may lead out of the root.
 
-    pyarrow reads a few rows at a time: no TensorFlow, no conversion. The official files have large
-    row groups, of which everything before the wanted rows must be decoded too.
-    `python data.py ROOT --regroup FOLDER` writes a copy with small ones: of a fabricated file of
-    198 rows, 1.6 MB each, a row takes 1.3 to 2.0 s, from the copy 0.02 s.
+    pyarrow reads a few rows at a time: no TensorFlow, no conversion. The official files
+    have large row groups, of which everything before the wanted rows must be decoded
+    too. `python data.py ROOT --regroup FOLDER` writes a copy with small ones: of a
+    fabricated file of 198 rows, 1.6 MB each, a row takes 1.3 to 2.0 s, from the copy
+    0.02 s.
 
-    Points are the first returns of all lasers outside no-label zones: beams from the highest down,
-    azimuth corrected for the mounting, TOP's rays from the vehicle's pose at each pixel, intensity
-    through tanh. The points of the four short-range lasers carry 1 ms of age, because they were
-    not shot from `origin`, where TOP stands. The frame is the vehicle's: x forward, y left, z up
-    from the road.
+    Points are the first returns of all lasers outside no-label zones: beams from the
+    highest down, azimuth corrected for the mounting, TOP's rays from the vehicle's pose
+    at each pixel, intensity through tanh. The points of the four short-range lasers
+    carry 1 ms of age, because they were not shot from `origin`, where TOP stands. The
+    frame is the vehicle's: x forward, y left, z up from the road.
 
-    Images are freed of their lens distortion after resizing, and each is projected from the
-    vehicle's pose at its own shutter, so that lidar2img is exact for a rigid world. Testing has no
-    labels. No real Waymo frame may be shared, so all this is tested on a fabricated segment in the
-    official column names and types.
+    Images are freed of their lens distortion after resizing, and each is projected from
+    the vehicle's pose at its own shutter, so that lidar2img is exact for a rigid world.
+    Testing has no labels. No real Waymo frame may be shared, so all this is tested on a
+    fabricated segment in the official column names and types.
 
     .grid  .root  .frames (list of WaymoFrame)  .names  .split(name)  .load(i)
     """
@@ -2209,8 +2226,9 @@ class Waymo:
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment -> a list of values for each column.
 
-        The rows are those of the frame's time; with time 0 or all_times, every row. columns are
-        "key.x", or "field.subfield" without the component's own prefix. Nothing is kept in memory.
+        The rows are those of the frame's time; with time 0 or all_times, every row.
+        columns are "key.x", or "field.subfield" without the component's own prefix.
+        Nothing is kept in memory.
         """
         import pyarrow
         import pyarrow.parquet as parquet
@@ -2321,8 +2339,8 @@ class Waymo:
     def load(self, i, image=None):
         """Read frame i -> Frame.
 
-        image (H, W) is the size of the front images, default the grid's. The side images are lower:
-        they keep that width and their own shape.
+        image (H, W) is the size of the front images, default the grid's. The side
+        images are lower: they keep that width and their own shape.
         """
         frame = self.frames[i]
         vehicle2world = self.pose(frame)
@@ -2399,8 +2417,8 @@ class Waymo:
     def laser_points(self, name, laser, image, extrinsic, inclinations, poses, vehicle2world):
         """First returns of one laser -> (n, 5) float64.
 
-        image (H, W, 4) range, intensity, elongation, in a no-label zone; inclinations (H,); poses
-        (H, W, 6) or None; see range_image_points.
+        image (H, W, 4) range, intensity, elongation, in a no-label zone; inclinations
+        (H,); poses (H, W, 6) or None; see range_image_points.
         """
         H = len(image)
         poses_fit = poses is not None and poses.shape[:2] == image.shape[:2]
@@ -2524,8 +2542,9 @@ def beam_inclinations(H, low, high, values):
 def straight_image(raw, file, front_size, name, lens):
     """Decode one camera image and take its lens distortion off.
 
-    lens: width, height, f_u, f_v, c_u, c_v, k1, k2, p1, p2, k3. front_size (H, W) is the size of a
-    front image; a lower one keeps that W and its own shape. -> (3, H, W) uint8, intrinsic (3, 3).
+    lens: width, height, f_u, f_v, c_u, c_v, k1, k2, p1, p2, k3. front_size (H, W) is
+    the size of a front image; a lower one keeps that W and its own shape. -> (3, H, W)
+    uint8, intrinsic (3, 3).
     """
     width, height, f_u, f_v, c_u, c_v, *distortion = lens
     H, W = front_size
@@ -2562,7 +2581,8 @@ CHECKED_FRAMES = 24  # frames looked at without --all
 def camera_faults(lidar2img, hw, yaw):
     """What in a camera's matrix contradicts a camera on a car.
 
-    lidar2img (4, 4), hw of its image, yaw degrees at which it should look -> list of str.
+    lidar2img (4, 4), hw of its image, yaw degrees at which it should look -> list of
+    str.
     """
     width = hw[1]
     matrix = np.asarray(lidar2img, np.float64)[:3]
