@@ -11,8 +11,8 @@ Source: CenterPoint (Yin et al., CVPR 2021, arXiv 2006.11275).
 Both losses in plain loops: tests/test_finetune.py, test_losses_match_plain_loops.
 [code] marks CenterPoint's released code and OpenPCDet's, [ours] our choice.
 
-All units of the trunk that the run of --init holds are loaded, the fusion layers too; neck and
-heads are new.
+All units of the trunk that the run of --init holds are loaded, the fusion layers too.
+Neck and heads are new.
 
     fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> shared 3 x 3
     -> for each group of classes a Head: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
@@ -83,7 +83,7 @@ class Config:
     use: tuple[str, ...] = ()  # units to load, such as lidar fuse; default: all it holds
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05     # share of the training labels [paper CLAP]
-    draw: Literal["frames", "scenes"] = "frames"  # what is drawn [paper CLAP]
+    draw: Literal["frames", "scenes"] = "frames"  # frames [paper CLAP] or whole scenes
 
     # optimisation; CenterPoint's epochs are over all data
     epochs: int = 20           # over the drawn frames; 0: steps decide [code CenterPoint] D1
@@ -109,7 +109,7 @@ class Config:
     # times as high, twice the rotation and no velocity
     w_box: float = 0.25        # of box codes against heat maps [code CenterPoint] D5
     w_velocity: float = 0.2    # of velocity within the box code [code CenterPoint]
-    gaussian_overlap: float = 0.1  # IoU of a box moved by the radius [code CenterPoint]
+    gaussian_overlap: float = 0.1  # IoU that a move by the radius keeps [code CenterPoint]
     min_radius: int = 2        # cells, smallest radius of a Gaussian [code CenterPoint]
 
 
@@ -130,8 +130,8 @@ def check(cfg, dataset):
     require(cfg.draw == "frames" or dataset.grid.dataset != "kitti",
             "--draw scenes: KITTI's object frames belong to no scene; draw frames")
     require(not cfg.use or cfg.init != "none",
-            f"--use {' '.join(cfg.use)} with --init none: there is nothing to load it from; "
-            "name a pre-training run with --init")
+            f"--use {' '.join(cfg.use)} with --init none: there is nothing to load it "
+            "from; name a pre-training run with --init")
     frames = [i for split in ("train", "val") for i in dataset.split(split)[:1000]]
     require(any(len(dataset.annotations(i)) for i in frames),
             f"{dataset.what}: no box is annotated here, "
@@ -293,6 +293,17 @@ class Head(nn.Module):
         return maps[0], torch.cat(maps[1:], 1)
 
 
+def focal(logits, target):
+    """Gaussian focal loss of each cell, alpha 2, beta 4. Source: CornerNet.
+
+    logits, target of one shape -> that shape.
+    """
+    p = logits.sigmoid()
+    at_centre = -(1 - p) ** 2 * F.logsigmoid(logits)
+    elsewhere = -p ** 2 * (1 - target) ** 4 * F.logsigmoid(-logits)
+    return torch.where(target == 1, at_centre, elsewhere)
+
+
 class Detector(nn.Module):
     """lidar, camera, fuse are the pre-trained trunk; neck, shared, heads are new."""
 
@@ -387,17 +398,6 @@ class Detector(nn.Module):
 
         # 4 the best of all groups
         return [best_boxes(groups) for groups in parts]
-
-
-def focal(logits, target):
-    """Gaussian focal loss of each cell, alpha 2, beta 4. Source: CornerNet.
-
-    logits, target of one shape -> that shape.
-    """
-    p = logits.sigmoid()
-    at_centre = -(1 - p) ** 2 * F.logsigmoid(logits)
-    elsewhere = -p ** 2 * (1 - target) ** 4 * F.logsigmoid(-logits)
-    return torch.where(target == 1, at_centre, elsewhere)
 
 
 def best_peaks(heat, group):
@@ -669,12 +669,12 @@ def finish(model, cfg, out, val_loader, device, rank):
     if rank:
         return
     folder = Path(out)
-    metrics = dict(
+    score = dict(
         nuscenes=partial(finish_nuscenes, modality=cfg.modality),
         kitti=finish_kitti,
         waymo=finish_waymo,
     )
-    scores = metrics[val_loader.grid.dataset](val_loader, frames, folder)
+    scores = score[val_loader.grid.dataset](val_loader, frames, folder)
     save_figures(val_loader, frames, folder)
     print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
           f"| seed {cfg.seed} | {scores} |")
