@@ -346,9 +346,9 @@ class Detector(nn.Module):
 
         predicted, target (M, 10) -> (M, 10).
         """
-        known = target.isfinite()
-        weight = known * target.new_tensor([1.0] * 8 + [self.cfg.w_velocity] * 2)
-        return (predicted - target.where(known, predicted)).abs() * weight
+        target = target.where(target.isfinite(), predicted)
+        weight = target.new_tensor([1.0] * 8 + [self.cfg.w_velocity] * 2)
+        return (predicted - target).abs() * weight
 
     def forward(self, batch):
         """-> L (), {name: ()}. Boxes whose centre is off the map are left out."""
@@ -448,8 +448,8 @@ def draw_labels(dataset, indices, fraction, draw, seed):
     return np.sort(indices[drawn])
 
 
-def describe_draw(cfg):
-    """Print what was drawn and how many of those frames the pre-training has seen.
+def describe_draw(cfg, classes, counts):
+    """Print what was drawn, its boxes, and how many frames the pre-training has seen.
 
     The hash is the beginning of the SHA-256 of labels.txt, which lists their names.
     """
@@ -465,6 +465,8 @@ def describe_draw(cfg):
                    "without their labels")
     print(f"{folder}: labels of {len(names)} frames, {cfg.draw} drawn with seed "
           f"{cfg.seed}, hash {digest} (labels.txt){overlap}", flush=True)
+    boxes = ", ".join(f"{name} {n}" for name, n in zip(classes, counts))
+    print(f"labelled boxes: {boxes}", flush=True)
 
 
 def count_boxes(dataset, indices, device):
@@ -541,9 +543,7 @@ def train(rank, world, cfg):
     record_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     counts = count_boxes(dataset, drawn[rank::world], device)
     if rank == 0:
-        describe_draw(cfg)
-        boxes = ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, counts))
-        print(f"labelled boxes: {boxes}", flush=True)
+        describe_draw(cfg, dataset.grid.classes, counts)
     about = f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded"
     run = Run(cfg, rank, world, first, steps, device, about)
 

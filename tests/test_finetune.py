@@ -84,11 +84,11 @@ def test_augment_warps_like_augment_cloud(world):
     frame = data.open_dataset(world, "small").load(0, (12, 32))
     for seed in range(4):
         options = 0.4, 0.05, (True, False)
-        found = finetune.augment(frame, np.random.default_rng(seed), *options)
+        warped = finetune.augment(frame, np.random.default_rng(seed), *options)
         expected = data.augment_cloud(frame, np.random.default_rng(seed), *options)
-        assert np.array_equal(found.points, expected.points)
-        assert np.array_equal(found.lidar2img, expected.lidar2img)
-        assert 3 < len(found.boxes) < len(expected.boxes)
+        assert np.array_equal(warped.points, expected.points)
+        assert np.array_equal(warped.lidar2img, expected.lidar2img)
+        assert 3 < len(warped.boxes) < len(expected.boxes)
 
 
 # ---- codes, targets, losses ----------------------------------------------------------
@@ -566,8 +566,8 @@ def test_attributes_follow_class_and_speed():
         labels = np.array([GRID.classes.index(name) for name in expected])
         frames = {"nuscenes/s/t": (boxes, labels, np.ones(len(boxes)), np.eye(4))}
         rows, = finetune.nuscenes_results(frames, GRID.classes)["results"].values()
-        found = {row["detection_name"]: row["attribute_name"] for row in rows}
-        assert found == expected
+        attributes = {row["detection_name"]: row["attribute_name"] for row in rows}
+        assert attributes == expected
 
 
 def test_finish_writes_results_metrics_and_the_row(world, tmp_path, monkeypatch, capsys):
