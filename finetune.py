@@ -1,25 +1,31 @@
-"""Few-label detection: a CenterPoint-style head on the shared camera + LiDAR trunk, from a pre-training run or from nothing, scored by the official metric.
+"""Few-label detection: CenterPoint's head on the pre-trained trunk, with the official metrics.
 
-    python finetune.py --init runs/clap                       # what the pre-training is worth with 5 % of the labels
-    python finetune.py --init none --out runs/none            # the baseline: the same labels, the same steps
-    python finetune.py --eval-only runs/finetune              # predict and score again
-    python finetune.py --export openpcdet --init runs/clap --out clap.pth     # its LiDAR network for OpenPCDet; torchvision: its image network
+    python finetune.py --init runs/clap             # after pre-training, 5 % of the labels
+    python finetune.py --init none --out runs/none  # the baseline: same labels and steps
+    python finetune.py --eval-only runs/finetune    # predict and score again
+    python finetune.py --export openpcdet --init runs/clap --out clap.pth
+                               # only write its LiDAR network for OpenPCDet
 
-Read with: common.py §3 trunk; data.py Batch, warp_boxes. Everything pre-trained on the trunk is loaded, the fusion layer too; the head is new.
-Source: CenterPoint (Yin et al., CVPR 2021, arXiv 2006.11275). [code] marks its released code and OpenPCDet's, [ours] our choice.
+Read with: common.py §8 trunk, §9 mean_over_ranks; data.py Batch, warp_boxes.
+Source: CenterPoint (Yin et al., CVPR 2021, arXiv 2006.11275).
+Both losses in plain loops: tests/test_finetune.py, test_losses_match_plain_loops.
+[code] marks CenterPoint's released code and OpenPCDet's, [ours] our choice.
 
-    fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> shared 3 x 3 -> one Head a class group: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
-    box code: offset y, x of the centre from its cell's (cells); z (m); log l, w, h; sin, cos of yaw; velocity x, y (m/s)
+All units of the trunk that the run of --init holds are loaded, the fusion layers too.
+Neck and heads are new.
+
+    fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> shared 3 x 3
+    -> for each group of classes a Head: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
+
+    box code: offset y, x of the centre from its cell's (cells); z (m); log l, w, h;
+    sin, cos of yaw; velocity x, y (m/s)
 
 Departures:
-  D1  Frames are drawn evenly (CenterPoint draws those with rare classes more often), no boxes of other frames are pasted in (it does: ground-truth sampling),
-      the learning rate follows half a cosine and AdamW's betas stay 0.9 and 0.999 (there one cycle of both).
-  D2  3 x 3 peaks instead of the released code's suppression by overlap, no least score (there 0.1), at most 500 boxes a frame, as the metric takes.
-  D3  Attributes, which a detector without an attribute head must guess, follow speed and class (the released code's rule).
-  D4  Boxes without a LiDAR point are not learned from, whatever the branches (OpenPCDet's and mmdetection3d's rule); nuScenes' metric still counts those that
-      hold a radar point, KITTI's all, Waymo's none.
-  D5  Loss weights, learning rate and turn are those of its nuScenes configuration on every data set; its Waymo configuration has a box loss of weight 2, a rate
-      three times as high, twice the turn and no velocity.
+  D1  Frames are drawn evenly, no boxes are pasted in, half a cosine replaces the one cycle.
+  D2  3 x 3 peaks replace suppression by overlap: no least score, at most 500 boxes a frame.
+  D3  Attributes follow speed and class, by the released code's rule.
+  D4  Boxes without a LiDAR point are not learned from.
+  D5  Loss weights, learning rate and rotation are those for nuScenes on every data set.
 """
 import hashlib
 import json
@@ -37,139 +43,265 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import data
-from common import (Run, all_reduce, bf16_autocast, lock_run_folder, cosine, destroy_group, figure, init_process, launch, record_frames, load_units, loss_curves, mean_over_ranks,
-                    parse, processes, load_tool, rank0_first, read_units, resume, run_config, save, share_buffers, start, trunk, wrap, write_text, atomic_write)
+from common import (
+    trunk, bf16_autocast,  # networks
+    all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
+    parse, require, launch, init_process, start, wrap, resume, save, cosine,  # runs: skip
+    record_frames, rank0_first, lock_run_folder, run_config, read_units, load_units,
+    destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
+)
 
-UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"             # what a pre-training run may hold
-GROUPS = {                                                          # classes that share a head [code CenterPoint]
-    "nuscenes": (("car",), ("truck", "construction_vehicle"), ("bus", "trailer"), ("barrier",), ("motorcycle", "bicycle"), ("pedestrian", "traffic_cone")),
-    "kitti": (("Car", "Pedestrian", "Cyclist"),), "waymo": (("Vehicle", "Pedestrian", "Cyclist"),)}
-CODE = 2, 1, 3, 2, 2                                                # offset, z, log size, sin and cos of yaw, velocity
-MAX_BOXES = 500                                                     # boxes a frame [devkit]
-PER_FRAME_SHOWN, SCORE_SHOWN = 4, 0.3                               # figures only [ours]
+UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"  # what pre-training may have written
+CODE = 2, 1, 3, 2, 2         # channels: offset, z, log size, sin and cos of yaw, velocity
+MAX_BOXES = 500              # boxes a frame [devkit]
+FIGURE_FRAMES = 4            # frames in the figures [ours]
+FIGURE_SCORE = 0.3           # least score of a box in the figures [ours]
+GROUPS = {                   # classes that share a head [code CenterPoint]
+    "nuscenes": (("car",), ("truck", "construction_vehicle"), ("bus", "trailer"),
+                 ("barrier",), ("motorcycle", "bicycle"), ("pedestrian", "traffic_cone")),
+    "kitti": (("Car", "Pedestrian", "Cyclist"),),
+    "waymo": (("Vehicle", "Pedestrian", "Cyclist"),),
+}
 
 
 @dataclass
 class Config:
     # the run
-    data: str = ""                     # data set root; empty: the embedded world
-    preset: Literal["paper", "small"] = "paper"  # sizes; default: those of --init, else small exactly when no --data is given
-    out: str = "runs/finetune"         # run folder; the same command again resumes it
-    gpus: int | None = None            # processes on this machine; 0: CPU; default 1 where CUDA is, else 0
-    workers: int = 4                   # loader processes for each training process [ours]
-    seed: int = 0                      # of everything: labels drawn, order, augmentation, initial weights
-    save_every: int = 500              # steps between checkpoints; 500, small 60 [ours]
-    profile: int = 0                   # steps to time instead of training; 0: train [ours]
-    eval_only: str = ""                # a run folder: predict and score it again, train nothing; --data: where its data set lies now
-    export: Literal["", "openpcdet", "torchvision"] = ""  # write the network of --init to the file --out (.pth) as that project loads it, train nothing
+    data: str = ""             # root of the data set; empty: the embedded world
+    preset: Literal["paper", "small"] = "paper"  # default: as --init; else small without --data
+    out: str = "runs/finetune"  # run folder; the same command again resumes it
+    gpus: int | None = None    # processes on this machine; 0: CPU; default 1 with CUDA, else 0
+    workers: int = 4           # loader processes for each rank [ours]
+    seed: int = 0              # of drawn labels, order, augmentation, initial weights
+    save_every: int = 500      # steps between checkpoints [ours]
+    profile: int = 0           # steps to time instead of training; 0: train [ours]
+    eval_only: str = ""        # run folder to only score again; --data: its data's new root
+    export: Literal["", "openpcdet", "torchvision"] = ""  # only write --init's network to --out
+
     # what is learned from
-    init: str = "none"                 # a pre-training run folder, or none
-    use: tuple[str, ...] = ()          # units to load from it, such as lidar fuse; default: every unit that it holds and the modality has
+    init: str = "none"         # run folder of a pre-training, or none
+    use: tuple[str, ...] = ()  # units to load, such as lidar fuse; default: all it holds
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
-    fraction: float = 0.05             # share of the training labels; 0.05 [paper CLAP]
-    draw: Literal["frames", "scenes"] = "frames"  # what the fraction is drawn from; frames [paper CLAP]
-    # optimisation
-    epochs: int = 20                   # over the drawn frames; 20 [code CenterPoint, on full data, rare classes drawn more often] D1; small 0: steps decide
-    steps: int = 0                     # 0: epochs decide; small 60 [ours]
-    batch: int = 4                     # frames a process; 4 [code CenterPoint], small 2 [ours]
-    lr: float = 1e-3                   # of new layers; AdamW, half a cosine to 0; 1e-3 [code CenterPoint] D1
-    lr_pretrained: float = 1e-3        # of the weights loaded from --init; 1e-3 [ours]: the best of three on the embedded world
-    warmup: int = 200                  # steps from a third of it, at most a quarter of all; 200, small 10 [ours]
-    weight_decay: float = 0.01         # 0.01 [code CenterPoint]
-    clip: float = 35.0                 # gradient norm [code CenterPoint]
-    rotation: float = 0.3927           # rad, rotation U(-rotation, rotation) about z [code CenterPoint: its configuration of 0.1 m voxels, 0.3925]
-    scale: float = 0.05                # scaling U(1 - scale, 1 + scale) [code CenterPoint]; x and y flip with probability 1/2 where the range is symmetric
+    fraction: float = 0.05     # share of the training labels [paper CLAP]
+    draw: Literal["frames", "scenes"] = "frames"  # frames [paper CLAP] or whole scenes
+
+    # optimisation; CenterPoint's epochs are over all data
+    epochs: int = 20           # over the drawn frames; 0: steps decide [code CenterPoint] D1
+    steps: int = 0             # 0: epochs decide [ours]
+    batch: int = 4             # frames for each rank [code CenterPoint]
+    lr: float = 1e-3           # of new layers; half a cosine to 0 [code CenterPoint] D1 D5
+    lr_pretrained: float = 1e-3  # of loaded weights; best of three, embedded world [ours]
+    warmup: int = 200          # steps from a third of lr, at most a quarter of all [ours]
+    weight_decay: float = 0.01  # of AdamW [code CenterPoint]
+    clip: float = 35.0         # gradient norm [code CenterPoint]
+
+    # augmentation; x and y also flip with probability 1/2 where the range is symmetric
+    rotation: float = 0.3927   # rad about z, +-; 0.3925 at 0.1 m voxels [code CenterPoint] D5
+    scale: float = 0.05        # size U(1 - scale, 1 + scale) [code CenterPoint]
+
     # networks
-    resnet: Literal[18, 50] = 50       # image backbone, as pre-trained; small 18 [ours]
-    width: int = 16                    # first sparse stage; BEV neck and heads have 16 and 4 times that; 16 [code OpenPCDet], small 8 [ours]
-    bins: int = 118                    # depth bins of the lift, as pre-trained; small 36 [ours]
+    resnet: Literal[18, 50] = 50  # image backbone, as in the pre-training
+    width: int = 16            # w, first sparse stage; neck 16 w, heads 4 w [code OpenPCDet]
+    bins: int = 118            # depth bins of the lift, as pre-trained [code BEVFusion]
+
     # losses and targets
-    w_box: float = 0.25                # of the box codes against the heat maps [code CenterPoint]
-    w_velocity: float = 0.2            # of velocity within the box code [code CenterPoint]
-    gaussian_overlap: float = 0.1      # IoU that a box moved by the Gaussian's radius keeps [code CenterPoint]
-    min_radius: int = 2                # cells, smallest radius [code CenterPoint]
+    # D5: CenterPoint's Waymo configuration has a box loss of weight 2, a learning rate three
+    # times as high, twice the rotation and no velocity
+    w_box: float = 0.25        # of box codes against heat maps [code CenterPoint] D5
+    w_velocity: float = 0.2    # of velocity within the box code [code CenterPoint]
+    gaussian_overlap: float = 0.1  # IoU that a move by the radius keeps [code CenterPoint]
+    min_radius: int = 2        # cells, smallest radius of a Gaussian [code CenterPoint]
 
 
-SMALL = dict(workers=0, save_every=60, epochs=0, steps=60, batch=2, warmup=10, resnet=18, width=8, bins=36)     # explained in Config
+# --preset small: minutes on two CPU cores; all [ours]
+SMALL = dict(
+    workers=0, save_every=60,
+    epochs=0, steps=60, batch=2, warmup=10,
+    resnet=18, width=8, bins=36,  # as in the methods' small presets, whose weights must fit
+)
 
 
-# ---- boxes <-> codes -------------------------------------------------------------------------------------------------------------
+def check(cfg, dataset):
+    """End with a message if this cannot work, before anything is written."""
+    require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
+            f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
+            "one of them must be 0, the other positive")
+    require(min(cfg.batch, cfg.save_every) >= 1, "--batch and --save-every start at 1")
+    require(cfg.draw == "frames" or dataset.grid.dataset != "kitti",
+            "--draw scenes: KITTI's object frames belong to no scene; draw frames")
+    require(not cfg.use or cfg.init != "none",
+            f"--use {' '.join(cfg.use)} with --init none: there is nothing to load it "
+            "from; name a pre-training run with --init")
+    frames = [i for split in ("train", "val") for i in dataset.split(split)[:1000]]
+    require(any(len(dataset.annotations(i)) for i in frames),
+            f"{dataset.what}: no box is annotated here, "
+            "so there is nothing to learn detection from")
+    if dataset.grid.dataset == "nuscenes":
+        check_devkit_files(dataset)
+
+
+def check_devkit_files(dataset):
+    """Refuse a root without the files that only nuscenes-devkit opens, when it scores."""
+    tables = Path(dataset.root, dataset.version)
+    for name in ("attribute", "visibility", "log"):
+        data.Table(tables, name, "")
+    for file in data.Table(tables, "map", "filename")["filename"]:
+        path = Path(dataset.root, file)
+        require(path.is_file(),
+                f"{path} is missing, which nuscenes-devkit opens before it scores; "
+                "extract the maps/ of the metadata archive too")
+
+
+def asked_units(cfg):
+    """-> units that --use names, () for all that the run holds; units of the modality."""
+    absent = dict(fusion=(), lidar=("camera.resnet", "camera.neck"), camera=("lidar",))
+    possible = [unit for unit in UNITS if unit not in absent[cfg.modality]]
+    use = tuple(unit for word in cfg.use for unit in word.split(","))
+    for unit in use:
+        require(unit in possible,
+                f"--use {unit} with --modality {cfg.modality}: "
+                f"expected some of {' '.join(possible)}")
+    return use, possible
+
+
+# ---- boxes <-> codes -----------------------------------------------------------------
 
 def encode(boxes, cells):
-    """boxes (M, 9) -> cell (M, 2) int64 row y, column x of the centre's cell, code (M, 10), within (M,) bool: the centre lies on the map."""
-    index = cells.index(boxes[:, :3])[:, 1:]                                               # (M, 2) y, x, whole at cell centres
+    """What a head learns of each box, and in which cell.
+
+    boxes (M, 9) -> cell (M, 2) int64, row y and column x of the centre's cell;
+    code (M, 10); within (M,) bool: the centre lies on the map.
+    """
+    index = cells.index(boxes[:, :3])[:, 1:]  # (M, 2) y, x, whole at cell centres
     cell = index.round().long()
     within = ((cell >= 0) & (cell < cell.new_tensor(cells.shape[1:]))).all(1)
-    code = torch.cat([index - cell, boxes[:, 2:3], boxes[:, 3:6].log(), boxes[:, 6:7].sin(), boxes[:, 6:7].cos(), boxes[:, 7:9]], 1)
+    z = boxes[:, 2:3]
+    log_size = boxes[:, 3:6].log()
+    yaw = boxes[:, 6:7]
+    velocity = boxes[:, 7:9]
+    code = torch.cat([index - cell, z, log_size, yaw.sin(), yaw.cos(), velocity], 1)
     return cell, code, within
 
 
 def decode(cell, code, cells):
     """The inverse: cell (M, 2), code (M, 10) -> boxes (M, 9)."""
-    y, x = (cell + code[:, :2]).unbind(1)
-    xyz = cells.centre(torch.stack([torch.zeros_like(y), y, x], 1))
-    return torch.cat([xyz[:, :2], code[:, 2:3], code[:, 3:6].exp(), torch.atan2(code[:, 6], code[:, 7])[:, None], code[:, 8:]], 1)
+    offset, z, log_size, sin_cos, velocity = code.split(CODE, 1)
+    y, x = (cell + offset).unbind(1)
+    centre = cells.centre(torch.stack([torch.zeros_like(y), y, x], 1))
+    yaw = torch.atan2(sin_cos[:, :1], sin_cos[:, 1:])
+    return torch.cat([centre[:, :2], z, log_size.exp(), yaw, velocity], 1)
 
 
 def gaussian_radius(length, width, overlap):
-    """Largest move of a corner, in cells, that keeps the IoU; the three cases of CornerNet with the roots that its code takes. length, width (M,) cells -> (M,)."""
-    area, half_round = length * width, length + width
-    both = half_round, area * (1 - overlap) / (1 + overlap)                                # x^2 - b x + c = 0
-    inner = 2 * half_round, 4 * (1 - overlap) * area
-    outer = -2 * overlap * half_round, 4 * overlap * (overlap - 1) * area
-    return torch.stack([(b + (b * b - 4 * c).clamp_min(0).sqrt()) / 2 for b, c in (both, inner, outer)]).amin(0)
+    """Largest move of a corner that keeps this IoU. length, width (M,) cells -> (M,).
+
+    CornerNet's three cases, each x^2 - b x + c = 0, with the roots that its code takes.
+    """
+    area = length * width
+    half_round = length + width
+    moved = half_round, area * (1 - overlap) / (1 + overlap)
+    smaller = 2 * half_round, 4 * (1 - overlap) * area
+    larger = -2 * overlap * half_round, 4 * overlap * (overlap - 1) * area
+    radii = []
+    for b, c in (moved, smaller, larger):
+        radii.append((b + (b * b - 4 * c).clamp_min(0).sqrt()) / 2)
+    return torch.stack(radii).amin(0)
+
+
+def gaussian(d, r):
+    """6 sigma = 2 r + 1, and 0 beyond r. d (M, n), r (M, 1) cells -> (M, n)."""
+    sigma = (2 * r + 1) / 6
+    return torch.exp(-d * d / (2 * sigma ** 2)) * (d.abs() <= r)
 
 
 def heat_targets(cell, label, b, boxes, shape, cells, cfg):
-    """Gaussians at the centres, the largest where they meet. cell (M, 2), label (M,) within the group, b (M,), shape (B, C, Y, X) -> that shape, 1 at centres."""
-    length, width = boxes[:, 3] / cells.step[0], boxes[:, 4] / cells.step[1]
-    r = gaussian_radius(length, width, cfg.gaussian_overlap).floor().clamp_min(cfg.min_radius)   # (M,)
-    sigma = (2 * r + 1) / 6
-    dy, dx = (torch.arange(n, device=cell.device) - cell[:, axis, None] for axis, n in enumerate(shape[2:]))            # (M, Y), (M, X)
-    gauss = [torch.exp(-d * d / (2 * sigma[:, None] ** 2)) * (d.abs() <= r[:, None]) for d in (dy, dx)]
-    gauss = gauss[0][:, :, None] * gauss[1][:, None]                                       # (M, Y, X)
-    row = (b * shape[1] + label)[:, None, None].expand_as(gauss)
-    return torch.zeros(shape[0] * shape[1], *shape[2:], device=cell.device).scatter_reduce_(0, row, gauss, "amax").view(shape)
+    """A Gaussian at each centre, the largest where they meet.
+
+    cell (M, 2), label (M,) within the group, b (M,), boxes (M, 9), shape (B, C, Y, X)
+    -> (B, C, Y, X), 1 at centres.
+    """
+    B, C, Y, X = shape
+    length = boxes[:, 3] / cells.step[0]
+    width = boxes[:, 4] / cells.step[1]
+    r = gaussian_radius(length, width, cfg.gaussian_overlap)
+    r = r.floor().clamp_min(cfg.min_radius)[:, None]  # (M, 1)
+    dy = torch.arange(Y, device=cell.device) - cell[:, :1]  # (M, Y)
+    dx = torch.arange(X, device=cell.device) - cell[:, 1:]  # (M, X)
+    gauss = gaussian(dy, r)[:, :, None] * gaussian(dx, r)[:, None]  # (M, Y, X)
+    plane = (b * C + label)[:, None, None].expand_as(gauss)
+    heat = torch.zeros(B * C, Y, X, device=cell.device)
+    return heat.scatter_reduce_(0, plane, gauss, "amax").view(shape)
 
 
-# ---- the detector ----------------------------------------------------------------------------------------------------------------
+# ---- the detector --------------------------------------------------------------------
+
+def with_norm(conv):
+    """The convolution, then batch norm and ReLU."""
+    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3)
+    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+
 
 def conv2d(inputs, outputs, stride=1):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU(inplace=True))
+    return with_norm(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
 
 
 class BevNeck(nn.Module):
-    """1 x 1 to 16 w, two blocks of six convolutions at strides 1 and 2, both brought to the full map and joined. Source: SECOND [code OpenPCDet]."""
+    """Two blocks of six convolutions, at strides 1 and 2, joined at stride 1.
+
+    Source: SECOND [code OpenPCDet].
+    """
 
     def __init__(self, inputs, w):
         super().__init__()
-        self.reduce = nn.Sequential(nn.Conv2d(inputs, 16 * w, 1, bias=False), nn.BatchNorm2d(16 * w, eps=1e-3), nn.ReLU(inplace=True))
-        self.fine = nn.Sequential(conv2d(16 * w, 8 * w), *(conv2d(8 * w, 8 * w) for _ in range(5)))
-        self.coarse = nn.Sequential(conv2d(8 * w, 16 * w, 2), *(conv2d(16 * w, 16 * w) for _ in range(5)))
-        self.up = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(c, 16 * w, s, s, bias=False), nn.BatchNorm2d(16 * w, eps=1e-3), nn.ReLU(inplace=True))
-                                for c, s in ((8 * w, 1), (16 * w, 2)))
+        self.reduce = with_norm(nn.Conv2d(inputs, 16 * w, 1, bias=False))
+        self.fine = nn.Sequential(
+            conv2d(16 * w, 8 * w), *(conv2d(8 * w, 8 * w) for _ in range(5)))
+        self.coarse = nn.Sequential(
+            conv2d(8 * w, 16 * w, 2), *(conv2d(16 * w, 16 * w) for _ in range(5)))
+        self.up = nn.ModuleList([
+            with_norm(nn.ConvTranspose2d(8 * w, 16 * w, 1, 1, bias=False)),
+            with_norm(nn.ConvTranspose2d(16 * w, 16 * w, 2, 2, bias=False)),
+        ])
 
     def forward(self, x):
         """x (B, C, Y, X) -> (B, 32 w, Y, X)."""
-        fine = self.fine(self.reduce(x))
-        coarse = self.up[1](self.coarse(fine))[..., :x.shape[2], :x.shape[3]]               # one row too many where Y is odd
-        return torch.cat([self.up[0](fine), coarse], 1)
+        Y, X = x.shape[2:]
+        fine = self.fine(self.reduce(x))  # (B, 8 w, Y, X)
+        coarse = self.coarse(fine)  # (B, 16 w, Y / 2, X / 2), rounded up
+        return torch.cat([self.up[0](fine), self.up[1](coarse)[..., :Y, :X]], 1)
+
+
+def branch(inputs, outputs):
+    return nn.Sequential(conv2d(inputs, inputs), nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
 class Head(nn.Module):
-    """Heat map and box code of one group of classes: a branch of two convolutions for each quantity."""
+    """Heat map and box code of one group of classes: a branch for each quantity."""
 
     def __init__(self, inputs, classes):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(conv2d(inputs, inputs), nn.Conv2d(inputs, n, 3, padding=1)) for n in (classes, *CODE))
-        nn.init.constant_(self.branches[0][-1].bias, -2.19)                                # a probability of 0.1 at first [code CenterPoint]
+        self.branches = nn.ModuleList(branch(inputs, n) for n in (classes, *CODE))
+        # a probability of 0.1 at first [code CenterPoint]
+        nn.init.constant_(self.branches[0][-1].bias, -2.19)
 
     def forward(self, x):
         """x (B, C, Y, X) -> heat (B, classes, Y, X) logits, code (B, 10, Y, X)."""
-        inner = [branch[0](x) for branch in self.branches]
-        with torch.autocast(x.device.type, enabled=False):                                 # logits of bfloat16 tie, and of two tied neighbours both are peaks
-            heat, *code = (branch[1](one.float()) for branch, one in zip(self.branches, inner))
-        return heat, torch.cat(code, 1)
+        features = [branch[0](x) for branch in self.branches]
+        # float32: logits in bfloat16 tie, and two tied neighbours would both be peaks
+        with torch.autocast(x.device.type, enabled=False):
+            maps = [branch[1](f.float()) for branch, f in zip(self.branches, features)]
+        return maps[0], torch.cat(maps[1:], 1)
+
+
+def focal(logits, target):
+    """Gaussian focal loss of each cell, alpha 2, beta 4. Source: CornerNet.
+
+    logits, target of one shape -> that shape.
+    """
+    p = logits.sigmoid()
+    at_centre = -(1 - p) ** 2 * F.logsigmoid(logits)
+    elsewhere = -p ** 2 * (1 - target) ** 4 * F.logsigmoid(-logits)
+    return torch.where(target == 1, at_centre, elsewhere)
 
 
 class Detector(nn.Module):
@@ -177,611 +309,261 @@ class Detector(nn.Module):
 
     def __init__(self, cfg, grid):
         super().__init__()
-        self.cfg, w = cfg, cfg.width
+        self.cfg = cfg
+        w = cfg.width
         lidar, camera, self.fuse = trunk(grid, cfg.resnet, w, cfg.bins)
         self.cells = lidar.cells[-1]
         self.lidar = None if cfg.modality == "camera" else lidar
         self.camera = None if cfg.modality == "lidar" else camera
         self.neck = BevNeck(4 * w * self.cells.shape[0], w)
         self.shared = conv2d(32 * w, 4 * w)
-        self.groups = [[grid.classes.index(name) for name in group] for group in GROUPS[grid.dataset]]
-        self.heads = nn.ModuleList(Head(4 * w, len(group)) for group in self.groups)
+        groups = GROUPS[grid.dataset]
+        self.groups = [[grid.classes.index(name) for name in group] for group in groups]
+        self.heads = nn.ModuleList(Head(4 * w, len(group)) for group in groups)
         for part in (self.neck, self.shared, self.heads):
-            part.to(memory_format=torch.channels_last)                                     # a quarter faster
+            part.to(memory_format=torch.channels_last)  # a quarter faster
 
     def predict_maps(self, batch):
-        """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one a group."""
-        lidar = None if self.lidar is None else self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
-        camera = None if self.camera is None else self.camera(batch, self.cells)[0]
-        volume = self.fuse(lidar, camera)                                                  # (B, 4 w, Z, Y, X)
+        """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one for each group."""
+        lidar = camera = None  # (B, C, Z, Y, X) each
+        if self.lidar is not None:
+            lidar = self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
+        if self.camera is not None:
+            camera = self.camera(batch, self.cells)[0]
+        volume = self.fuse(lidar, camera)  # (B, 4 w, Z, Y, X)
         with bf16_autocast(volume.device):
-            bev = self.shared(self.neck(volume.flatten(1, 2)))                             # (B, 4 w, Y, X)
+            bev = self.shared(self.neck(volume.flatten(1, 2)))  # (B, 4 w, Y, X)
             return [head(bev) for head in self.heads]
 
+    def group_boxes(self, group, labels, within):
+        """The boxes of a group. -> rows (M,) of labels, label (M,) within the group."""
+        group = labels.new_tensor(group)
+        rows = (within & torch.isin(labels, group)).nonzero()[:, 0]
+        return rows, (labels[rows, None] == group).float().argmax(1)
+
+    def box_errors(self, predicted, target):
+        """Weighted L1; 0 where the target is unknown: velocities may be NaN.
+
+        predicted, target (M, 10) -> (M, 10).
+        """
+        target = target.where(target.isfinite(), predicted)
+        weight = target.new_tensor([1.0] * 8 + [self.cfg.w_velocity] * 2)
+        return (predicted - target).abs() * weight
+
     def forward(self, batch):
-        """-> L (), {name: ()}. Boxes whose centre is off the map and unknown (NaN) velocities are left out of the losses."""
+        """-> L (), {name: ()}. Boxes whose centre is off the map are left out."""
         cfg = self.cfg
-        cell, code, within = encode(batch.boxes, self.cells)
-        L_heat = L_box = 0.0                                                                                            # [code CenterPoint]
+
+        # 1 the cell and the code of each labelled box
+        cell, code, within = encode(batch.boxes, self.cells)  # (M, 2), (M, 10), (M,)
+
+        # 2 heat maps and codes, then for each group of classes its boxes
+        L_heat = L_box = 0.0  # [code CenterPoint]
         for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
-            rows = (within & torch.isin(batch.labels, batch.labels.new_tensor(group))).nonzero()[:, 0]                  # (M,) boxes of this group
-            b, at = batch.b_boxes[rows], cell[rows]
-            label = (batch.labels[rows, None] == batch.labels.new_tensor(group)).float().argmax(1)
-            target = heat_targets(at, label, b, batch.boxes[rows], heat.shape, self.cells, cfg)
-            L_heat = L_heat + mean_over_ranks(focal(heat, target).sum(), len(rows))                                     # [code CenterPoint]
-            wanted, found = code[rows], codes[b, :, at[:, 0], at[:, 1]]                                                 # (M, 10) both
-            known = wanted.isfinite()
-            weight = known * wanted.new_tensor([1.] * 8 + [cfg.w_velocity] * 2)
-            L_box = L_box + mean_over_ranks(((found - wanted.where(known, found)).abs() * weight).sum(), len(rows))     # [code CenterPoint]
-        L = L_heat + cfg.w_box * L_box                                                                                  # [code CenterPoint]
+            rows, label = self.group_boxes(group, batch.labels, within)
+            b = batch.b_boxes[rows]
+            y, x = cell[rows].unbind(1)
+
+            # 3 the heat map against Gaussians, every cell
+            target = heat_targets(
+                cell[rows], label, b, batch.boxes[rows], heat.shape, self.cells, cfg)
+            loss = focal(heat, target).sum()
+            L_heat = L_heat + mean_over_ranks(loss, len(rows))  # [code CenterPoint]
+
+            # 4 the code, at the centres only
+            errors = self.box_errors(codes[b, :, y, x], code[rows])  # (M, 10)
+            L_box = L_box + mean_rows(errors)  # [code CenterPoint]
+
+        L = L_heat + cfg.w_box * L_box  # [code CenterPoint]
         return L, dict(L_heat=L_heat, L_box=L_box, boxes=within.float().sum())
 
     @torch.no_grad()
     def predict(self, batch):
-        """-> [(boxes (n, 9), labels (n,) into Grid.classes, scores (n,))], one a frame, best first, n <= 500."""
-        found = [[] for _ in range(batch.size)]
+        """-> [(boxes (n, 9), labels (n,), scores (n,))], one for each frame.
+
+        Best first, n <= 500; labels are indices into Grid.classes.
+        """
+        parts = [[] for _ in range(batch.size)]
+
+        # 1 heat maps and codes of each group of classes
         for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
-            heat = heat.sigmoid()
-            heat = heat * (heat == F.max_pool2d(heat, 3, 1, 1))                            # 3 x 3 peaks
-            (Y, X), n = heat.shape[2:], min(MAX_BOXES, heat[0].numel())
-            scores, best = heat.flatten(1).topk(n)                                         # (B, n)
+            # 2 the best peaks of the heat map
+            scores, cell, labels = best_peaks(heat, group)  # (B, n), (B, n, 2), (B, n)
+
+            # 3 the boxes that the codes describe there
             for b in range(batch.size):
-                at = torch.stack([best[b] % (Y * X) // X, best[b] % X], 1)                 # (n, 2) y, x
-                labels = batch.b_points.new_tensor(group)[best[b] // (Y * X)]
-                found[b].append((decode(at, codes[b, :, at[:, 0], at[:, 1]].t(), self.cells), labels, scores[b]))
-        frames = []
-        for parts in found:
-            boxes, labels, scores = map(torch.cat, zip(*parts))
-            order = scores.argsort(descending=True, stable=True)[:MAX_BOXES]
-            order = order[~(scores[order] <= 0)]                                           # a score that is no number stays: see check_predictions
-            frames.append((boxes[order], labels[order], scores[order]))
-        return frames
+                y, x = cell[b].unbind(1)
+                boxes = decode(cell[b], codes[b, :, y, x].t(), self.cells)  # (n, 9)
+                parts[b].append((boxes, labels[b], scores[b]))
+
+        # 4 the best of all groups
+        return [best_boxes(groups) for groups in parts]
 
 
-def focal(logits, target):
-    """Gaussian focal loss, alpha 2, beta 4, of each cell. Source: CornerNet. logits, target of one shape -> that shape."""
-    p, log_p, log_not = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
-    return torch.where(target == 1, -(1 - p) ** 2 * log_p, -p ** 2 * (1 - target) ** 4 * log_not)
+def best_peaks(heat, group):
+    """The cells that no neighbour in 3 x 3 exceeds, best first.
+
+    heat (B, C, Y, X) logits, group: C labels
+    -> scores (B, n), cell (B, n, 2) y, x, labels (B, n).
+    """
+    # D2: the released code suppresses by overlap and drops scores below 0.1;
+    # the metric takes at most 500 boxes a frame
+    heat = heat.sigmoid()
+    heat = heat * (heat == F.max_pool2d(heat, 3, 1, 1))
+    Y, X = heat.shape[2:]
+    scores, best = heat.flatten(1).topk(min(MAX_BOXES, heat[0].numel()))
+    cell = torch.stack([best % (Y * X) // X, best % X], 2)
+    labels = best.new_tensor(group)[best // (Y * X)]
+    return scores, cell, labels
 
 
-# ---- few labels ------------------------------------------------------------------------------------------------------------------
+def best_boxes(groups):
+    """[(boxes (n, 9), labels (n,), scores (n,))] of a frame's groups -> the best of all."""
+    boxes = torch.cat([part for part, _, _ in groups])
+    labels = torch.cat([part for _, part, _ in groups])
+    scores = torch.cat([part for _, _, part in groups])
+    order = scores.argsort(descending=True, stable=True)[:MAX_BOXES]
+    # the score is 0 where there is no peak; NaN stays, for check_predictions
+    order = order[~(scores[order] <= 0)]
+    return boxes[order], labels[order], scores[order]
+
+
+# ---- few labels ----------------------------------------------------------------------
 
 def draw_labels(dataset, indices, fraction, draw, seed):
-    """A seeded share of these frames, at least one frame or scene; a smaller fraction's draw is part of a larger one's. -> sorted indices (n,)."""
-    if not 0 < fraction <= 1:
-        raise SystemExit(f"--fraction {fraction}: expected more than 0 and at most 1")
-    rng, names = np.random.default_rng((seed, 7)), dataset.names
+    """A seeded share of these frames, at least one frame or scene -> indices (n,), sorted.
+
+    The draw of a smaller fraction is part of that of a larger one.
+    """
+    require(0 < fraction <= 1,
+            f"--fraction {fraction}: expected more than 0 and at most 1")
+    rng = np.random.default_rng((seed, 7))
+    names = dataset.names
     scenes = [names[i].rsplit("/", 1)[0] for i in indices]
     units = np.unique(scenes) if draw == "scenes" else np.arange(len(indices))
-    kept = rng.permutation(units)[:max(1, round(fraction * len(units)))]
-    return np.sort(indices[np.isin(scenes, kept)] if draw == "scenes" else indices[kept])
+    count = max(1, round(fraction * len(units)))
+    drawn = rng.permutation(units)[:count]
+    if draw == "scenes":
+        return np.sort(indices[np.isin(scenes, drawn)])
+    return np.sort(indices[drawn])
 
 
-def describe_draw(cfg):
-    """Print how labels.txt, the drawn names, begins its SHA-256, and how many of them the pre-training has seen."""
-    out = Path(cfg.out)
-    names, digest = (out / "labels.txt").read_text().splitlines(), hashlib.sha256((out / "labels.txt").read_bytes()).hexdigest()[:16]
-    seen, overlap = Path(cfg.init) / "frames.txt", ""
+def describe_draw(cfg, classes, counts):
+    """Print what was drawn, its boxes, and how many frames the pre-training has seen.
+
+    The hash is the beginning of the SHA-256 of labels.txt, which lists their names.
+    """
+    folder = Path(cfg.out)
+    path = folder / "labels.txt"
+    names = path.read_text().splitlines()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    seen = Path(cfg.init) / "frames.txt"
+    overlap = ""
     if seen.is_file():
-        overlap = f"; {len(set(names) & set(seen.read_text().splitlines()))} of them were in the pre-training of {cfg.init}, without their labels"
-    print(f"{out}: labels of {len(names)} frames, {cfg.draw} drawn with seed {cfg.seed}, hash {digest} (labels.txt){overlap}", flush=True)
-
-
-# ---- official metric -------------------------------------------------------------------------------------------------------------
-
-def attribute(name, speed):
-    """What the released code guesses from class and speed (m/s). D3"""
-    if name in ("barrier", "traffic_cone"):
-        return ""
-    if name == "pedestrian":
-        return "pedestrian.moving" if speed > 0.2 else "pedestrian.standing"
-    if name in ("motorcycle", "bicycle"):
-        return "cycle.with_rider" if speed > 0.2 else "cycle.without_rider"
-    return "vehicle.moving" if speed > 0.2 else "vehicle.stopped" if name == "bus" else "vehicle.parked"
-
-
-def nuscenes_results(frames, classes, modality="fusion"):
-    """Predictions in the official format. frames {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))} as arrays -> dict for JSON."""
-    results = {}
-    for name, (boxes, labels, scores, lidar2world) in frames.items():
-        token = name.rsplit("/", 1)[1]
-        boxes = data.warp_boxes(boxes, lidar2world)                                        # (n, 9) float64, in the world
-        turn = Rotation.from_euler("z", boxes[:, 6:7]).as_quat()[:, [3, 0, 1, 2]] if len(boxes) else np.zeros((0, 4))     # w, x, y, z
-        results[token] = [dict(sample_token=token, translation=box[:3].tolist(), size=box[[4, 3, 5]].tolist(), rotation=q.tolist(), velocity=box[7:9].tolist(),
-                               detection_name=classes[label], detection_score=float(score), attribute_name=attribute(classes[label], float(np.hypot(*box[7:9]))))
-                          for box, label, score, q in zip(boxes, labels, scores, turn)]
-    return dict(meta=dict(use_camera=modality != "lidar", use_lidar=modality != "camera", use_radar=False, use_map=False, use_external=False), results=results)
-
-
-@cache
-def devkit(version, root):
-    """The devkit's own tables, read once."""
-    from nuscenes import NuScenes
-    return NuScenes(version, root, verbose=False)
-
-
-def nuscenes_score(dataset, path, tokens, reach=math.inf):
-    """nuscenes-devkit's DetectionEval, detection_cvpr_2019, on the frames of a results file: a whole split or not. reach (m) narrows the classes' ranges.
-
-    -> its metrics as a dict, its precision-recall data, and the classes that have ground truth after its filters.
-    """
-    from nuscenes.eval.common.config import config_factory
-    from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens, load_prediction_of_sample_tokens
-    from nuscenes.eval.detection.data_classes import DetectionBox
-    from nuscenes.eval.detection.evaluate import DetectionEval
-    official = devkit(dataset.version, str(dataset.root))
-    scorer = DetectionEval.__new__(DetectionEval)                                          # its __init__ knows whole official splits only
-    scorer.cfg, scorer.verbose, scorer.sample_tokens = config_factory("detection_cvpr_2019"), False, tokens
-    scorer.cfg.class_range = {name: min(r, reach) for name, r in scorer.cfg.class_range.items()}
-    predicted, scorer.meta = load_prediction_of_sample_tokens(str(path), scorer.cfg.max_boxes_per_sample, DetectionBox, tokens)
-    truth = load_gt_of_sample_tokens(official, tokens, DetectionBox)
-    if not any(predicted[token] for token in tokens) or not any(truth[token] for token in tokens):
-        raise SystemExit(f"{path}: no predicted box, or no labelled one, in any of its {len(tokens)} frames: nothing to score")
-    scorer.pred_boxes, scorer.gt_boxes = (filter_eval_boxes(official, add_center_dist(official, boxes), scorer.cfg.class_range) for boxes in (predicted, truth))
-    metrics, curves = scorer.evaluate()
-    present = sorted({box.detection_name for box in scorer.gt_boxes.all})
-    return metrics.serialize(), curves, present
-
-
-# ---- KITTI's metric --------------------------------------------------------------------------------------------------------------
-# Source: the rules of the official devkit's evaluate_object, in its own camera coordinates and order of decisions.
-
-KITTI_LEVELS = (40, 0, 0.15), (25, 1, 0.30), (25, 2, 0.50)          # easy, moderate, hard: px of height, occlusion, truncation
-KITTI_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
-KITTI_ALIKE = {"Car": "Van", "Pedestrian": "Person_sitting"}        # neither missed nor false
-
-
-def shared_area(a, b):
-    """Area that each two turned rectangles share; only those near each other are cut. a (M, 5), b (N, 5) x, y, l, w, yaw -> (M, N) m^2."""
-    import shapely
-
-    def polygons(boxes):
-        cos, sin = np.cos(boxes[:, 4:]), np.sin(boxes[:, 4:])
-        along, across = np.concatenate([cos, sin], 1) * boxes[:, 2:3] / 2, np.concatenate([-sin, cos], 1) * boxes[:, 3:4] / 2
-        return shapely.polygons(boxes[:, None, :2] + np.stack([along + across, along - across, -along - across, across - along], 1))
-    out, half_ = np.zeros((len(a), len(b))), [np.hypot(boxes[:, 2], boxes[:, 3]) / 2 for boxes in (a, b)]
-    i, j = np.nonzero(np.hypot(a[:, None, 0] - b[:, 0], a[:, None, 1] - b[:, 1]) < half_[0][:, None] + half_[1])
-    if len(i):
-        out[i, j] = shapely.area(shapely.intersection(polygons(a)[i], polygons(b)[j]))
-    return out
-
-
-def kitti_iou(a, b, kind):
-    """Intersection over union of label rows, kind "2d" (pictures), "bev" (ground) or "3d". a (M,), b (N,) KITTI_LABEL -> (M, N)."""
-    if kind == "2d":
-        low, high = np.maximum(a["bbox"][:, None, :2], b["bbox"][:, :2]), np.minimum(a["bbox"][:, None, 2:], b["bbox"][:, 2:])
-        both, (one, two) = (high - low).clip(0).prod(2), (np.prod(rows["bbox"][:, 2:] - rows["bbox"][:, :2], 1) for rows in (a, b))
-    else:
-        ground = [np.concatenate([rows["location"][:, ::2], rows["hwl"][:, :0:-1], -rows["rotation_y"][:, None]], 1) for rows in (a, b)]   # x, z, l, w, turn
-        both, (one, two) = shared_area(*ground), (rows["hwl"][:, 1] * rows["hwl"][:, 2] for rows in (a, b))
-        if kind == "3d":                                            # y points down, the location is the bottom
-            bottom, top = ([rows["location"][:, 1] - up * rows["hwl"][:, 0] for rows in (a, b)] for up in (0, 1))
-            both = both * (np.minimum(bottom[0][:, None], bottom[1]) - np.maximum(top[0][:, None], top[1])).clip(0)
-            one, two = one * a["hwl"][:, 0], two * b["hwl"][:, 0]
-    return both / np.maximum(one[:, None] + two - both, 1e-12)
-
-
-def kitti_match(iou, truth, found, score, least, threshold=None, stuff=None):
-    """One frame. iou (M, N), truth (M,), found (N,): 0 counted, 1 ignored (neither hit nor false), -1 left out -> scores of the hits, false alarms.
-
-    Without a threshold a truth takes its best-scored candidate, with one its best-overlapping; what is passed over is taken only if nothing else is.
-    stuff (N,) bool: detections that a DontCare covers.
-    """
-    hits, free = [], found >= 0
-    if threshold is not None:
-        free &= score >= threshold
-    for g in np.flatnonzero(truth >= 0):
-        options = np.flatnonzero(free & (iou[g] > least))
-        if len(options):
-            counted = options[found[options] == 0]
-            best = options[score[options].argmax()] if threshold is None else counted[iou[g, counted].argmax()] if len(counted) else options[0]
-            free[best] = False
-            if truth[g] == 0 and found[best] == 0:
-                hits.append(score[best])
-    false = free & (found == 0)
-    return hits, int((false & ~stuff).sum() if stuff is not None else false.sum())
-
-
-def kitti_ap(frames, name, level, kind):
-    """AP over 40 and over 11 recall positions, in %. frames [(truth rows, detected rows, scores)], level 0 easy, 1 moderate, 2 hard; nan without a truth."""
-    height, occlusion, truncation = KITTI_LEVELS[level]
-    cases, total = [], 0
-    for gt, found, score in frames:
-        tall = gt["bbox"][:, 3] - gt["bbox"][:, 1]
-        hard = (gt["occluded"] > occlusion) | (gt["truncated"] > truncation) | (tall <= height)
-        truth = np.where((gt["type"] == name) & ~hard, 0, np.where(np.isin(gt["type"], (name, KITTI_ALIKE.get(name, name))), 1, -1))
-        state = np.where(found["bbox"][:, 3] - found["bbox"][:, 1] < height, 1, np.where(found["type"] == name, 0, -1))
-        stuff = None
-        if kind == "2d":                                            # DontCare regions have a box in the picture only
-            covers, area = gt[gt["type"] == "DontCare"]["bbox"], np.prod(found["bbox"][:, 2:] - found["bbox"][:, :2], 1)
-            both = (np.minimum(found["bbox"][:, None, 2:], covers[:, 2:]) - np.maximum(found["bbox"][:, None, :2], covers[:, :2])).clip(0).prod(2)
-            stuff = (both > KITTI_IOU[name] * area[:, None]).any(1)
-        cases.append((kitti_iou(gt, found, kind), truth, state, score, KITTI_IOU[name], stuff))
-        total += (truth == 0).sum()
-    if not total:
-        return math.nan, math.nan
-    scores = sorted((s for *case, _ in cases for s in kitti_match(*case)[0]), reverse=True)
-    thresholds, recall = [], 0.0
-    for n, s in enumerate(scores, 1):                               # the scores at which recall comes nearest to 0, 1/40, 2/40, ...
-        if n == len(scores) or (n + 1) / total - recall >= recall - n / total:
-            thresholds.append(s)
-            recall += 1 / 40
-    precision = np.zeros(41)
-    for n, threshold in enumerate(thresholds[:41]):
-        counts = [kitti_match(*case, threshold, stuff) for *case, stuff in cases]
-        hits = sum(len(h) for h, _ in counts)
-        precision[n] = hits / max(hits + sum(f for _, f in counts), 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return 100 * precision[1:].mean(), 100 * precision[::4].mean()
-
-
-def kitti_rows(dataset, i, boxes, labels):
-    """Detections of frame i as label rows. boxes (n, 9), labels (n,) -> rows (m,), kept (m,): those that the picture shows whole before the camera."""
-    lidar2rect, rect2img = dataset.calibration(i)
-    rows = np.zeros(len(boxes), data.KITTI_LABEL)
-    rows["type"], rows["truncated"], rows["occluded"] = np.array(dataset.grid.classes)[labels], -1, -1
-    rows["hwl"], rows["box"], rows["label"] = boxes[:, 5:2:-1], boxes, labels
-    rows["location"] = boxes[:, :3] @ lidar2rect[:3, :3].T + lidar2rect[:3, 3] + rows["hwl"][:, :1] / 2 * [0, 1, 0]
-    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6]), np.zeros(len(boxes))], 1) @ lidar2rect[:3, :3].T
-    rows["rotation_y"] = np.arctan2(-heading[:, 2], heading[:, 0])
-    turn = rows["rotation_y"] - np.arctan2(rows["location"][:, 0], rows["location"][:, 2])
-    rows["alpha"] = np.arctan2(np.sin(turn), np.cos(turn))
-    width, height = dataset.picture_size(i)
-    lidar2img = rect2img @ lidar2rect
-    for row in rows:
-        uvd = data.box_corners(row["box"]) @ lidar2img[:3, :3].T + lidar2img[:3, 3]
-        if (uvd[:, 2] > 0.1).all():
-            uv = uvd[:, :2] / uvd[:, 2:]
-            row["bbox"] = np.clip([*uv.min(0), *uv.max(0)], 0, [width - 1, height - 1] * 2)         # as the labels are
-    kept = np.flatnonzero((rows["bbox"][:, 2:] > rows["bbox"][:, :2]).all(1))
-    return rows[kept], kept
-
-
-def kitti_score(dataset, frames, folder):
-    """AP of all classes, kinds and levels; the detections as official result files in `folder`. frames as predict_all has them -> {kind: {class: {"R40", "R11": 3}}}."""
-    number, cases = {name: i for i, name in enumerate(dataset.names)}, []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (boxes, labels, scores, _) in frames.items():
-        rows, kept = kitti_rows(dataset, number[name], boxes.astype(np.float64), labels)
-        cases.append((dataset.annotations(number[name]), rows, scores[kept]))
-        write_text(folder / f"{name.rsplit('/', 1)[1]}.txt", "".join(
-            f"{row['type']} -1 -1 {' '.join(f'{v:.4f}' for v in (row['alpha'], *row['bbox'], *row['hwl'], *row['location'], row['rotation_y']))} {score:.9g}\n"
-            for row, score in zip(rows, scores[kept])))
-    found = {}
-    for kind in ("2d", "bev", "3d"):
-        found[kind] = {}
-        for name in dataset.grid.classes:
-            ap = [kitti_ap(cases, name, level, kind) for level in range(3)]
-            found[kind][name] = {"R40": [a for a, _ in ap], "R11": [b for _, b in ap]}
-    return found
-
-
-# ---- Waymo's metric --------------------------------------------------------------------------------------------------------------
-# Source: the official detection_metrics.cc and metrics_utils.cc with the configuration of compute_detection_metrics_main.cc; detections in no-label zones count here.
-
-WAYMO_IOU = {"Vehicle": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
-WAYMO_CUTOFFS = (np.arange(101) / 100).astype(np.float32)                             # least scores at which detections are matched to the truth anew
-WAYMO_RECALL = 0.05                                                 # the curve is sampled at least so densely
-
-
-def upright_iou(a, b):
-    """3-D intersection over union of upright boxes. a (M, 9), b (N, 9) as Frame.boxes -> (M, N)."""
-    ground = (boxes[:, [0, 1, 3, 4, 6]] for boxes in (a, b))
-    top, bottom = ([boxes[:, 2] + side * boxes[:, 5] / 2 for boxes in (a, b)] for side in (1, -1))
-    both = shared_area(*ground) * (np.minimum(top[0][:, None], top[1]) - np.maximum(bottom[0][:, None], bottom[1])).clip(0)
-    return both / np.maximum(a[:, 3:6].prod(1)[:, None] + b[:, 3:6].prod(1) - both, 1e-12)
-
-
-def waymo_ap(frames, label, least):
-    """AP and APH in % -> [at level 1, at level 2], nan without a truth. frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
-
-    At each score cut-off the detections are assigned to the truths so that the sum of their overlaps is greatest (Hungarian), overlaps below `least` being none.
-    Truths without a point are left out. Hard (level 2): marked so, or unmarked with 5 points or fewer. At level 1 a hard one that is missed does not count, one that is
-    found does. APH weighs each hit by 1 - |turn| / pi in the precision; recall has no weight.
-    """
-    hits, weighted, alarms = np.zeros((3, len(WAYMO_CUTOFFS)))
-    missed, total = np.zeros((2, len(WAYMO_CUTOFFS))), 0                                   # at level 1 and 2
-    for rows, boxes, labels, scores in frames:
-        rows = rows[(rows["label"] == label) & (rows["lidar_points"] > 0)]
-        hard = (rows["difficulty"] == 2) | (rows["difficulty"] == 0) & (rows["lidar_points"] <= 5)
-        counts, mine = np.stack([~hard, np.ones_like(hard)]), labels == label
-        boxes, scores = boxes[mine], scores[mine]
-        iou = upright_iou(boxes, rows["box"])                                                      # (n, truths)
-        iou[iou < least] = 0
-        accuracy = 1 - abs((boxes[:, None, 6] - rows["box"][:, 6] + np.pi) % (2 * np.pi) - np.pi) / np.pi                    # (n, truths)
-        able, before = np.flatnonzero(iou.any(1)), None
-        for n, cutoff in enumerate(WAYMO_CUTOFFS):
-            kept = able[scores[able] >= cutoff]
-            if before is None or len(kept) < before:                # else the same detections as at the last cut-off
-                i, g = linear_sum_assignment(iou[kept], maximize=True)
-                i, g = kept[i][iou[kept[i], g] > 0], g[iou[kept[i], g] > 0]
-                before = len(kept)
-            hits[n] += len(i)
-            weighted[n] += accuracy[i, g].sum()
-            alarms[n] += (scores >= cutoff).sum() - len(i)
-            missed[:, n] += counts.sum(1) - counts[:, g].sum(1)
-        total += len(rows)
-    found = np.maximum(hits + alarms, 1)
-    return [tuple(100 * waymo_area(hits / np.maximum(hits + lost, 1), right / found) if total else math.nan for right in (hits, weighted)) for lost in missed]
-
-
-def waymo_area(recall, precision):
-    """The area under the curve through these points, precision made non-increasing; where recall jumps by more than WAYMO_RECALL the higher point's precision is held."""
-    best = {0.0: 1.0}
-    for r, p in zip(recall, precision):
-        best[r] = max(best.get(r, 0.0), p)
-    curve, most = [], 0.0                                           # from the highest recall down
-    for r in sorted(best, reverse=True):
-        while curve and curve[-1][0] - r > WAYMO_RECALL + 1e-6:
-            curve.append((curve[-1][0] - WAYMO_RECALL, most))
-        most = max(most, best[r])
-        curve.append((r, most))
-    x, y = np.array(curve).T
-    if len(y) > 1:
-        y[-1] = y[-2]                                               # the precision 1 at recall 0 is nobody's
-    return float((-np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
-
-
-def waymo_score(dataset, frames):
-    """-> {class: {"L1": (AP, APH), "L2": (AP, APH)}} in %."""
-    number = {name: i for i, name in enumerate(dataset.names)}
-    cases = [(dataset.annotations(number[name]), boxes.astype(np.float64), labels, scores) for name, (boxes, labels, scores, _) in frames.items()]
-    return {name: dict(zip(("L1", "L2"), waymo_ap(cases, label, WAYMO_IOU[name]))) for label, name in enumerate(dataset.grid.classes)}
-
-
-def predict_all(model, loader, device):
-    """Boxes of every frame of the split, from all processes, on rank 0 (none on the others), in the split's order.
-
-    -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))} arrays.
-    """
-    share_buffers(model)
-    model.eval()
-    mine = {}
-    for batch in loader.once():
-        for name, pose, found in zip(batch.names, batch.lidar2world.numpy(), model.predict(batch.to(device))):
-            mine[name] = *(part.cpu().numpy() for part in found), pose
-    model.train()
-    parts = [mine]
-    if processes() > 1:
-        parts = [None] * processes() if loader.rank == 0 else None
-        torch.distributed.gather_object(mine, parts)
-    if loader.rank:
-        return {}
-    frames = {name: found for part in parts for name, found in part.items()}
-    names = loader.dataset.names
-    check_predictions(frames, [names[i] for i in loader.indices])
-    return {names[i]: frames[names[i]] for i in loader.indices}
-
-
-def check_predictions(frames, names):
-    """What the metric would trip over, or not notice: a frame missing or too many, too many boxes, numbers that are not finite. frames as predict_all has them."""
-    if frames.keys() != set(names):
-        name = sorted(frames.keys() ^ set(names))[0]
-        raise ValueError(f"{name}: {'predicted but not held out' if name in frames else 'held out but not predicted'}; expected each of {len(names)} frames once")
-    for name, (boxes, _, scores, _) in frames.items():
-        strange = ~np.isfinite(np.c_[boxes, scores]).all(1)
-        if len(boxes) > MAX_BOXES or strange.any():
-            raise FloatingPointError(f"{name}: {len(boxes)} boxes predicted, {strange.sum()} of them with numbers that are not finite; "
-                                     f"expected at most {MAX_BOXES} and finite ones: the weights are broken, go back to an earlier checkpoint")
-
-
-def finish(model, cfg, out, val_loader, device, rank):
-    """Predict the held-out split, write detections, metrics.json and the figures into `out`, print the table and the README row."""
-    frames = predict_all(model, val_loader, device)
-    destroy_group()
-    if rank == 0:
-        of_nuscenes = partial(finish_nuscenes, modality=cfg.modality)
-        told = dict(nuscenes=of_nuscenes, kitti=finish_kitti, waymo=finish_waymo)[val_loader.grid.dataset](val_loader, frames, Path(out))
-        save_figures(val_loader, frames, Path(out))
-        print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} | seed {cfg.seed} | {told} |")
-
-
-def finish_nuscenes(val_loader, frames, out, modality):
-    """results_nusc.json, metrics.json, precision_recall.png, the table -> the scores of the README row."""
-    grid = val_loader.grid
-    write_text(out / "results_nusc.json", json.dumps(nuscenes_results(frames, grid.classes, modality)))
-    reach = min(-grid.low[0], -grid.low[1], grid.high[0], grid.high[1])                    # m; the metric measures from the ego vehicle, the range from the LiDAR
-    score = partial(nuscenes_score, val_loader.dataset, out / "results_nusc.json", [name.rsplit("/", 1)[1] for name in frames])
-    official, curves, present = score()
-    near, _, near_present = score(reach) if reach < 50 else (official, curves, present)    # m, the widest class range
-    absent = [name for name in grid.classes if name not in present]
-    found = dict(mAP=official["mean_ap"], NDS=official["nd_score"], mAP_present=mean_of(official["mean_dist_aps"], present), reach=reach,
-                 mAP_reach=mean_of(near["mean_dist_aps"], near_present), errors=official["tp_errors"], AP=official["mean_dist_aps"],
-                 AP_reach={name: near["mean_dist_aps"][name] for name in near_present}, absent=absent, frames=len(frames))
-    write_text(out / "metrics.json", to_json(found))
-    if present:
-        draw_curves(curves, present, out)
-    print(f"{'class':22}{'AP':>8}{f'AP within {reach:g} m':>18}")
-    for name in grid.classes:
-        remark = "   no labelled box after the metric's filters" if name in absent else ""
-        print(f"{name:22}{official['mean_dist_aps'][name]:8.4f}{found['AP_reach'].get(name, math.nan):18.4f}{remark}")
-    print("  ".join(f"m{name.split('_')[0].title()} {value:.3f}" for name, value in official["tp_errors"].items()))
-    if absent:
-        print(f"classes without ground truth count as 0 in the official mAP; over the {len(present)} present it is {found['mAP_present']:.4f}")
-    return f"mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | mAP within {reach:g} m {found['mAP_reach']:.4f}"
-
-
-def finish_kitti(val_loader, frames, out):
-    """kitti/<frame>.txt, metrics.json, the table -> the scores of the README row."""
-    found = kitti_score(val_loader.dataset, frames, out / "kitti")
-    write_text(out / "metrics.json", to_json(found | dict(frames=len(frames))))
-    print(f"{'':16}{'AP|R40':>24}   {'AP|R11':>24}\n{'':16}" + "   ".join([f"{'easy':>8}{'mod.':>8}{'hard':>8}"] * 2))
-    for kind, classes in found.items():
-        for name, ap in classes.items():
-            print(f"{kind:4}{name:12}" + "   ".join("".join(f"{v:8.2f}" for v in ap[r]) for r in ("R40", "R11")))
-    return "3D AP|R40 moderate " + ", ".join(f"{name} {ap['R40'][1]:.2f}" for name, ap in found["3d"].items())
-
-
-def finish_waymo(val_loader, frames, out):
-    """metrics.json, the table -> the scores of the README row."""
-    found = waymo_score(val_loader.dataset, frames)
-    write_text(out / "metrics.json", to_json(found | dict(frames=len(frames))))
-    print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}   (our implementation, not the official server)")
-    for name, levels in found.items():
-        print(f"{name:12}" + "".join(f"{v:8.2f}" for level in ("L1", "L2") for v in levels[level]))
-    mean = [np.nanmean([levels["L2"][n] for levels in found.values()]) for n in (0, 1)]
-    return f"L2 mAP {mean[0]:.2f} | L2 mAPH {mean[1]:.2f}"
-
-
-def to_json(found):
-    """A table as JSON text, null where a class has no truth: JSON has no NaN."""
-    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda name: None), indent=1)
-
-
-def mean_of(table, names):
-    return sum(table[name] for name in names) / max(len(names), 1)
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------------------
-
-def birds_eye(ax, frame, shown, grid):
-    """A frame from above, ahead is up: points grey, its boxes green, shown (n, 9) red, a stroke to the front of each."""
-    ax.scatter(-frame.points[:, 1], frame.points[:, 0], 0.2, "0.7")
-    for group, colour in ((frame.boxes, "C2"), (shown, "C3")):
-        for box in group:
-            x, y, _ = data.box_corners(box)[[0, 2, 6, 4, 0]].T
-            ax.plot(-y, x, colour, lw=1)
-            ax.plot([-box[1], -(y[2] + y[3]) / 2], [box[0], (x[2] + x[3]) / 2], colour, lw=1)
-    ax.set_xlim(-grid.high[1], -grid.low[1])
-    ax.set_ylim(grid.low[0], grid.high[0])
-    ax.set_aspect("equal")
-
-
-def save_figures(val_loader, frames, out):
-    """figures/bev.png and images.png of frames spread over the held-out split."""
-    grid, names = val_loader.grid, val_loader.dataset.names
-    chosen = val_loader.indices[np.unique(np.linspace(0, len(val_loader.indices) - 1, PER_FRAME_SHOWN).astype(int))]
-    bev, images = [], []
-    for i in chosen:
-        frame = val_loader.dataset.load(int(i), val_loader.image)
-        boxes, labels, scores, _ = frames[names[i]]
-        shown = boxes[scores > SCORE_SHOWN]
-
-        bev.append((f"{frame.name.split('/', 1)[1][:28]}: truth green, score > {SCORE_SHOWN} red", partial(birds_eye, frame=frame, shown=shown, grid=grid)))
-        image, matrix = frame.images[0].transpose(1, 2, 0), frame.lidar2img[0]
-
-        def overlay(ax, image=image, matrix=matrix, frame=frame, shown=shown):
-            ax.imshow(image)
-            for group, colour in ((frame.boxes, "C2"), (shown, "C3")):
-                for box in group:
-                    uvd = data.box_corners(box) @ matrix[:3, :3].T + matrix[:3, 3]
-                    if (uvd[:, 2] > 0.5).all():
-                        for a, b in ((0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (0, 4), (1, 5), (2, 6), (3, 7)):
-                            ax.plot(*(uvd[[a, b], :2] / uvd[[a, b], 2:]).T, colour, lw=0.7)
-            ax.set_xlim(0, image.shape[1])
-            ax.set_ylim(image.shape[0], 0)
-            ax.axis("off")
-        images.append((grid.cameras[0], overlay))
-
-    figure(out / "figures" / "bev.png", bev, 2, (5.0, 5.0))
-    figure(out / "figures" / "images.png", images, 2, (6.0, 2.4))
-
-
-def draw_curves(curves, present, out):
-    """figures/precision_recall.png of every class present."""
-    def curve(name):
-        def plot(ax):
-            for distance in (0.5, 1.0, 2.0, 4.0):
-                found = curves[name, distance]
-                ax.plot(found.recall, found.precision, label=f"{distance:g} m")
-            ax.set_xlim(0, 1)
-            ax.set_ylim(0, 1)
-            ax.legend(fontsize=6)
-        return plot
-    figure(out / "figures" / "precision_recall.png", [(f"{name}: precision over recall", curve(name)) for name in present], 4, (2.6, 2.2))
-
-
-# ---- training --------------------------------------------------------------------------------------------------------------------
+        count = len(set(names) & set(seen.read_text().splitlines()))
+        overlap = (f"; {count} of them were in the pre-training of {cfg.init}, "
+                   "without their labels")
+    print(f"{folder}: labels of {len(names)} frames, {cfg.draw} drawn with seed "
+          f"{cfg.seed}, hash {digest} (labels.txt){overlap}", flush=True)
+    boxes = ", ".join(f"{name} {n}" for name, n in zip(classes, counts))
+    print(f"labelled boxes: {boxes}", flush=True)
+
+
+def count_boxes(dataset, indices, device):
+    """Labelled boxes of each class, over all ranks. indices: this rank's frames."""
+    counts = np.zeros(len(dataset.grid.classes), int)
+    for i in indices:
+        labels = dataset.annotations(i)["label"]
+        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+    return all_reduce(torch.tensor(counts, device=device)).tolist()
+
+
+# ---- training ------------------------------------------------------------------------
 
 def augment(frame, rng, rotation, scale, flip):
-    """data.loader's: boxes that hold no point of the key sweep leave, the rest turns, scales and mirrors with the cloud.  D4"""
+    """The augment of data.loader: turns, scales and mirrors cloud and boxes.
+
+    Boxes that hold no point of the keyframe sweep are left out.  D4
+    """
+    # D4: OpenPCDet's and mmdetection3d's rule, whatever the branches. Of these boxes,
+    # nuScenes' metric counts those that hold a radar point, KITTI's all, Waymo's none
     xyz = frame.points[data.is_keyframe(frame.points), :3]
-    keep = np.array([data.inside_box(xyz, box).any() for box in frame.boxes], bool)
-    return data.augment_cloud(replace(frame, boxes=frame.boxes[keep], labels=frame.labels[keep]), rng, rotation, scale, flip)
-
-
-def check(cfg, dataset):
-    """What cannot work, before anything is written."""
-    labelled = any(len(dataset.annotations(i)) for split in ("train", "val") for i in dataset.split(split)[:1000])
-    for wrong, told in ((not min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
-                         f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive"),
-                        (min(cfg.batch, cfg.save_every) < 1, "--batch and --save-every start at 1"),
-                        (cfg.draw == "scenes" and dataset.grid.dataset == "kitti", "--draw scenes: KITTI's object frames belong to no scene; draw frames"),
-                        (bool(cfg.use) and cfg.init == "none", f"--use {' '.join(cfg.use)} with --init none: there is nothing to load it from"),
-                        (not labelled, f"{dataset.what}: no box is annotated here, so there is nothing to learn detection from")):
-        if wrong:
-            raise SystemExit(told)
-    if dataset.grid.dataset == "nuscenes":                          # what the devkit will open to score, and data.py has not
-        tables = Path(dataset.root, dataset.version)
-        for name in ("attribute", "visibility", "log"):
-            data.Table(tables, name, "")
-        for file in data.Table(tables, "map", "filename")["filename"]:
-            if not Path(dataset.root, file).is_file():
-                raise SystemExit(f"{Path(dataset.root, file)} is missing, which nuscenes-devkit opens before it scores; extract the maps/ of the metadata archive too")
-
-
-def asked_units(cfg):
-    """-> the units that --use names (none: all that the run holds), all that the modality has."""
-    absent = {"lidar": ("camera.resnet", "camera.neck"), "camera": ("lidar",), "fusion": ()}[cfg.modality]
-    use = tuple(unit for word in cfg.use for unit in word.split(","))
-    for unit in use:
-        if unit not in UNITS or unit in absent:
-            raise SystemExit(f"--use {unit} with --modality {cfg.modality}: expected some of {' '.join(u for u in UNITS if u not in absent)}")
-    return use, [u for u in UNITS if u not in absent]
+    holds_point = [data.inside_box(xyz, box).any() for box in frame.boxes]
+    rows = np.array(holds_point, bool)
+    frame = replace(frame, boxes=frame.boxes[rows], labels=frame.labels[rows])
+    return data.augment_cloud(frame, rng, rotation, scale, flip)
 
 
 def train(rank, world, cfg):
     if cfg.eval_only:
         return rescore(rank, world, cfg)
+
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
     check(cfg, dataset)
-    wanted, possible = asked_units(cfg)
-    drawn = draw_labels(dataset, dataset.split("train"), cfg.fraction, cfg.draw, cfg.seed)
-    if not any((dataset.annotations(i)["label"] >= 0).any() for i in drawn):
-        raise SystemExit(f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no box of a detection class in the {len(drawn)} frames drawn; draw more, or with another seed")
-    crop = dataset.grid.dataset == "kitti"                          # labels end where the picture does [code OpenPCDet]
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop, indices=drawn,
-                         augment=partial(augment, rotation=cfg.rotation, scale=cfg.scale, flip=dataset.grid.mirrors))
-    val_loader = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed, workers=cfg.workers, crop=crop)
+    asked, possible = asked_units(cfg)
+    # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
+    # frames (ground-truth sampling)
+    split = dataset.split("train")
+    drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    require(any((dataset.annotations(i)["label"] >= 0).any() for i in drawn),
+            f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no box of a detection class in "
+            f"the {len(drawn)} frames drawn; draw more, or with another seed")
+    crop = dataset.grid.dataset == "kitti"  # labels end where its image does [code OpenPCDet]
+    warp = partial(augment, rotation=cfg.rotation, scale=cfg.scale,
+                   flip=dataset.grid.mirrors)
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
+                         workers=cfg.workers, crop=crop, indices=drawn, augment=warp)
+    val_loader = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed,
+                             workers=cfg.workers, crop=crop)
 
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = Detector(cfg, dataset.grid)
     device = start(cfg, rank, world)
     model.to(device)
-    loaded = load_units(cfg.init, model, wanted, possible, dataset.grid, rank) if cfg.init != "none" else set()
-    groups = [[p for name, p in model.named_parameters() if (name in loaded) == old] for old in (False, True)]
-    opt = torch.optim.AdamW([dict(params=group, base=lr) for group, lr in zip(groups, (cfg.lr, cfg.lr_pretrained))], weight_decay=cfg.weight_decay, fused=True)
+    loaded = set()
+    if cfg.init != "none":
+        loaded = load_units(cfg.init, model, asked, possible, dataset.grid, rank)
+    new = [p for name, p in model.named_parameters() if name not in loaded]
+    old = [p for name, p in model.named_parameters() if name in loaded]
+    groups = [dict(params=new, base=cfg.lr), dict(params=old, base=cfg.lr_pretrained)]
+    # D1: in CenterPoint the betas follow one cycle too; here they stay 0.9 and 0.999
+    opt = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        branches = {name: (branch, "forward") for name, branch in (("lidar", model.lidar), ("camera", model.camera)) if branch is not None}
-        return load_tool("profiling").profile(cfg, net, loader, [opt], device, rank, cfg.fraction, **branches)
+        names = ("lidar", "camera") if cfg.modality == "fusion" else (cfg.modality,)
+        timed = {name: (getattr(model, name), "forward") for name in names}
+        return load_tool("profiling").profile(
+            cfg, net, loader, [opt], device, rank, cfg.fraction, **timed)
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)
     record_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
-    mine = np.concatenate([np.zeros(0, int), *[dataset.annotations(i)["label"] for i in drawn[rank::world]]])
-    count = all_reduce(torch.tensor(np.bincount(mine + 1, minlength=len(dataset.grid.classes) + 1)[1:], device=device)).tolist()
+    counts = count_boxes(dataset, drawn[rank::world], device)
     if rank == 0:
-        describe_draw(cfg)
-        print("labelled boxes: " + ", ".join(f"{name} {n}" for name, n in zip(dataset.grid.classes, count)), flush=True)
-    run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded")
+        describe_draw(cfg, dataset.grid.classes, counts)
+    about = f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded"
+    run = Run(cfg, rank, world, first, steps, device, about)
 
     # train
     for step, batch in run.batches(loader, first):
+        rate = cosine(step, min(cfg.warmup, steps // 4), steps)
         for group in opt.param_groups:
-            group["lr"] = group["base"] * cosine(step, min(cfg.warmup, steps // 4), steps)
+            group["lr"] = group["base"] * rate
         loss, terms = net(batch)
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=opt.param_groups[0]["lr"])
+        lr = cfg.lr * rate
+        # raises if one of these is not finite
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, [opt], [*possible, "neck", "shared", "heads"], dataset.grid)
+            units = [*possible, "neck", "shared", "heads"]
+            save(cfg, step + 1, model, [opt], units, dataset.grid)
         if stop:
             run.leave(step)
 
@@ -794,76 +576,833 @@ def train(rank, world, cfg):
 
 def config_of(folder):
     """The Config that a run folder was made with."""
-    kept = {k: v for k, v in run_config(folder).items() if k in Config.__dataclass_fields__}
-    return Config(**kept | dict(use=tuple(kept["use"])))
+    known = Config.__dataclass_fields__
+    fields = {name: v for name, v in run_config(folder).items() if name in known}
+    fields["use"] = tuple(fields["use"])
+    return Config(**fields)
 
 
 def rescore(rank, world, cfg):
-    """--eval-only RUN: the run's own configuration and weights, predicted and scored again into its folder. --data: where its data set lies now."""
-    if "use" not in run_config(cfg.eval_only):
-        raise SystemExit(f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; expected a folder that finetune.py wrote")
+    """--eval-only RUN: predict and score again, with its own configuration and weights.
+
+    The results go into its folder. --data: where its data set is now.
+    """
+    require("use" in run_config(cfg.eval_only),
+            f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; "
+            "expected a folder that finetune.py wrote")
     trained = config_of(cfg.eval_only)
-    trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus, workers=cfg.workers, eval_only="")
-    device, dataset = init_process(cfg, world), data.open_dataset(trained.data, trained.preset)
+    trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
+                      workers=cfg.workers, eval_only="")
+    device = init_process(cfg, world)
+    dataset = data.open_dataset(trained.data, trained.preset)
     model = Detector(trained, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)
-    if not step:
-        raise SystemExit(f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
+    require(step > 0,
+            f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
-    val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed, workers=trained.workers, crop=dataset.grid.dataset == "kitti")
+    crop = dataset.grid.dataset == "kitti"
+    val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
+                             workers=trained.workers, crop=crop)
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
 
 
-# ---- weights for other projects --------------------------------------------------------------------------------------------------
+# ---- prediction ----------------------------------------------------------------------
 
-def openpcdet_names(state):
-    """VoxelResNet's tensors {name: tensor} as OpenPCDet's VoxelResBackBone8x under backbone_3d names and shapes them. Source: its spconv_backbone.py, spconv 2.
+def predict_all(model, loader, device):
+    """Boxes of every frame of the split, from all ranks, on rank 0; none on the others.
 
-    A convolution (27, in, out), offsets z slowest, becomes (out, 3, 3, 3, in) with z, y, x in the middle; those of the residual blocks have a bias there: zeros.
-    Strides, paddings, spatial shape and the batch norms' eps are the same; the norms' momentum is 0.1 here and 0.01 there, which training alone reads.
+    -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))}, arrays, in the
+    order of the split.
     """
-    out = {}
+    share_buffers(model)
+    model.eval()
+    predicted = {}
+    for batch in loader.once():
+        poses = batch.lidar2world.numpy()
+        boxes = model.predict(batch.to(device))
+        for name, pose, parts in zip(batch.names, poses, boxes):
+            predicted[name] = *(part.cpu().numpy() for part in parts), pose
+    model.train()
+    shares = [predicted]
+    if processes() > 1:
+        shares = [None] * processes() if loader.rank == 0 else None
+        torch.distributed.gather_object(predicted, shares)
+    if loader.rank:
+        return {}
+    frames = {name: parts for share in shares for name, parts in share.items()}
+    names = loader.dataset.names
+    order = [names[i] for i in loader.indices]
+    check_predictions(frames, order)
+    return {name: frames[name] for name in order}
+
+
+def check_predictions(frames, names):
+    """Refuse what the metric would trip over or not notice. frames as from predict_all.
+
+    A frame missing or too many, too many boxes, numbers that are not finite.
+    """
+    if frames.keys() != set(names):
+        name = min(frames.keys() ^ set(names))
+        problem = "held out but not predicted"
+        if name in frames:
+            problem = "predicted but not held out"
+        raise ValueError(
+            f"{name}: {problem}; expected each of the {len(names)} val frames once")
+    for name, (boxes, _, scores, _) in frames.items():
+        broken = ~np.isfinite(np.c_[boxes, scores]).all(1)
+        if len(boxes) > MAX_BOXES or broken.any():
+            raise FloatingPointError(
+                f"{name}: {len(boxes)} boxes predicted, {broken.sum()} of them with numbers "
+                f"that are not finite; expected at most {MAX_BOXES} and finite ones: "
+                "the weights are broken, go back to an earlier checkpoint")
+
+
+def finish(model, cfg, out, val_loader, device, rank):
+    """Predict the val split, score it, draw, print the table and the README row.
+
+    Detections, metrics.json and the figures are written into the folder `out`.
+    """
+    frames = predict_all(model, val_loader, device)
+    destroy_group()
+    if rank:
+        return
+    folder = Path(out)
+    score = dict(
+        nuscenes=partial(finish_nuscenes, modality=cfg.modality),
+        kitti=finish_kitti,
+        waymo=finish_waymo,
+    )
+    scores = score[val_loader.grid.dataset](val_loader, frames, folder)
+    save_figures(val_loader, frames, folder)
+    print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
+          f"| seed {cfg.seed} | {scores} |")
+
+
+def to_json(metrics):
+    """Metrics as JSON text, null where a class has no truth: JSON has no NaN."""
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+    return json.dumps(metrics, indent=1)
+
+
+# ---- nuScenes' metric ----------------------------------------------------------------
+
+def attribute(name, speed):
+    """The attribute that the released code guesses from class and speed (m/s).  D3"""
+    # D3: the metric asks for attributes, and there is no attribute head: they are guessed
+    moving = speed > 0.2
+    if name in ("barrier", "traffic_cone"):
+        return ""
+    if name == "pedestrian":
+        return "pedestrian.moving" if moving else "pedestrian.standing"
+    if name in ("motorcycle", "bicycle"):
+        return "cycle.with_rider" if moving else "cycle.without_rider"
+    if moving:
+        return "vehicle.moving"
+    return "vehicle.stopped" if name == "bus" else "vehicle.parked"
+
+
+def nuscenes_box(token, box, turn, name, score):
+    """A box in the official format. box (9,) in the world, turn (4,) as w, x, y, z."""
+    speed = float(np.hypot(*box[7:9]))
+    return dict(
+        sample_token=token,
+        translation=box[:3].tolist(),
+        size=box[[4, 3, 5]].tolist(),  # w, l, h
+        rotation=turn.tolist(),
+        velocity=box[7:9].tolist(),
+        detection_name=name,
+        detection_score=float(score),
+        attribute_name=attribute(name, speed),
+    )
+
+
+def nuscenes_results(frames, classes, modality="fusion"):
+    """Predictions in the official format. frames as predict_all's -> dict for JSON."""
+    results = {}
+    for name, (boxes, labels, scores, lidar2world) in frames.items():
+        token = name.rsplit("/", 1)[1]
+        boxes = data.warp_boxes(boxes, lidar2world)  # (n, 9) float64, in the world
+        turns = np.zeros((len(boxes), 4))  # w, x, y, z
+        if len(boxes):
+            turns = Rotation.from_euler("z", boxes[:, 6:7]).as_quat()[:, [3, 0, 1, 2]]
+        results[token] = [
+            nuscenes_box(token, box, turn, classes[label], score)
+            for box, turn, label, score in zip(boxes, turns, labels, scores)
+        ]
+    meta = dict(
+        use_camera=modality != "lidar",
+        use_lidar=modality != "camera",
+        use_radar=False,
+        use_map=False,
+        use_external=False,
+    )
+    return dict(meta=meta, results=results)
+
+
+@cache
+def devkit(version, root):
+    """The devkit's own tables, read once."""
+    from nuscenes import NuScenes
+    return NuScenes(version, root, verbose=False)
+
+
+def nuscenes_score(dataset, path, tokens, reach=math.inf):
+    """nuscenes-devkit's DetectionEval, detection_cvpr_2019, on frames of a results file.
+
+    tokens: those of the frames, a whole split or not; reach (m) narrows the classes' ranges.
+    -> its metrics as a dict, its precision-recall data, and the classes that have ground
+    truth after its filters.
+    """
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.common.loaders import (
+        add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens,
+        load_prediction_of_sample_tokens)
+    from nuscenes.eval.detection.data_classes import DetectionBox
+    from nuscenes.eval.detection.evaluate import DetectionEval
+    official = devkit(dataset.version, str(dataset.root))
+
+    # its constructor insists on an official split, so the fields are set from here
+    scorer = DetectionEval.__new__(DetectionEval)
+    scorer.cfg = config_factory("detection_cvpr_2019")
+    scorer.verbose = False
+    scorer.sample_tokens = tokens
+    ranges = {name: min(limit, reach) for name, limit in scorer.cfg.class_range.items()}
+    scorer.cfg.class_range = ranges
+
+    most = scorer.cfg.max_boxes_per_sample
+    predicted, scorer.meta = load_prediction_of_sample_tokens(
+        str(path), most, DetectionBox, tokens)
+    truth = load_gt_of_sample_tokens(official, tokens, DetectionBox)
+    for boxes in (predicted, truth):
+        require(any(boxes[token] for token in tokens),
+                f"{path}: no predicted box, or no labelled one, in any of its {len(tokens)} "
+                "frames: nothing to score")
+    predicted = add_center_dist(official, predicted)
+    truth = add_center_dist(official, truth)
+    scorer.pred_boxes = filter_eval_boxes(official, predicted, ranges)
+    scorer.gt_boxes = filter_eval_boxes(official, truth, ranges)
+    metrics, curves = scorer.evaluate()
+    present = sorted({box.detection_name for box in scorer.gt_boxes.all})
+    return metrics.serialize(), curves, present
+
+
+def mean_of(table, names):
+    return sum(table[name] for name in names) / max(len(names), 1)
+
+
+def finish_nuscenes(val_loader, frames, out, modality):
+    """results_nusc.json, metrics.json, precision_recall.png, table -> scores of the row."""
+    dataset = val_loader.dataset
+    grid = val_loader.grid
+    path = out / "results_nusc.json"
+    write_text(path, json.dumps(nuscenes_results(frames, grid.classes, modality)))
+    tokens = [name.rsplit("/", 1)[1] for name in frames]
+    official, curves, present = nuscenes_score(dataset, path, tokens)
+
+    # m; the metric measures from the ego vehicle, the range from the LiDAR
+    reach = min(-grid.low[0], -grid.low[1], grid.high[0], grid.high[1])
+    near = official
+    near_present = present
+    if reach < 50:  # m, the widest range of a class in the metric
+        near, _, near_present = nuscenes_score(dataset, path, tokens, reach)
+
+    metrics = dict(
+        mAP=official["mean_ap"],
+        NDS=official["nd_score"],
+        mAP_present=mean_of(official["mean_dist_aps"], present),
+        reach=reach,
+        mAP_reach=mean_of(near["mean_dist_aps"], near_present),
+        errors=official["tp_errors"],
+        AP=official["mean_dist_aps"],
+        AP_reach={name: near["mean_dist_aps"][name] for name in near_present},
+        absent=[name for name in grid.classes if name not in present],
+        frames=len(frames),
+    )
+    write_text(out / "metrics.json", to_json(metrics))
+    tool = load_tool("figures")
+    if tool and present:
+        tool.precision_recall(curves, present, out)
+    print_nuscenes(metrics, grid.classes)
+    return (f"mAP {metrics['mAP']:.4f} | NDS {metrics['NDS']:.4f} "
+            f"| mAP within {reach:g} m {metrics['mAP_reach']:.4f}")
+
+
+def print_nuscenes(metrics, classes):
+    """The table of finish_nuscenes' metrics."""
+    absent = metrics["absent"]
+    within = f"AP within {metrics['reach']:g} m"
+    print(f"{'class':22}{'AP':>8}{within:>18}")
+    for name in classes:
+        ap = metrics["AP"][name]
+        ap_reach = metrics["AP_reach"].get(name, math.nan)
+        remark = "   no labelled box after the metric's filters" if name in absent else ""
+        print(f"{name:22}{ap:8.4f}{ap_reach:18.4f}{remark}")
+    errors = []
+    for name, value in metrics["errors"].items():  # trans_err is printed as mTrans
+        errors.append(f"m{name.split('_')[0].title()} {value:.3f}")
+    print("  ".join(errors))
+    if absent:
+        present = len(classes) - len(absent)
+        print("classes without ground truth count as 0 in the official mAP; "
+              f"over the {present} present it is {metrics['mAP_present']:.4f}")
+
+
+# ---- KITTI's metric ------------------------------------------------------------------
+# Source: the rules of the official devkit's evaluate_object, in its own camera
+# coordinates and in the order of its decisions.
+
+KITTI_LEVELS = (  # px of height, occlusion, truncation
+    (40, 0, 0.15),  # easy
+    (25, 1, 0.30),  # moderate
+    (25, 2, 0.50),  # hard
+)
+KITTI_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+KITTI_ALIKE = {"Car": "Van", "Pedestrian": "Person_sitting"}  # neither missed nor false
+
+
+def rectangles(boxes):
+    """boxes (N, 5) x, y, l, w, yaw -> (N,) shapely polygons."""
+    import shapely
+    cos = np.cos(boxes[:, 4:])
+    sin = np.sin(boxes[:, 4:])
+    along = np.concatenate([cos, sin], 1) * boxes[:, 2:3] / 2
+    across = np.concatenate([-sin, cos], 1) * boxes[:, 3:4] / 2
+    corners = [along + across, along - across, -along - across, across - along]
+    return shapely.polygons(boxes[:, None, :2] + np.stack(corners, 1))
+
+
+def shared_area(a, b):
+    """Area that each two turned rectangles share; only those near each other are cut.
+
+    a (M, 5), b (N, 5) x, y, l, w, yaw -> (M, N) m^2.
+    """
+    import shapely
+    area = np.zeros((len(a), len(b)))
+    radius_a = np.hypot(a[:, 2], a[:, 3]) / 2
+    radius_b = np.hypot(b[:, 2], b[:, 3]) / 2
+    distance = np.hypot(a[:, None, 0] - b[:, 0], a[:, None, 1] - b[:, 1])
+    i, j = np.nonzero(distance < radius_a[:, None] + radius_b)
+    if len(i):
+        both = shapely.intersection(rectangles(a)[i], rectangles(b)[j])
+        area[i, j] = shapely.area(both)
+    return area
+
+
+def shared_length(low_a, high_a, low_b, high_b):
+    """Length that each two intervals share. a (M,), b (N,) -> (M, N)."""
+    high = np.minimum(high_a[:, None], high_b)
+    return (high - np.maximum(low_a[:, None], low_b)).clip(0)
+
+
+def shared_pixels(a, b):
+    """Area that each two boxes of an image share. a (M, 4), b (N, 4) px -> (M, N)."""
+    low = np.maximum(a[:, None, :2], b[:, :2])
+    high = np.minimum(a[:, None, 2:], b[:, 2:])
+    return (high - low).clip(0).prod(2)
+
+
+def pixels(boxes):
+    """Areas of boxes of an image. boxes (M, 4) px -> (M,)."""
+    return np.prod(boxes[:, 2:] - boxes[:, :2], 1)
+
+
+def kitti_ground(rows):
+    """Label rows (M,) -> (M, 5) x, z, l, w and turn on the ground."""
+    x_z = rows["location"][:, ::2]
+    l_w = rows["hwl"][:, :0:-1]
+    return np.concatenate([x_z, l_w, -rows["rotation_y"][:, None]], 1)
+
+
+def kitti_iou(a, b, kind):
+    """Intersection over union of label rows. a (M,), b (N,) KITTI_LABEL -> (M, N).
+
+    kind: "2d" (image), "bev" (ground) or "3d".
+    """
+    if kind == "2d":
+        shared = shared_pixels(a["bbox"], b["bbox"])
+        size_a = pixels(a["bbox"])
+        size_b = pixels(b["bbox"])
+    else:
+        shared = shared_area(kitti_ground(a), kitti_ground(b))
+        size_a = a["hwl"][:, 1] * a["hwl"][:, 2]
+        size_b = b["hwl"][:, 1] * b["hwl"][:, 2]
+    if kind == "3d":  # y points down, the location is the bottom
+        bottom_a = a["location"][:, 1]
+        bottom_b = b["location"][:, 1]
+        height_a = a["hwl"][:, 0]
+        height_b = b["hwl"][:, 0]
+        top_a = bottom_a - height_a
+        top_b = bottom_b - height_b
+        shared = shared * shared_length(top_a, bottom_a, top_b, bottom_b)
+        size_a = size_a * height_a
+        size_b = size_b * height_b
+    return shared / np.maximum(size_a[:, None] + size_b - shared, 1e-12)
+
+
+def kitti_states(truth, detected, name, level):
+    """Which label rows count for a class. truth (M,), detected (N,) -> (M,), (N,) int.
+
+    0: counted; 1: ignored, neither hit nor false; -1: left out.
+    """
+    height, occlusion, truncation = KITTI_LEVELS[level]
+    tall = truth["bbox"][:, 3] - truth["bbox"][:, 1]
+    hard = truth["occluded"] > occlusion
+    hard |= truth["truncated"] > truncation
+    hard |= tall <= height
+    alike = np.isin(truth["type"], (name, KITTI_ALIKE.get(name, name)))
+    truth_state = np.where(alike, 1, -1)
+    truth_state[(truth["type"] == name) & ~hard] = 0
+    tall = detected["bbox"][:, 3] - detected["bbox"][:, 1]
+    state = np.where(detected["type"] == name, 0, -1)
+    state[tall < height] = 1
+    return truth_state, state
+
+
+def kitti_covered(truth, detected, name):
+    """Which detections a DontCare region covers in the image. -> (N,) bool."""
+    regions = truth[truth["type"] == "DontCare"]["bbox"]
+    shared = shared_pixels(detected["bbox"], regions)  # (N, regions)
+    return (shared > KITTI_IOU[name] * pixels(detected["bbox"])[:, None]).any(1)
+
+
+def kitti_match(iou, truth, detected, score, least, threshold=None, covered=None):
+    """Match the truths of one frame, each in turn, to its detections.
+
+    iou (M, N), above `least` for a match; truth (M,), detected (N,) as from kitti_states;
+    score (N,); covered (N,) bool as from kitti_covered
+    -> scores of the hits, number of false alarms.
+
+    Without a threshold a truth takes its candidate of best score, with one that of best
+    overlap, and an ignored one only if there is nothing else.
+    """
+    hits = []
+    free = detected >= 0
+    if threshold is not None:
+        free &= score >= threshold
+    for g in np.flatnonzero(truth >= 0):
+        candidates = np.flatnonzero(free & (iou[g] > least))
+        if not len(candidates):
+            continue
+        counted = candidates[detected[candidates] == 0]
+        if threshold is None:
+            best = candidates[score[candidates].argmax()]
+        elif len(counted):
+            best = counted[iou[g, counted].argmax()]
+        else:
+            best = candidates[0]
+        free[best] = False
+        if truth[g] == 0 and detected[best] == 0:
+            hits.append(score[best])
+    false = free & (detected == 0)
+    if covered is not None:
+        false &= ~covered
+    return hits, int(false.sum())
+
+
+def kitti_thresholds(scores, total):
+    """The scores at which recall comes nearest to 0, 1/40, 2/40, ...
+
+    scores of the hits, best first; total: the number of truths.
+    """
+    thresholds = []
+    recall = 0.0
+    for n, score in enumerate(scores, 1):
+        last = n == len(scores)
+        if last or (n + 1) / total - recall >= recall - n / total:
+            thresholds.append(score)
+            recall += 1 / 40
+    return thresholds
+
+
+def kitti_ap(frames, name, level, kind):
+    """AP over 40 and over 11 recall positions, in %; nan without a truth.
+
+    frames [(truth rows, detected rows, scores)], level 0 easy, 1 moderate, 2 hard.
+    """
+    least = KITTI_IOU[name]
+    cases = []  # the arguments of kitti_match
+    regions = []  # whether DontCare covers: those regions have a box in the image only
+    total = 0
+    for truth, detected, score in frames:
+        iou = kitti_iou(truth, detected, kind)
+        truth_state, state = kitti_states(truth, detected, name, level)
+        cases.append((iou, truth_state, state, score, least))
+        regions.append(kitti_covered(truth, detected, name) if kind == "2d" else None)
+        total += (truth_state == 0).sum()
+    if not total:
+        return math.nan, math.nan
+
+    scores = [score for case in cases for score in kitti_match(*case)[0]]
+    thresholds = kitti_thresholds(sorted(scores, reverse=True), total)
+    precision = np.zeros(41)
+    for n, threshold in enumerate(thresholds[:41]):
+        hits = alarms = 0
+        for case, covered in zip(cases, regions):
+            matched, false = kitti_match(*case, threshold, covered)
+            hits += len(matched)
+            alarms += false
+        precision[n] = hits / max(hits + alarms, 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return 100 * precision[1:].mean(), 100 * precision[::4].mean()
+
+
+def kitti_rows(dataset, i, boxes, labels):
+    """Detections of frame i as label rows. boxes (n, 9), labels (n,) -> rows (m,), (m,).
+
+    Also the indices of those boxes: they lie before the camera, and the image shows them.
+    """
+    lidar2rect, rect2img = dataset.calibration(i)
+    turn = lidar2rect[:3, :3]
+    rows = np.zeros(len(boxes), data.KITTI_LABEL)
+    rows["type"] = np.array(dataset.grid.classes)[labels]
+    rows["truncated"] = -1
+    rows["occluded"] = -1
+    rows["hwl"] = boxes[:, 5:2:-1]
+    rows["box"] = boxes
+    rows["label"] = labels
+    centre = boxes[:, :3] @ turn.T + lidar2rect[:3, 3]
+    rows["location"] = centre + rows["hwl"][:, :1] / 2 * [0, 1, 0]  # the bottom
+    yaw = boxes[:, 6]
+    heading = np.stack([np.cos(yaw), np.sin(yaw), np.zeros(len(boxes))], 1) @ turn.T
+    rows["rotation_y"] = np.arctan2(-heading[:, 2], heading[:, 0])
+    ray = np.arctan2(rows["location"][:, 0], rows["location"][:, 2])
+    alpha = rows["rotation_y"] - ray
+    rows["alpha"] = np.arctan2(np.sin(alpha), np.cos(alpha))
+
+    width, height = dataset.picture_size(i)
+    lidar2img = rect2img @ lidar2rect
+    for row in rows:
+        corners = data.box_corners(row["box"])  # (8, 3)
+        uvd = corners @ lidar2img[:3, :3].T + lidar2img[:3, 3]
+        if (uvd[:, 2] > 0.1).all():
+            uv = uvd[:, :2] / uvd[:, 2:]
+            bbox = [*uv.min(0), *uv.max(0)]
+            limit = [width - 1, height - 1, width - 1, height - 1]
+            row["bbox"] = np.clip(bbox, 0, limit)  # as the labels are
+    shown = (rows["bbox"][:, 2:] > rows["bbox"][:, :2]).all(1)
+    return rows[shown], np.flatnonzero(shown)
+
+
+def kitti_line(row, score):
+    """A detection as a line of the official result file."""
+    box = *row["bbox"], *row["hwl"], *row["location"]
+    values = row["alpha"], *box, row["rotation_y"]
+    numbers = " ".join(f"{value:.4f}" for value in values)
+    return f"{row['type']} -1 -1 {numbers} {score:.9g}\n"
+
+
+def kitti_score(dataset, frames, folder):
+    """AP of all classes, kinds and levels; detections as official result files in `folder`.
+
+    frames as predict_all's -> {kind: {class: {"R40": [easy, moderate, hard], "R11": [3]}}}.
+    """
+    index = {name: i for i, name in enumerate(dataset.names)}
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = []
+    for name, (boxes, labels, scores, _) in frames.items():
+        i = index[name]
+        rows, which = kitti_rows(dataset, i, boxes.astype(np.float64), labels)
+        scores = scores[which]
+        cases.append((dataset.annotations(i), rows, scores))
+        lines = [kitti_line(row, score) for row, score in zip(rows, scores)]
+        write_text(folder / f"{name.rsplit('/', 1)[1]}.txt", "".join(lines))
+    metrics = {}
+    for kind in ("2d", "bev", "3d"):
+        metrics[kind] = {}
+        for name in dataset.grid.classes:
+            levels = [kitti_ap(cases, name, level, kind) for level in range(3)]
+            metrics[kind][name] = dict(R40=[r40 for r40, _ in levels],
+                                       R11=[r11 for _, r11 in levels])
+    return metrics
+
+
+def finish_kitti(val_loader, frames, out):
+    """kitti/<frame>.txt, metrics.json, the table -> the row's scores."""
+    metrics = kitti_score(val_loader.dataset, frames, out / "kitti")
+    write_text(out / "metrics.json", to_json(metrics | dict(frames=len(frames))))
+    levels = f"{'easy':>8}{'mod.':>8}{'hard':>8}"
+    print(f"{'':16}{'AP|R40':>24}   {'AP|R11':>24}")
+    print(f"{'':16}{levels}   {levels}")
+    for kind, classes in metrics.items():
+        for name, ap in classes.items():
+            r40 = "".join(f"{value:8.2f}" for value in ap["R40"])
+            r11 = "".join(f"{value:8.2f}" for value in ap["R11"])
+            print(f"{kind:4}{name:12}{r40}   {r11}")
+    moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in moderate.items())
+    return f"3D AP|R40 moderate {scores}"
+
+
+# ---- Waymo's metric ------------------------------------------------------------------
+# Source: the official detection_metrics.cc and metrics_utils.cc with the configuration
+# of compute_detection_metrics_main.cc; here detections in no-label zones count.
+
+WAYMO_IOU = {"Vehicle": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+# least scores, at each of which the detections are matched to the truth anew
+WAYMO_CUTOFFS = (np.arange(101) / 100).astype(np.float32)
+WAYMO_RECALL = 0.05          # the curve is sampled at least this densely
+
+
+def upright_iou(a, b):
+    """3-D intersection over union. a (M, 9), b (N, 9) as Frame.boxes -> (M, N)."""
+    half_a = a[:, 5] / 2
+    half_b = b[:, 5] / 2
+    bottom_a = a[:, 2] - half_a
+    bottom_b = b[:, 2] - half_b
+    top_a = a[:, 2] + half_a
+    top_b = b[:, 2] + half_b
+    ground = [0, 1, 3, 4, 6]  # x, y, l, w, yaw
+    shared = shared_area(a[:, ground], b[:, ground])
+    shared = shared * shared_length(bottom_a, top_a, bottom_b, top_b)
+    volume_a = a[:, 3:6].prod(1)
+    volume_b = b[:, 3:6].prod(1)
+    return shared / np.maximum(volume_a[:, None] + volume_b - shared, 1e-12)
+
+
+def waymo_counts(truth, boxes, scores, least):
+    """What one frame adds at each of K score cut-offs, for one class.
+
+    truth (M,) as Waymo.annotations, boxes (n, 9), scores (n,)
+    -> (5, K): hits, hits weighted by heading, false alarms, missed at levels 1 and 2.
+
+    The detections are assigned to the truths so that the sum of their overlaps is
+    greatest (Hungarian); an overlap below `least` is none.
+    """
+    # level 2: marked so, or unmarked with 5 points or fewer
+    hard = truth["difficulty"] == 2
+    hard |= (truth["difficulty"] == 0) & (truth["lidar_points"] <= 5)
+    iou = upright_iou(boxes, truth["box"])  # (n, M)
+    iou[iou < least] = 0
+    turn = (boxes[:, None, 6] - truth["box"][:, 6] + np.pi) % (2 * np.pi) - np.pi
+    accuracy = 1 - abs(turn) / np.pi  # (n, M)
+    candidates = np.flatnonzero(iou.any(1))
+    counts = np.zeros((5, len(WAYMO_CUTOFFS)))
+    before = None
+    for n, cutoff in enumerate(WAYMO_CUTOFFS):
+        above = candidates[scores[candidates] >= cutoff]
+        # with as many detections as at the last cut-off the matches are the same
+        if before is None or len(above) < before:
+            i, g = linear_sum_assignment(iou[above], maximize=True)
+            i = above[i]
+            overlap = iou[i, g] > 0
+            i = i[overlap]
+            g = g[overlap]
+            before = len(above)
+        counts[0, n] = len(i)
+        counts[1, n] = accuracy[i, g].sum()
+        counts[2, n] = (scores >= cutoff).sum() - len(i)
+        counts[3, n] = (~hard).sum() - (~hard)[g].sum()
+        counts[4, n] = len(truth) - len(g)
+    return counts
+
+
+def waymo_ap(frames, label, least):
+    """AP and APH in % -> [(AP, APH) at level 1, at level 2], nan without a truth.
+
+    frames [(truth rows as Waymo.annotations, boxes (n, 9), labels (n,), scores (n,))].
+
+    Truths without a point are left out. At level 1 a hard truth does not count if it is
+    missed, and counts if it is matched. APH weights each hit by 1 - |turn| / pi in the
+    precision; recall has no weight.
+    """
+    counts = np.zeros((5, len(WAYMO_CUTOFFS)))
+    total = 0
+    for truth, boxes, labels, scores in frames:
+        truth = truth[(truth["label"] == label) & (truth["lidar_points"] > 0)]
+        own = labels == label
+        counts += waymo_counts(truth, boxes[own], scores[own], least)
+        total += len(truth)
+    if not total:
+        return [(math.nan, math.nan)] * 2
+    hits, weighted, alarms, *missed = counts
+    predicted = np.maximum(hits + alarms, 1)
+    levels = []
+    for lost in missed:
+        recall = hits / np.maximum(hits + lost, 1)
+        ap = 100 * waymo_area(recall, hits / predicted)
+        aph = 100 * waymo_area(recall, weighted / predicted)
+        levels.append((ap, aph))
+    return levels
+
+
+def waymo_area(recall, precision):
+    """Area under the curve through these points, with precision made non-increasing.
+
+    Where recall jumps by more than WAYMO_RECALL, the higher point's precision is held.
+    """
+    best = {0.0: 1.0}  # recall: precision
+    for r, p in zip(recall, precision):
+        best[r] = max(best.get(r, 0.0), p)
+    curve = []  # from the highest recall down
+    greatest = 0.0
+    for r in sorted(best, reverse=True):
+        while curve and curve[-1][0] - r > WAYMO_RECALL + 1e-6:
+            curve.append((curve[-1][0] - WAYMO_RECALL, greatest))
+        greatest = max(greatest, best[r])
+        curve.append((r, greatest))
+    x, y = np.array(curve).T
+    if len(y) > 1:
+        y[-1] = y[-2]  # no detection earned the precision 1 at recall 0
+    return float((-np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def waymo_score(dataset, frames):
+    """frames as predict_all's -> {class: {"L1": (AP, APH), "L2": (AP, APH)}} in %."""
+    index = {name: i for i, name in enumerate(dataset.names)}
+    cases = []
+    for name, (boxes, labels, scores, _) in frames.items():
+        truth = dataset.annotations(index[name])
+        cases.append((truth, boxes.astype(np.float64), labels, scores))
+    metrics = {}
+    for label, name in enumerate(dataset.grid.classes):
+        level_1, level_2 = waymo_ap(cases, label, WAYMO_IOU[name])
+        metrics[name] = dict(L1=level_1, L2=level_2)
+    return metrics
+
+
+def finish_waymo(val_loader, frames, out):
+    """metrics.json, the table -> the row's scores."""
+    metrics = waymo_score(val_loader.dataset, frames)
+    write_text(out / "metrics.json", to_json(metrics | dict(frames=len(frames))))
+    print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}"
+          "   (our implementation, not the official server)")
+    for name, levels in metrics.items():
+        values = *levels["L1"], *levels["L2"]
+        print(f"{name:12}" + "".join(f"{value:8.2f}" for value in values))
+    mAP = np.nanmean([levels["L2"][0] for levels in metrics.values()])
+    mAPH = np.nanmean([levels["L2"][1] for levels in metrics.values()])
+    return f"L2 mAP {mAP:.2f} | L2 mAPH {mAPH:.2f}"
+
+
+# ---- figures -------------------------------------------------------------------------
+
+def birds_eye(ax, frame, shown, grid):
+    """A frame from above: points grey, its boxes green, shown (n, 9) red.
+
+    A stroke leads from each centre to the front.
+    """
+    bird_eye(frame.points, size=0.2)(ax)
+    for boxes, colour in ((frame.boxes, "C2"), (shown, "C3")):
+        for box in boxes:
+            x, y, _ = data.box_corners(box)[[0, 2, 6, 4, 0]].T
+            ax.plot(-y, x, colour, lw=1)
+            front = (x[2] + x[3]) / 2, (y[2] + y[3]) / 2
+            ax.plot([-box[1], -front[1]], [box[0], front[0]], colour, lw=1)
+    ax.set_xlim(-grid.high[1], -grid.low[1])
+    ax.set_ylim(grid.low[0], grid.high[0])
+
+
+def save_figures(val_loader, frames, out):
+    """figures/bev.png of some val frames, then the figures of tests/figures.py."""
+    grid = val_loader.grid
+    names = val_loader.dataset.names
+    places = np.linspace(0, len(val_loader.indices) - 1, FIGURE_FRAMES).astype(int)
+    shown = []
+    for i in val_loader.indices[np.unique(places)]:
+        boxes, _, scores, _ = frames[names[i]]
+        frame = val_loader.dataset.load(int(i), val_loader.image)
+        shown.append((frame, boxes[scores > FIGURE_SCORE]))
+    panels = []
+    for frame, boxes in shown:
+        name = frame.name.split("/", 1)[1][:28]
+        title = f"{name}: truth green, score > {FIGURE_SCORE} red"
+        panels.append((title, partial(birds_eye, frame=frame, shown=boxes, grid=grid)))
+    figure(out / "figures" / "bev.png", panels, 2, (5.0, 5.0))
+    tool = load_tool("figures")
+    if tool:
+        tool.finetune_figures(shown, grid, out)
+
+
+# ---- weights for other projects ------------------------------------------------------
+
+def to_openpcdet(state):
+    """Tensors of VoxelResNet {name: tensor} as OpenPCDet's VoxelResBackBone8x has them.
+
+    Names and shapes are those under its backbone_3d. Source: its spconv_backbone.py,
+    spconv 2. A convolution (27, in, out), offsets z slowest, becomes (out, 3, 3, 3, in)
+    with z, y, x in the middle; in the residual blocks it has a bias there: zeros. Strides,
+    paddings, spatial shape and the eps of the batch norms are the same. Their momentum is
+    0.1 here and 0.01 there, which only training reads.
+    """
+    renamed = {}
     for name, value in state.items():
         name = "backbone_3d." + name.replace(".conv.", ".0.").replace(".bn.", ".1.")
-        out[name] = value.unflatten(0, (3, 3, 3)).permute(4, 0, 1, 2, 3).contiguous() if value.dim() == 3 else value
+        renamed[name] = value
+        if value.dim() == 3:
+            weight = value.unflatten(0, (3, 3, 3)).permute(4, 0, 1, 2, 3)
+            renamed[name] = weight.contiguous()
         if name.endswith((".conv1.weight", ".conv2.weight")):
-            out[name.removesuffix("weight") + "bias"] = value.new_zeros(value.shape[2])
-    return out
+            bias = name.removesuffix("weight") + "bias"
+            renamed[bias] = value.new_zeros(value.shape[2])
+    return renamed
 
 
 def export(cfg):
-    """--export PROJECT --init RUN --out FILE: the network in RUN/backbones.safetensors as PROJECT loads it, float32 on the CPU.
+    """--export PROJECT --init RUN --out FILE: a network of RUN as PROJECT loads it.
 
-    openpcdet    {"model_state": {name: tensor}, "epoch", "it", "optimizer_state", "version"}, for its --pretrained_model. Its conv_out, which the trunk
-                 here has not, stays as it was initialised there. The points must be Frame.points, the boxes in their frame: OpenPCDet's nuScenes reader leaves
-                 x to the right, y ahead and intensity up to 255; its KITTI reader gives four features, for which it leaves the first convolution out;
-                 the fifth of its Waymo reader is elongation. It means over at most 5 or 10 points a voxel, we over all.
-    torchvision  {name: tensor} of resnet18 or resnet50 without fc; images RGB, normalised as ResNet.stages does.
+    From RUN/backbones.safetensors, float32 on the CPU.
+
+    openpcdet    {"model_state": {name: tensor}, "epoch", "it", "optimizer_state",
+                 "version"}, for its --pretrained_model. Its conv_out is not in it: the
+                 trunk here has none, and it keeps its initial weights there. The points
+                 must be Frame.points, the boxes in their frame. OpenPCDet's nuScenes
+                 reader leaves x to the right, y ahead and intensity up to 255; its KITTI
+                 reader gives four features, for which it leaves the first convolution
+                 out; the fifth feature of its Waymo reader is elongation. It takes the
+                 mean of at most 5 or 10 points a voxel, we of all.
+    torchvision  {name: tensor} of resnet18 or resnet50 without fc; images are RGB,
+                 normalised as in ResNet.stages.
     """
-    unit, target = dict(openpcdet="lidar", torchvision="camera.resnet")[cfg.export], Path(cfg.out)
-    if target.suffix != ".pth":
-        raise SystemExit(f"--out {target}: --export writes one file; expected a name that ends in .pth")
-    path, header, stored = read_units(cfg.init)
-    state = {name.removeprefix(unit + "."): value for name, value in stored.items() if name.startswith(unit + ".")}
-    if not state:
-        raise SystemExit(f"{path} holds {header['units'].replace(',', ', ')}; --export {cfg.export} wants {unit}, which this run has not trained")
-    told = f"torchvision's resnet{json.loads(header['config'])['resnet']} with fc = Identity()"
+    unit = dict(openpcdet="lidar", torchvision="camera.resnet")[cfg.export]
+    path = Path(cfg.out)
+    require(path.suffix == ".pth", f"--out {path}: --export writes one file; "
+                                   "expected a name that ends in .pth")
+    source, header, stored = read_units(cfg.init)
+    prefix = unit + "."
+    state = {name.removeprefix(prefix): value
+             for name, value in stored.items() if name.startswith(prefix)}
+    units = header["units"].replace(",", ", ")
+    require(state, f"{source} holds {units}; --export {cfg.export} wants {unit}, "
+                   "which this run has not trained")
     if cfg.export == "openpcdet":
-        width = state["conv_input.conv.weight"].shape[2]
-        state = dict(model_state=openpcdet_names(state), epoch=0, it=int(header["step"]), optimizer_state=None, version=f"lidar-camera {header['commit']}")
-        told = ("OpenPCDet's VoxelResBackBone8x, --pretrained_model. Not in it: conv_out, which starts from nothing there.\n"
-                "It wants points as here: x forward, y left, z up (m), intensity 0 to 1, seconds before the key sweep. OpenPCDet's readers give others: "
-                "nuScenes x right, y forward, intensity to 255; KITTI four features; Waymo elongation")
-        if width != 16:
-            told += f".\nThis run is {width} wide, OpenPCDet's network 16: it would leave out every tensor of another shape. Narrow it, or pre-train with --width 16"
-    with atomic_write(target) as part:
+        message = openpcdet_message(state["conv_input.conv.weight"].shape[2])
+        state = dict(
+            model_state=to_openpcdet(state),
+            epoch=0,
+            it=int(header["step"]),
+            optimizer_state=None,
+            version=f"lidar-camera {header['commit']}",
+        )
+    else:
+        depth = json.loads(header["config"])["resnet"]
+        message = f"torchvision's resnet{depth} with fc = Identity()"
+    with atomic_write(path) as part:
         part.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
-    print(f"{target}: {unit} of {cfg.init}, step {header['step']}, for {told}.", flush=True)
+    step = header["step"]
+    print(f"{path}: {unit} of {cfg.init}, step {step}, for {message}.", flush=True)
+
+
+def openpcdet_message(width):
+    """What a user of the exported LiDAR network must know. width: of its first stage."""
+    message = (
+        "OpenPCDet's VoxelResBackBone8x, --pretrained_model. "
+        "Not in it: conv_out, which starts from random weights there.\n"
+        "It wants points as here: x forward, y left, z up (m), intensity 0 to 1, seconds "
+        "before the keyframe sweep. OpenPCDet's readers give others: nuScenes x right, "
+        "y forward, intensity to 255; KITTI four features; Waymo elongation")
+    if width != 16:
+        message += (
+            f".\nThis run is {width} wide, OpenPCDet's network 16: it would leave out every "
+            "tensor of another shape. Narrow it, or pre-train with --width 16")
+    return message
 
 
 if __name__ == "__main__":
     cfg = parse(Config, SMALL)
-    export(cfg) if cfg.export else launch(train, cfg)
+    if cfg.export:
+        export(cfg)
+    else:
+        launch(train, cfg)

@@ -1,4 +1,5 @@
-"""finetune.py: codes, targets and losses against slow transcriptions, the official metric on boxes that are known to be right, few labels, weights in and out."""
+"""finetune.py: codes, targets and losses against slow transcriptions, the official metric on boxes
+that are known to be right, few labels, weights in and out."""
 import json
 import math
 import shutil
@@ -17,221 +18,316 @@ import clap
 import common
 import data
 import finetune
-from finetune import SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets
+from finetune import (
+    SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets)
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{**SMALL, "width": 4, "bins": 12})
+CPU = torch.device("cpu")
+
+
+def first_batch(world):
+    return data.loader(str(world), "train", 2, preset="small", image=(48, 128)).first(1)[0]
+
+
+def random_detector(cfg=TINY):
+    torch.manual_seed(0)
+    return Detector(cfg, GRID)
 
 
 @pytest.fixture(scope="module")
 def batch(world):
-    return next(data.loader(str(world), "train", 2, preset="small", image=(48, 128)).begin_at(0))
+    return first_batch(world)
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return Detector(TINY, GRID)
+    return random_detector()
 
 
-# ---- what is learned from ----
+# ---- augmentation and crop -----------------------------------------------------------
 
-def test_boxes_with_a_point_of_any_key_sweep_stay_and_those_without_leave(world):
+def test_augment_keeps_boxes_that_hold_a_keyframe_point(world):
     frame = data.open_dataset(world, "small").load(0, (12, 32))
     boxes = np.array([[x, 0, 0, 2, 2, 2, 0, 0, 0] for x in (10, 20, 30, 40)], np.float32)
-    points = np.array([[10, 0, 0, 0, 0], [20, 0, 0, 0, 0.001], [30, 0, 0, 0, 0.05], [40, 5, 0, 0, 0]], np.float32)      # key sweep, Waymo's other lasers, older, outside
+    points = np.array([
+        [10, 0, 0, 0, 0],      # of the keyframe sweep
+        [20, 0, 0, 0, 0.001],  # of Waymo's other lasers
+        [30, 0, 0, 0, 0.05],   # of an older sweep
+        [40, 5, 0, 0, 0],      # outside its box
+    ], np.float32)
     frame = replace(frame, points=points, boxes=boxes, labels=np.arange(4))
-    assert finetune.augment(frame, np.random.default_rng(0), 0.0, 0.0, (False, False)).labels.tolist() == [0, 1]
+    rng = np.random.default_rng(0)
+    augmented = finetune.augment(frame, rng, 0.0, 0.0, (False, False))
+    assert augmented.labels.tolist() == [0, 1]
 
 
-def test_kitti_is_learned_and_scored_without_what_the_picture_does_not_show(kitti):
-    """The picture on disk: of the fabricated scans' 800 points 400 were made from its pixels. The network's own picture is cut narrower."""
+def test_kitti_loaders_crop_to_the_image_on_disk(kitti):
+    """Of the fabricated scans' 800 points 400 were made from its pixels.
+
+    The network's own image is cut narrower.
+    """
     dataset = data.open_dataset(kitti)
-    for loader in (data.loader(dataset, split, 1, crop=True) for split in ("train", "val")):
-        batch, full = next(iter(loader.once())), dataset.load(int(loader.indices[0]))
-        kept = (torch.tensor(full.points)[:, None] == batch.points).all(2).any(1)
-        assert kept[:400].all() and 400 < kept.sum() < 700 and len(data.crop_to_view(full).points) < kept.sum() == len(batch.points)
+    for split in ("train", "val"):
+        loader = data.loader(dataset, split, 1, crop=True)
+        batch = next(iter(loader.once()))
+        full = dataset.load(int(loader.indices[0]))
+        in_batch = (torch.tensor(full.points)[:, None] == batch.points).all(2).any(1)
+        assert in_batch[:400].all() and 400 < in_batch.sum() < 700
+        assert len(data.crop_to_view(full).points) < in_batch.sum() == len(batch.points)
     source = (ROOT / "finetune.py").read_text()
     assert source.count("data.loader(") == source.count("crop=") == 3
 
 
-def test_augment_turns_scales_and_mirrors_as_asked(world):
+def test_augment_warps_like_augment_cloud(world):
     frame = data.open_dataset(world, "small").load(0, (12, 32))
     for seed in range(4):
-        found, asked = (act(frame, np.random.default_rng(seed), 0.4, 0.05, (True, False)) for act in (finetune.augment, data.augment_cloud))
-        assert np.array_equal(found.points, asked.points) and np.array_equal(found.lidar2img, asked.lidar2img) and 3 < len(found.boxes) < len(asked.boxes)
+        options = 0.4, 0.05, (True, False)
+        warped = finetune.augment(frame, np.random.default_rng(seed), *options)
+        expected = data.augment_cloud(frame, np.random.default_rng(seed), *options)
+        assert np.array_equal(warped.points, expected.points)
+        assert np.array_equal(warped.lidar2img, expected.lidar2img)
+        assert 3 < len(warped.boxes) < len(expected.boxes)
 
 
-# ---- codes, targets, losses ----
+# ---- codes, targets, losses ----------------------------------------------------------
 
-def test_decode_undoes_encode_also_after_a_turn_a_flip_a_scale(world):
-    dataset, cells = data.open_dataset(world, "small"), Detector(TINY, GRID).cells
+def test_decode_inverts_encode_on_warped_frames(world):
+    dataset = data.open_dataset(world, "small")
+    cells = Detector(TINY, GRID).cells
     for i in range(3):
         frame = dataset.load(i, (12, 32))
         for seed in range(4):
-            moved = data.augment_cloud(frame, np.random.default_rng(seed), 0.39, 0.05, (True, True)) if seed else frame
+            moved = frame
+            if seed:
+                rng = np.random.default_rng(seed)
+                moved = data.augment_cloud(frame, rng, 0.39, 0.05, (True, True))
             boxes = torch.tensor(moved.boxes)
             cell, code, within = encode(boxes, cells)
-            on_map = ((boxes[:, :2] >= -25.95) & (boxes[:, :2] < 25.25)).all(1)         # the strided sites begin at the first voxel's centre, 0.8 m apart
+            # the strided sites begin at the first voxel's centre, 0.8 m apart
+            on_map = ((boxes[:, :2] >= -25.95) & (boxes[:, :2] < 25.25)).all(1)
             assert torch.equal(within, on_map) and within.any() and not within.all()
             assert code[within, :2].abs().max() <= 0.5
-            torch.testing.assert_close(decode(cell, code, cells), boxes, rtol=0, atol=2e-5, equal_nan=True)
+            decoded = decode(cell, code, cells)
+            torch.testing.assert_close(decoded, boxes, rtol=0, atol=2e-5, equal_nan=True)
 
 
-def test_what_the_targets_say_is_what_prediction_reads(batch, model, monkeypatch):
-    """Targets as network output come back as the labelled boxes, before and after a warp of the frame."""
-    def perfect(batch):
-        cell, code, within = encode(batch.boxes, model.cells)
-        out = []
-        for group in model.groups:
-            heat, codes = torch.full((batch.size, len(group), *model.cells.shape[1:]), -20.), torch.zeros(batch.size, 10, *model.cells.shape[1:])
-            for c, label in enumerate(group):
-                mine = (within & (batch.labels == label)).nonzero()[:, 0]
-                for m in mine:                                                              # beside each centre a cell that is no peak
-                    heat[batch.b_boxes[m], c, cell[m, 0], abs(cell[m, 1] - 1)] = 9.
-                for m in mine:
-                    heat[batch.b_boxes[m], c, cell[m, 0], cell[m, 1]] = 10.
-                    codes[batch.b_boxes[m], :, cell[m, 0], cell[m, 1]] = code[m]
-            out.append((heat, codes))
-        return out
-    monkeypatch.setattr(model, "maps", perfect)
-    warp = np.array([[0., 1.05, 0, 0], [1.05, 0, 0, 0], [0, 0, 1.05, 0], [0, 0, 0, 1]])                # a turn, a flip and a scale
-    warped = replace(batch, boxes=torch.tensor(data.warp_boxes(batch.boxes.numpy(), warp), dtype=torch.float32))
+def maps_of_targets(model, batch):
+    """What a perfect network would predict, with a cell that is no peak next to each centre."""
+    cell, code, within = encode(batch.boxes, model.cells)
+    Y, X = model.cells.shape[1:]
+    maps = []
+    for group in model.groups:
+        heat = torch.full((batch.size, len(group), Y, X), -20.0)
+        codes = torch.zeros(batch.size, 10, Y, X)
+        for c, label in enumerate(group):
+            rows = (within & (batch.labels == label)).nonzero()[:, 0]
+            for m in rows:
+                heat[batch.b_boxes[m], c, cell[m, 0], abs(cell[m, 1] - 1)] = 9.0
+            for m in rows:
+                heat[batch.b_boxes[m], c, cell[m, 0], cell[m, 1]] = 10.0
+                codes[batch.b_boxes[m], :, cell[m, 0], cell[m, 1]] = code[m]
+        maps.append((heat, codes))
+    return maps
+
+
+def test_predict_reads_what_the_targets_say(batch, model, monkeypatch):
+    """Targets as network output come back as the labelled boxes, before and after a warp."""
+    monkeypatch.setattr(model, "predict_maps", partial(maps_of_targets, model))
+    # a turn, a flip and a scale
+    warp = np.array([[0, 1.05, 0, 0], [1.05, 0, 0, 0], [0, 0, 1.05, 0], [0, 0, 0, 1]])
+    boxes = data.warp_boxes(batch.boxes.numpy(), warp)
+    warped = replace(batch, boxes=torch.tensor(boxes, dtype=torch.float32))
     for given in (batch, warped):
         for b, (boxes, labels, scores) in enumerate(model.predict(given)):
-            boxes, labels = boxes[scores > 0.5], labels[scores > 0.5]
-            mine = given.b_boxes == b
-            gap = (boxes[:, None, :3] - given.boxes[mine][None, :, :3]).norm(dim=2)
-            near = (given.boxes[mine][:, :2].abs() < 25.2).all(1)
-            assert len(boxes) >= 0.9 * near.sum() > 3                                   # two of a class may share a cell or be neighbours
+            boxes = boxes[scores > 0.5]
+            labels = labels[scores > 0.5]
+            truth = given.boxes[given.b_boxes == b]
+            truth_labels = given.labels[given.b_boxes == b]
+            gap = (boxes[:, None, :3] - truth[None, :, :3]).norm(dim=2)
+            near = (truth[:, :2].abs() < 25.2).all(1)
+            # two of a class may share a cell or be neighbours
+            assert len(boxes) >= 0.9 * near.sum() > 3
             nearest = gap.argmin(1)
-            assert gap.amin(1).max() < 1e-3 and torch.equal(labels, given.labels[mine][nearest])
-            found, truth = boxes, given.boxes[mine][nearest]
-            torch.testing.assert_close(found[:, 3:6], truth[:, 3:6], rtol=1e-4, atol=1e-4)
-            assert (torch.remainder(found[:, 6] - truth[:, 6] + math.pi, 2 * math.pi) - math.pi).abs().max() < 1e-4
-            torch.testing.assert_close(found[:, 7:], truth[:, 7:], rtol=1e-4, atol=1e-4, equal_nan=True)
+            assert gap.amin(1).max() < 1e-3
+            assert torch.equal(labels, truth_labels[nearest])
+            truth = truth[nearest]
+            close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+            close(boxes[:, 3:6], truth[:, 3:6])
+            turn = torch.remainder(boxes[:, 6] - truth[:, 6] + math.pi, 2 * math.pi) - math.pi
+            assert turn.abs().max() < 1e-4
+            close(boxes[:, 7:], truth[:, 7:], equal_nan=True)
+
+
+@pytest.mark.parametrize("modality", ["lidar", "camera"])
+def test_maps_change_where_the_input_changes(batch, modality):
+    """Points added at a place, or a patch over its pixels, change the heat maps there.
+
+    Camera: in that direction; it does not know how far.
+    """
+    # in training mode: fresh running statistics would shrink it all to nothing
+    detector = random_detector(replace(TINY, modality=modality))
+    for place in ((12.0, -6.0, 0.0), (-4.0, 15.0, -1.0)):
+        xyz = torch.tensor([place])
+        if modality == "lidar":
+            parts = xyz + torch.rand(200, 3), torch.rand(200, 1), torch.zeros(200, 1)
+            cluster = torch.cat(parts, 1)
+            first = torch.zeros(200, dtype=torch.int64)
+            changed = replace(batch, points=torch.cat([cluster, batch.points]),
+                              b_points=torch.cat([first, batch.b_points]))
+        else:
+            images = batch.images.clone()
+            zero = torch.zeros(1, dtype=torch.int64)
+            _, image, uv = common.project(
+                xyz, zero, batch.lidar2img, batch.hw, batch.size)[:3]
+            for n, (u, v) in zip(image, uv):
+                rows = slice(max(int(v) - 4, 0), int(v) + 5)
+                columns = slice(max(int(u) - 4, 0), int(u) + 5)
+                images[n, :, rows, columns] = 255 - images[n, :, rows, columns]
+            changed = replace(batch, images=images)
+        with torch.no_grad():
+            before = detector.predict_maps(changed)
+            after = detector.predict_maps(batch)
+            gap = sum((a[0] - b[0]).abs().sum(1) for a, b in zip(before, after))  # (B, Y, X)
+        y, x = divmod(int(gap[0].argmax()), gap.shape[2])
+        if modality == "lidar":
+            middle = torch.tensor([[place[0] + 0.5, place[1] + 0.5, 0, 1, 1, 1, 0, 0, 0.0]])
+            cell = encode(middle, detector.cells)[0][0]
+            assert abs(y - cell[0]) <= 4 and abs(x - cell[1]) <= 4, (y, x, cell)  # of 64
+        else:
+            changed_at = detector.cells.centre(torch.tensor([[0.0, y, x]]))[0]
+            turn = np.angle(complex(*changed_at[:2].tolist()) / complex(*place[:2]))
+            assert abs(turn) < 0.35, (changed_at, place)
 
 
 def slow_radius(h, w, overlap):
     """CornerNet's function line by line."""
-    b1, c1 = h + w, w * h * (1 - overlap) / (1 + overlap)
+    b1 = h + w
+    c1 = w * h * (1 - overlap) / (1 + overlap)
     r1 = (b1 + math.sqrt(b1 ** 2 - 4 * c1)) / 2
-    b2, c2 = 2 * (h + w), (1 - overlap) * w * h
+    b2 = 2 * (h + w)
+    c2 = (1 - overlap) * w * h
     r2 = (b2 + math.sqrt(b2 ** 2 - 16 * c2)) / 2
-    a3, b3, c3 = 4 * overlap, -2 * overlap * (h + w), (overlap - 1) * w * h
+    a3 = 4 * overlap
+    b3 = -2 * overlap * (h + w)
+    c3 = (overlap - 1) * w * h
     r3 = (b3 + math.sqrt(b3 ** 2 - 4 * a3 * c3)) / 2
     return min(r1, r2, r3)
 
 
-@pytest.mark.parametrize("modality", ["lidar", "camera"])
-def test_the_maps_answer_where_something_changes(batch, modality):
-    """Points put at a place, or a patch put over its pixels, change the heat maps there (camera: in that direction; it does not know how far)."""
-    torch.manual_seed(0)
-    detector = Detector(replace(TINY, modality=modality), GRID)                             # in training mode: fresh running statistics would shrink it all to nothing
-    for place in ((12., -6., 0.), (-4., 15., -1.)):
-        xyz, changed = torch.tensor([place]), batch
-        if modality == "lidar":
-            cluster = torch.cat([xyz + torch.rand(200, 3), torch.rand(200, 1), torch.zeros(200, 1)], 1)
-            changed = replace(batch, points=torch.cat([cluster, batch.points]), b_points=torch.cat([torch.zeros(200, dtype=torch.int64), batch.b_points]))
-        else:
-            images = batch.images.clone()
-            for image, (u, v) in zip(*common.project(xyz, torch.zeros(1, dtype=torch.int64), batch.lidar2img, batch.hw, batch.size)[1:3]):
-                patch = np.s_[image, :, max(int(v) - 4, 0):int(v) + 5, max(int(u) - 4, 0):int(u) + 5]
-                images[patch] = 255 - images[patch]
-            changed = replace(batch, images=images)
-        with torch.no_grad():
-            gap = sum((a[0] - b[0]).abs().sum(1) for a, b in zip(detector.predict_maps(changed), detector.predict_maps(batch)))            # (B, Y, X)
-        y, x = divmod(int(gap[0].argmax()), gap.shape[2])
-        if modality == "lidar":
-            cell = encode(torch.tensor([[*place[:2], 0, 1, 1, 1, 0, 0, 0.]]) + torch.tensor([.5, .5, 0, 0, 0, 0, 0, 0, 0]), detector.cells)[0][0]
-            assert abs(y - cell[0]) <= 4 and abs(x - cell[1]) <= 4, (y, x, cell)           # of 64
-        else:
-            found = detector.cells.centre(torch.tensor([[0., y, x]]))[0]
-            assert abs(np.angle(complex(*found[:2].tolist()) / complex(*place[:2]))) < 0.35, (found, place)
-
-
-def test_gaussians_are_cornernets():
+def test_gaussians_match_cornernet():
     rng = np.random.default_rng(0)
     h, w = rng.uniform(0.3, 20, (2, 50))
-    np.testing.assert_allclose(gaussian_radius(torch.tensor(h), torch.tensor(w), 0.1), [slow_radius(a, b, 0.1) for a, b in zip(h, w)])
+    radii = gaussian_radius(torch.tensor(h), torch.tensor(w), 0.1)
+    np.testing.assert_allclose(radii, [slow_radius(a, b, 0.1) for a, b in zip(h, w)])
     cells = Detector(TINY, GRID).cells
-    boxes = torch.tensor([[0., 0, 0, 4.6, 1.9, 1.6, 0, 0, 0], [2., 1, 0, 12, 3, 3, 0, 0, 0], [0., .8, 0, .6, .6, 1.8, 0, 0, 0]])
+    boxes = torch.tensor([
+        [0.0, 0, 0, 4.6, 1.9, 1.6, 0, 0, 0],
+        [2.0, 1, 0, 12, 3, 3, 0, 0, 0],
+        [0.0, 0.8, 0, 0.6, 0.6, 1.8, 0, 0, 0],
+    ])
     cell, _, _ = encode(boxes, cells)
-    label, b = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0])
-    found = heat_targets(cell, label, b, boxes, (2, 2, *cells.shape[1:]), cells, TINY)
-    expected = torch.zeros_like(found)
+    label = torch.tensor([0, 1, 0])
+    b = torch.tensor([0, 1, 0])
+    shape = 2, 2, *cells.shape[1:]
+    heat = heat_targets(cell, label, b, boxes, shape, cells, TINY)
+    expected = torch.zeros_like(heat)
     for m in range(3):
-        r = max(2, int(slow_radius(float(boxes[m, 3]) / 0.8, float(boxes[m, 4]) / 0.8, 0.1)))
+        length = float(boxes[m, 3]) / 0.8
+        width = float(boxes[m, 4]) / 0.8
+        r = max(2, int(slow_radius(length, width, 0.1)))
         for y in range(64):
             for x in range(64):
-                dy, dx = y - int(cell[m, 0]), x - int(cell[m, 1])
+                dy = y - int(cell[m, 0])
+                dx = x - int(cell[m, 1])
                 if max(abs(dy), abs(dx)) <= r:
                     value = math.exp(-(dx * dx + dy * dy) / (2 * ((2 * r + 1) / 6) ** 2))
-                    expected[b[m], label[m], y, x] = max(expected[b[m], label[m], y, x], value)
-    torch.testing.assert_close(found, expected)
-    assert (found == 1).sum() == 3
+                    expected[b[m], label[m], y, x] = max(
+                        expected[b[m], label[m], y, x], value)
+    torch.testing.assert_close(heat, expected)
+    assert (heat == 1).sum() == 3
 
 
-def test_losses_written_out_in_loops(batch, model, monkeypatch):
+def test_losses_match_plain_loops(batch, model, monkeypatch):
     torch.manual_seed(1)
     maps = [(torch.randn(2, len(g), 64, 64), torch.randn(2, 10, 64, 64)) for g in model.groups]
     monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
     boxes = batch.boxes.clone()
-    boxes[0, 7:] = torch.nan                                                            # an unknown velocity is not asked for
+    boxes[0, 7:] = torch.nan  # an unknown velocity is not asked for
     given = replace(batch, boxes=boxes)
     loss, terms = model(given)
     cell, code, within = encode(boxes, model.cells)
     L_heat = L_box = 0.0
     for group, (heat, codes) in zip(model.groups, maps):
         rows = [m for m in range(len(boxes)) if within[m] and int(batch.labels[m]) in group]
-        local = torch.tensor([group.index(int(batch.labels[m])) for m in rows], dtype=torch.int64)
-        target = heat_targets(cell[rows], local, batch.b_boxes[rows], boxes[rows], heat.shape, model.cells, TINY)
+        label = [group.index(int(batch.labels[m])) for m in rows]
+        label = torch.tensor(label, dtype=torch.int64)
+        target = heat_targets(cell[rows], label, batch.b_boxes[rows], boxes[rows], heat.shape,
+                              model.cells, TINY)
         p = heat.double().sigmoid()
         total = 0.0
         for prob, t in zip(p.flatten().tolist(), target.double().flatten().tolist()):
-            total += -(1 - prob) ** 2 * math.log(prob) if t == 1 else -prob ** 2 * (1 - t) ** 4 * math.log(1 - prob)
+            if t == 1:
+                total += -(1 - prob) ** 2 * math.log(prob)
+            else:
+                total += -prob ** 2 * (1 - t) ** 4 * math.log(1 - prob)
         L_heat += total / max(len(rows), 1)
         for m in rows:
             for k in range(10):
                 if math.isfinite(code[m, k]):
-                    gap = abs(float(codes[batch.b_boxes[m], k, cell[m, 0], cell[m, 1]]) - float(code[m, k]))
+                    predicted = codes[batch.b_boxes[m], k, cell[m, 0], cell[m, 1]]
+                    gap = abs(float(predicted) - float(code[m, k]))
                     L_box += gap * (0.2 if k >= 8 else 1) / len(rows)
-    assert float(terms["L_heat"]) == pytest.approx(L_heat, rel=1e-4) and float(terms["L_box"]) == pytest.approx(L_box, rel=1e-4)
+    assert float(terms["L_heat"]) == pytest.approx(L_heat, rel=1e-4)
+    assert float(terms["L_box"]) == pytest.approx(L_box, rel=1e-4)
     assert float(loss) == pytest.approx(L_heat + 0.25 * L_box, rel=1e-4)
-    assert focal(torch.tensor([60., -60.]), torch.tensor([1., 0.])).sum() == 0
+    assert focal(torch.tensor([60.0, -60.0]), torch.tensor([1.0, 0.0])).sum() == 0
 
 
 @pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
 def test_every_parameter_learns_and_a_frame_without_boxes_or_points_is_fine(batch, modality):
-    torch.manual_seed(0)
-    model = Detector(replace(TINY, modality=modality), GRID)
-    for module in model.modules():                                                          # residual branches begin at zero
+    model = random_detector(replace(TINY, modality=modality))
+    for module in model.modules():  # residual branches begin at zero
         if hasattr(module, "bn2"):
             torch.nn.init.ones_(module.bn2.weight)
-    kept = batch.b_boxes == 0
-    given = replace(batch, boxes=batch.boxes[kept], b_boxes=batch.b_boxes[kept], labels=batch.labels[kept],
-                    points=batch.points[batch.b_points == 0], b_points=batch.b_points[batch.b_points == 0])
-    none = replace(batch, boxes=batch.boxes[:0], b_boxes=batch.b_boxes[:0], labels=batch.labels[:0])
-    for x in (given, none):
+    rows = batch.b_boxes == 0
+    points = batch.b_points == 0
+    one_empty = replace(
+        batch, boxes=batch.boxes[rows], b_boxes=batch.b_boxes[rows], labels=batch.labels[rows],
+        points=batch.points[points], b_points=batch.b_points[points])
+    no_boxes = replace(
+        batch, boxes=batch.boxes[:0], b_boxes=batch.b_boxes[:0], labels=batch.labels[:0])
+    # an L1 loss's signs may add up to 0 in the last biases
+    groups = range(len(model.heads))
+    last = {f"heads.{g}.branches.{n}.1.bias" for g in groups for n in range(1, 6)}
+    for x in (one_empty, no_boxes):
         model.zero_grad()
         loss, terms = model(x)
         loss.backward()
-        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert loss.isfinite()
+        for p in model.parameters():
+            assert p.grad is not None and p.grad.isfinite().all()
         idle = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-7}
-        last = {f"heads.{g}.branches.{n}.1.bias" for g in range(len(model.heads)) for n in range(1, 6)}      # an L1 loss's signs may add up to 0 there
-        assert x is none or not idle - last, idle
-    assert terms["boxes"] == 0 and {n.split(".")[0] for n, _ in model.named_children()} == {"fuse", "neck", "shared", "heads"} | (
-        {"lidar", "camera"} if modality == "fusion" else {modality})
+        assert x is no_boxes or not idle - last, idle
+    assert terms["boxes"] == 0
+    branches = {"lidar", "camera"} if modality == "fusion" else {modality}
+    children = {name.split(".")[0] for name, _ in model.named_children()}
+    assert children == {"fuse", "neck", "shared", "heads"} | branches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["lidar", "fusion"])
-def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
-    """AP above 0.9 for every class present, on the frames themselves, within the range. Minutes on two cores."""
+def test_four_frames_can_be_overfitted(world, tmp_path, modality):
+    """AP above 0.9 for every class present, on the frames themselves, within the range.
+
+    Minutes on two cores.
+    """
     torch.manual_seed(0)
-    steps, cfg = 260, replace(Config(preset="small", **SMALL), modality=modality)
-    loader = data.loader(world, "train", 2, preset="small", augment=partial(finetune.augment, rotation=0., scale=0., flip=(False, False)))
+    steps = 260
+    cfg = replace(Config(preset="small", **SMALL), modality=modality)
+    augment = partial(finetune.augment, rotation=0.0, scale=0.0, flip=(False, False))
+    loader = data.loader(world, "train", 2, preset="small", augment=augment)
     loader.indices = loader.indices[[0, 2, 3, 5]]
     model = Detector(cfg, loader.grid)
     opt = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
@@ -243,46 +339,78 @@ def test_four_frames_are_learned_by_heart(world, tmp_path, modality):
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         opt.step()
     path = tmp_path / "results.json"
-    results = finetune.nuscenes_results(finetune.predict_all(model, loader, torch.device("cpu")), loader.grid.classes)
+    frames = finetune.predict_all(model, loader, CPU)
+    results = finetune.nuscenes_results(frames, loader.grid.classes)
     path.write_text(json.dumps(results))
-    metrics, _, present = finetune.nuscenes_score(loader.dataset, path, list(results["results"]), reach=25.)
-    assert len(present) > 5 and all(metrics["mean_dist_aps"][name] > 0.9 for name in present), metrics["mean_dist_aps"]
+    tokens = list(results["results"])
+    metrics, _, present = finetune.nuscenes_score(loader.dataset, path, tokens, reach=25.0)
+    ap = metrics["mean_dist_aps"]
+    assert len(present) > 5 and all(ap[name] > 0.9 for name in present), ap
 
 
-def test_peaks_are_of_three_by_three_cells_and_one_class(world, monkeypatch):
-    batch = next(data.loader(str(world), "train", 2, preset="small", image=(48, 128)).begin_at(0))
-    model = finetune.Detector(TINY, GRID)
-    maps = [(torch.full((2, len(group), 64, 64), -20.), torch.zeros(2, 10, 64, 64)) for group in model.groups]
-    for y, x, logit in ((20, 20, 9.), (21, 21, 8.), (19, 20, 8.), (20, 18, 7.), (23, 20, 6.)):            # of cars the second and third stand beside the first
+# ---- prediction ----------------------------------------------------------------------
+
+def test_peaks_are_maxima_of_3_by_3_cells_in_each_class(world, monkeypatch):
+    batch = first_batch(world)
+    model = Detector(TINY, GRID)
+    maps = []
+    for group in model.groups:
+        maps.append((torch.full((2, len(group), 64, 64), -20.0), torch.zeros(2, 10, 64, 64)))
+    cars = (  # the second and third are neighbours of the first
+        (20, 20, 9.0), (21, 21, 8.0), (19, 20, 8.0), (20, 18, 7.0), (23, 20, 6.0))
+    for y, x, logit in cars:
         maps[0][0][1, 0, y, x] = logit
-    maps[1][0][1, 0, 20, 20], maps[1][0][1, 1, 21, 20] = 5., 4.                             # neighbours of two classes
+    maps[1][0][1, 0, 20, 20] = 5.0  # neighbours of two classes
+    maps[1][0][1, 1, 21, 20] = 4.0
     monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
-    (_, _, none), (boxes, labels, scores) = model.predict(batch)
-    assert not (none > 0.5).any() and labels[scores > 0.5].tolist() == [0, 0, 0, 1, 2]
-    cell = finetune.encode(boxes[:5], model.cells)[0]
+    (_, _, empty), (boxes, labels, scores) = model.predict(batch)
+    assert not (empty > 0.5).any()
+    assert labels[scores > 0.5].tolist() == [0, 0, 0, 1, 2]
+    cell = encode(boxes[:5], model.cells)[0]
     assert cell.tolist() == [[20, 20], [20, 18], [23, 20], [20, 20], [21, 20]]
 
 
-def test_every_class_has_a_head_that_begins_at_a_tenth():
+def test_every_class_has_a_head_that_starts_at_probability_0_1():
     for (name, _), grid in data.GRIDS.items():
-        assert sorted(name for group in finetune.GROUPS[name] for name in group) == sorted(grid.classes)
-    assert finetune.Head(8, 2).branches[0][-1].bias.sigmoid().tolist() == pytest.approx([0.1, 0.1], abs=1e-3)
+        classes = sorted(name for group in finetune.GROUPS[name] for name in group)
+        assert classes == sorted(grid.classes)
+    bias = finetune.Head(8, 2).branches[0][-1].bias
+    assert bias.sigmoid().tolist() == pytest.approx([0.1, 0.1], abs=1e-3)
 
 
-def test_a_frame_is_predicted_alike_alone_and_among_others(world):
-    """Three held-out frames in one batch and in three: running statistics, each frame's own points, pictures and pose."""
-    dataset = data.open_dataset(world, "small")
+def test_logits_stay_float32_under_bfloat16_autocast():
+    """Of two neighbours of one value both would be peaks, and the second is not suppressed."""
     torch.manual_seed(0)
-    model = finetune.Detector(TINY, GRID)
+    head = finetune.Head(16, 3).eval()
+    x = torch.randn(1, 16, 64, 64)
+    exact = head(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        heat, code = head(x)
+    assert heat.dtype == code.dtype == torch.float32
+    coarse = len(exact.bfloat16().unique())
+    assert len(heat.unique()) > 0.9 * heat.numel() > 10 * coarse
+    torch.testing.assert_close(heat, exact, rtol=0, atol=0.05)
+
+
+def test_predictions_do_not_depend_on_the_batch(world):
+    """Three val frames in one batch and in three.
+
+    Running statistics, each frame's own points, images and pose.
+    """
+    dataset = data.open_dataset(world, "small")
+    model = random_detector()
     for module in model.modules():
         if hasattr(module, "running_var"):
-            module.momentum = 1.                                                            # the statistics of one step
-    loaders = [data.loader(dataset, "val", batch, image=(48, 128)) for batch in (1, 3)]
+            module.momentum = 1.0  # the statistics of one step
+    single = data.loader(dataset, "val", 1, image=(48, 128))
+    triple = data.loader(dataset, "val", 3, image=(48, 128))
     with torch.no_grad():
-        model.predict_maps(next(iter(loaders[1].once())))
-    alone, among = (finetune.predict_all(model, loader, torch.device("cpu")) for loader in loaders)
-    assert list(alone) == list(among) == [dataset.names[i] for i in dataset.split("val")]
-    for i, name in zip(dataset.split("val"), alone):
+        model.predict_maps(next(iter(triple.once())))
+    alone = finetune.predict_all(model, single, CPU)
+    among = finetune.predict_all(model, triple, CPU)
+    val = dataset.split("val")
+    assert list(alone) == list(among) == [dataset.names[i] for i in val]
+    for i, name in zip(val, alone):
         np.testing.assert_allclose(among[name][2], alone[name][2], atol=1e-5)
         np.testing.assert_allclose(among[name][0][:20], alone[name][0][:20], atol=1e-3)
         pose = dataset.load(int(i), (12, 32)).lidar2world
@@ -291,271 +419,410 @@ def test_a_frame_is_predicted_alike_alone_and_among_others(world):
     assert abs(one[:20] - two[:20]).max() > 1
 
 
-# ---- few labels ----
+# ---- few labels ----------------------------------------------------------------------
 
-def test_labels_are_drawn_as_asked(world):
+def test_draw_labels_draws_the_asked_share(world):
     dataset = data.open_dataset(world, "small")
     train = dataset.split("train")
-    half, most = draw_labels(dataset, train, 0.5, "frames", 3), draw_labels(dataset, train, 0.8, "frames", 3)
-    assert len(half) == 3 and len(most) == 5 and set(half) < set(most) <= set(train) and (np.diff(half) > 0).all()
-    assert len(draw_labels(dataset, train, 1e-6, "frames", 0)) == 1 and len(draw_labels(dataset, train, 1, "frames", 0)) == len(train)
+    half = draw_labels(dataset, train, 0.5, "frames", 3)
+    most = draw_labels(dataset, train, 0.8, "frames", 3)
+    assert len(half) == 3 and len(most) == 5
+    assert set(half) < set(most) <= set(train)
+    assert (np.diff(half) > 0).all()
+    assert len(draw_labels(dataset, train, 1e-6, "frames", 0)) == 1
+    assert len(draw_labels(dataset, train, 1, "frames", 0)) == len(train)
     scene = draw_labels(dataset, train, 0.5, "scenes", 0)
-    assert len(scene) == 3 and len({dataset.names[i].split("/")[1] for i in scene}) == 1
-    assert any(set(draw_labels(dataset, train, 0.5, "frames", s)) != set(half) for s in range(4))
+    assert len(scene) == 3
+    assert len({dataset.names[i].split("/")[1] for i in scene}) == 1
+    others = [draw_labels(dataset, train, 0.5, "frames", seed) for seed in range(4)]
+    assert any(set(other) != set(half) for other in others)
     with pytest.raises(SystemExit, match="more than 0 and at most 1"):
         draw_labels(dataset, train, 0, "frames", 0)
 
 
-# ---- the official metric ----
+# ---- the official metric -------------------------------------------------------------
 
 def truth_as_predictions(dataset, indices, shift=0.0):
-    """Labelled boxes that the metric's filters keep (a LiDAR or radar point lies in them), as predictions."""
-    table = json.loads(Path(dataset.root, dataset.version, "sample_annotation.json").read_text())
-    points, frames = {row["token"]: row["num_lidar_pts"] + row["num_radar_pts"] for row in table}, {}
+    """Labelled boxes that the metric's filters keep, as predictions.
+
+    A LiDAR or radar point lies in them.
+    """
+    table = Path(dataset.root, dataset.version, "sample_annotation.json")
+    points = {}
+    for row in json.loads(table.read_text()):
+        points[row["token"]] = row["num_lidar_pts"] + row["num_radar_pts"]
+    frames = {}
     for i in indices:
-        frame, rows = dataset.load(int(i), (12, 32)), dataset.annotations(int(i))
-        held = np.array([points[row["token"].decode()] > 0 for row in rows[rows["label"] >= 0]], bool)
-        boxes = np.nan_to_num(frame.boxes[held])
+        frame = dataset.load(int(i), (12, 32))
+        rows = dataset.annotations(int(i))
+        rows = rows[rows["label"] >= 0]
+        holds = np.array([points[row["token"].decode()] > 0 for row in rows], bool)
+        boxes = np.nan_to_num(frame.boxes[holds])
         boxes[:, 0] += shift
-        frames[frame.name] = boxes, frame.labels[held], np.linspace(0.9, 0.8, held.sum()), frame.lidar2world
+        scores = np.linspace(0.9, 0.8, holds.sum())
+        frames[frame.name] = boxes, frame.labels[holds], scores, frame.lidar2world
     return frames
 
 
-@pytest.mark.parametrize("which", ["embedded", "real"])
-def test_the_truth_scores_one_and_shifted_truth_what_the_thresholds_say(which, world, tmp_path, request):
-    dataset = data.open_dataset(world if which == "embedded" else request.getfixturevalue("nuscenes_root"), "small")
-    indices, apart = np.arange(len(dataset)), set(GRID.classes)
-    for i in indices:
+def classes_apart(dataset, distance):
+    """The classes of which no two boxes of a frame are nearer than this to each other."""
+    apart = set(GRID.classes)
+    for i in range(len(dataset)):
         rows = dataset.annotations(i)
         for n, name in enumerate(GRID.classes):
             xy = rows["box"][rows["label"] == n, :2]
             gap = np.linalg.norm(xy[:, None] - xy[None], axis=2) + 9 * np.eye(len(xy))
-            apart -= {name} if len(xy) and gap.min() < 1.2 else set()
+            if len(xy) and gap.min() < distance:
+                apart.discard(name)
+    return apart
+
+
+@pytest.mark.parametrize("which", ["embedded", "real"])
+def test_truth_scores_one_and_shifted_truth_by_threshold(which, world, tmp_path, request):
+    root = world if which == "embedded" else request.getfixturevalue("nuscenes_root")
+    dataset = data.open_dataset(root, "small")
+    indices = np.arange(len(dataset))
+    # no other box of the class that a shifted one could be taken for
+    apart = classes_apart(dataset, 1.2)
     for shift in (0.0, 0.6):
         path = tmp_path / f"{shift}.json"
-        results = finetune.nuscenes_results(truth_as_predictions(dataset, indices, shift), GRID.classes)
+        frames = truth_as_predictions(dataset, indices, shift)
+        results = finetune.nuscenes_results(frames, GRID.classes)
         path.write_text(json.dumps(results))
-        found, _, present = finetune.nuscenes_score(dataset, path, list(results["results"]))
+        tokens = list(results["results"])
+        metrics, _, present = finetune.nuscenes_score(dataset, path, tokens)
         assert len(present) > 3
         for name in present:
             for distance in (0.5, 1.0, 2.0, 4.0):
-                ap = found["label_aps"][name][distance]
+                ap = metrics["label_aps"][name][distance]
                 if shift == 0:
                     assert ap == pytest.approx(1.0, abs=1e-6), (name, distance, ap)
-                elif name in apart:                                                     # no other box of the class that the shifted one could be taken for
-                    assert ap == 0 if distance == 0.5 else ap > 0.95, (name, distance, ap)      # a shift may cross the metric's range
+                elif name in apart and distance == 0.5:
+                    assert ap == 0, (name, distance, ap)
+                elif name in apart:  # a shift may cross the metric's range
+                    assert ap > 0.95, (name, distance, ap)
         assert shift == 0 or len(apart & set(present)) >= 2
         absent = set(GRID.classes) - set(present)
-        assert all(found["mean_dist_aps"][name] == 0 for name in absent)
+        assert all(metrics["mean_dist_aps"][name] == 0 for name in absent)
         if shift == 0:
-            errors = [found["label_tp_errors"][name][k] for name in present for k in ("trans_err", "scale_err", "orient_err")]
-            assert np.nanmax(errors) < 3e-3 and np.isfinite(errors).sum() > 2 * len(present)     # of cones no heading is asked
-            inner, _, near = finetune.nuscenes_score(dataset, path, list(results["results"]), 10.0)
+            errors = []
+            for name in present:
+                for kind in ("trans_err", "scale_err", "orient_err"):
+                    errors.append(metrics["label_tp_errors"][name][kind])
+            assert np.nanmax(errors) < 3e-3
+            assert np.isfinite(errors).sum() > 2 * len(present)  # cones have no heading
+            _, _, near = finetune.nuscenes_score(dataset, path, tokens, 10.0)
             assert set(near) <= set(present)
 
 
 def test_results_are_in_the_official_format(world):
     dataset = data.open_dataset(world, "small")
-    results = finetune.nuscenes_results(truth_as_predictions(dataset, [0, 1]), GRID.classes, "lidar")
-    assert set(results["results"]) == {name.rsplit("/", 1)[1] for name in dataset.names[:2]} and results["meta"] == dict(
+    frames = truth_as_predictions(dataset, [0, 1])
+    results = finetune.nuscenes_results(frames, GRID.classes, "lidar")
+    tokens = [name.rsplit("/", 1)[1] for name in dataset.names[:2]]
+    assert set(results["results"]) == set(tokens)
+    assert results["meta"] == dict(
         use_camera=False, use_lidar=True, use_radar=False, use_map=False, use_external=False)
     rows = dataset.annotations(0)
     truth = rows[(rows["label"] >= 0) & (rows["lidar_points"] > 0)]
-    for box, row in zip(results["results"][dataset.names[0].rsplit("/", 1)[1]], truth, strict=True):
+    for box, row in zip(results["results"][tokens[0]], truth, strict=True):
         np.testing.assert_allclose(box["translation"], row["box"][:3], atol=1e-3)
-        np.testing.assert_allclose(box["size"], row["box"][[4, 3, 5]], atol=1e-5)       # w, l, h
+        np.testing.assert_allclose(box["size"], row["box"][[4, 3, 5]], atol=1e-5)  # w, l, h
         w, x, y, z = box["rotation"]
-        assert abs(math.remainder(2 * math.atan2(z, w) - row["box"][6], 2 * math.pi)) < 1e-3 and x == y == 0
-        np.testing.assert_allclose(box["velocity"], np.nan_to_num(row["box"][7:9]), atol=1e-3)
+        turn = 2 * math.atan2(z, w) - row["box"][6]
+        assert abs(math.remainder(turn, 2 * math.pi)) < 1e-3 and x == y == 0
+        velocity = np.nan_to_num(row["box"][7:9])
+        np.testing.assert_allclose(box["velocity"], velocity, atol=1e-3)
         assert box["detection_name"] == GRID.classes[row["label"]]
-    assert [finetune.attribute(*case) for case in (("car", 3.), ("bus", 0.), ("truck", 0.1), ("pedestrian", 1.), ("bicycle", 0.), ("barrier", 0.))] == [
-        "vehicle.moving", "vehicle.stopped", "vehicle.parked", "pedestrian.moving", "cycle.without_rider", ""]
+    assert finetune.attribute("car", 3.0) == "vehicle.moving"
+    assert finetune.attribute("bus", 0.0) == "vehicle.stopped"
+    assert finetune.attribute("truck", 0.1) == "vehicle.parked"
+    assert finetune.attribute("pedestrian", 1.0) == "pedestrian.moving"
+    assert finetune.attribute("bicycle", 0.0) == "cycle.without_rider"
+    assert finetune.attribute("barrier", 0.0) == ""
 
 
 def test_attributes_follow_class_and_speed():
-    fast = {"car": "vehicle.moving", "bus": "vehicle.moving", "pedestrian": "pedestrian.moving", "bicycle": "cycle.with_rider", "motorcycle": "cycle.with_rider",
-            "barrier": "", "traffic_cone": ""}
-    slow = {"car": "vehicle.parked", "trailer": "vehicle.parked", "bus": "vehicle.stopped", "pedestrian": "pedestrian.standing", "motorcycle": "cycle.without_rider",
-            "barrier": "", "traffic_cone": ""}
+    fast = {
+        "car": "vehicle.moving",
+        "bus": "vehicle.moving",
+        "pedestrian": "pedestrian.moving",
+        "bicycle": "cycle.with_rider",
+        "motorcycle": "cycle.with_rider",
+        "barrier": "",
+        "traffic_cone": "",
+    }
+    slow = {
+        "car": "vehicle.parked",
+        "trailer": "vehicle.parked",
+        "bus": "vehicle.stopped",
+        "pedestrian": "pedestrian.standing",
+        "motorcycle": "cycle.without_rider",
+        "barrier": "",
+        "traffic_cone": "",
+    }
     for speed, expected in ((0.3, fast), (0.1, slow)):
-        boxes = np.array([[5., 0, 0, 4, 2, 1.5, 0, 0, -speed]] * len(expected))
+        boxes = np.array([[5.0, 0, 0, 4, 2, 1.5, 0, 0, -speed]] * len(expected))
         labels = np.array([GRID.classes.index(name) for name in expected])
-        rows, = finetune.nuscenes_results({"nuscenes/s/t": (boxes, labels, np.ones(len(boxes)), np.eye(4))}, GRID.classes)["results"].values()
-        assert {row["detection_name"]: row["attribute_name"] for row in rows} == expected
+        frames = {"nuscenes/s/t": (boxes, labels, np.ones(len(boxes)), np.eye(4))}
+        rows, = finetune.nuscenes_results(frames, GRID.classes)["results"].values()
+        attributes = {row["detection_name"]: row["attribute_name"] for row in rows}
+        assert attributes == expected
 
 
-def test_what_is_written_of_a_nuscenes_run(world, tmp_path, monkeypatch, capsys):
-    """True boxes within 27 m of the LiDAR and none beyond: within 25.6 m everything is found, over the metric's not. One class is said to be absent."""
-    dataset, score, frames = data.open_dataset(world, "small"), finetune.nuscenes_score, {}
-    for name, (boxes, labels, scores, pose) in truth_as_predictions(dataset, dataset.split("val")).items():
+def test_finish_writes_results_metrics_and_the_row(world, tmp_path, monkeypatch, capsys):
+    """True boxes within 27 m of the LiDAR and none beyond.
+
+    Within 25.6 m everything is found, over the metric's range not. One class is made absent.
+    """
+    dataset = data.open_dataset(world, "small")
+    score = finetune.nuscenes_score
+    frames = {}
+    truth = truth_as_predictions(dataset, dataset.split("val"))
+    for name, (boxes, labels, scores, pose) in truth.items():
         near = np.hypot(*boxes[:, :2].T) < 27
         frames[name] = boxes[near], labels[near], scores[near], pose
+
+    def without_one_class(*words):
+        metrics, curves, present = score(*words)
+        return metrics, curves, present[1:]
     monkeypatch.setattr(finetune, "predict_all", lambda *_: frames)
-    monkeypatch.setattr(finetune, "nuscenes_score", lambda *words: [part if n < 2 else part[1:] for n, part in enumerate(score(*words))])
-    for name in ("save_figures", "draw_curves"):
+    monkeypatch.setattr(finetune, "nuscenes_score", without_one_class)
+    for name in ("save_figures", "load_tool"):
         monkeypatch.setattr(finetune, name, lambda *_: None)
-    finetune.finish(None, replace(TINY, modality="lidar", init="before"), tmp_path, SimpleNamespace(grid=GRID, dataset=dataset), None, 0)
-    found, told = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out.splitlines()
+    cfg = replace(TINY, modality="lidar", init="before")
+    val_loader = SimpleNamespace(grid=GRID, dataset=dataset)
+    finetune.finish(None, cfg, tmp_path, val_loader, None, 0)
+
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     meta = json.loads((tmp_path / "results_nusc.json").read_text())["meta"]
-    assert not meta["use_camera"] and meta["use_lidar"] and found["reach"] == 25.6 and found["frames"] == 3
-    assert all(ap == pytest.approx(1, abs=1e-6) for ap in found["AP_reach"].values()) and found["mAP_reach"] == pytest.approx(1, abs=1e-6) and len(found["AP_reach"]) > 3
-    present = [name for name in GRID.classes if name not in found["absent"]]
-    assert found["absent"] == ["barrier"] and set(found["AP_reach"]) <= set(present)
-    assert found["mAP_present"] == pytest.approx(np.mean([found["AP"][name] for name in present])) and found["mAP_present"] < 0.97
-    assert found["mAP"] == pytest.approx(np.mean([found["AP"][name] for name in GRID.classes])) and abs(found["mAP"] - found["mAP_present"]) > 1e-3
-    assert told[-1] == (f"{tmp_path}: | before | lidar | 0.05 of the frames | seed 0 | mAP {found['mAP']:.4f} | NDS {found['NDS']:.4f} | mAP within 25.6 m 1.0000 |")
+    assert not meta["use_camera"] and meta["use_lidar"]
+    assert metrics["reach"] == 25.6 and metrics["frames"] == 3
+    assert all(ap == pytest.approx(1, abs=1e-6) for ap in metrics["AP_reach"].values())
+    assert metrics["mAP_reach"] == pytest.approx(1, abs=1e-6)
+    assert len(metrics["AP_reach"]) > 3
+    present = [name for name in GRID.classes if name not in metrics["absent"]]
+    assert metrics["absent"] == ["barrier"] and set(metrics["AP_reach"]) <= set(present)
+    present_mean = np.mean([metrics["AP"][name] for name in present])
+    assert metrics["mAP_present"] == pytest.approx(present_mean)
+    assert metrics["mAP_present"] < 0.97
+    assert metrics["mAP"] == pytest.approx(np.mean([metrics["AP"][n] for n in GRID.classes]))
+    assert abs(metrics["mAP"] - metrics["mAP_present"]) > 1e-3
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == (
+        f"{tmp_path}: | before | lidar | 0.05 of the frames | seed 0 | mAP {metrics['mAP']:.4f} "
+        f"| NDS {metrics['NDS']:.4f} | mAP within 25.6 m 1.0000 |")
 
 
-# ---- whole runs ----
+# ---- whole runs ----------------------------------------------------------------------
 
 def run(out, *flags):
-    command = [sys.executable, str(ROOT / "finetune.py"), "--out", str(out), "--preset", "small", "--width", "4", "--bins", "12", "--batch", "1", *flags]
+    command = [sys.executable, str(ROOT / "finetune.py"), "--out", str(out), "--preset", "small",
+               "--width", "4", "--bins", "12", "--batch", "1", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=out.parent)
 
 
-def test_pre_train_fine_tune_and_score_again(three_frames, tmp_path, capsys):
+def pretrained(folder):
+    """A run folder of CLAP after step 7 -> its model."""
+    cfg = clap.Config(preset="small", out=str(folder), **{**clap.SMALL, "width": 4, "bins": 12})
+    model = clap.CLAP(cfg, GRID)
+    folder.mkdir(exist_ok=True)
+    (folder / "provenance.json").write_text('[{"commit": "none"}]')
+    opt = torch.optim.AdamW(model.parameters())
+    common.save(cfg, 7, model, [opt], clap.UNITS, GRID)
+    return model
+
+
+def rescored(folder, **fields):
+    fields = dict(eval_only=str(folder), gpus=0, workers=0) | fields
+    finetune.train(0, 1, replace(Config(), **fields))
+
+
+def test_train_from_a_run_then_score_again(three_frames, tmp_path, capsys):
     torch.manual_seed(0)
-    before = clap.CLAP(clap.Config(preset="small", **{**clap.SMALL, "width": 4, "bins": 12}), GRID)
-    (tmp_path / "before").mkdir()
-    for name, content in (("provenance.json", '[{"commit": "none"}]'), ("config.json", '{"preset": "small"}')):
-        (tmp_path / "before" / name).write_text(content)
-    cfg = clap.Config(preset="small", out=str(tmp_path / "before"), **{**clap.SMALL, "width": 4, "bins": 12})
-    clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
-    (tmp_path / "before" / "frames.txt").write_text("\n".join(data.open_dataset(three_frames).names[:1]))
-    tuned = run(tmp_path / "tuned", "--data", str(three_frames), "--init", str(tmp_path / "before"), "--fraction", "1", "--steps", "2", "--lr-pretrained", "4e-4")
-    assert tuned.returncode == 0, tuned.stderr[-2000:]
-    assert "labels of 2 frames" in tuned.stdout and "1 of them were in the pre-training" in tuned.stdout and "of step 7" in tuned.stdout
-    last = tuned.stdout.splitlines()[-1]
-    metrics = json.loads((tmp_path / "tuned" / "metrics.json").read_text())
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
-    assert rates == pytest.approx([1e-3, 5e-4])                                             # of 2 steps none warms up, whatever --warmup says
-    new, old = torch.load(tmp_path / "tuned" / "last.pt", weights_only=True)["optimizers"][0]["param_groups"]
-    parts = {unit: len(list(before.get_submodule(unit).parameters())) for unit in clap.UNITS}
-    assert old["base"] == 4e-4 and len(old["params"]) == sum(parts.values()) and new["base"] == 1e-3 and len(new["params"]) > 50
-    assert f"mAP {metrics['mAP']:.4f} | NDS {metrics['NDS']:.4f}" in last and len(metrics["AP"]) == 10
-    for name in ("results_nusc.json", "labels.txt", "figures/bev.png", "figures/images.png", "figures/precision_recall.png", "figures/losses.png",
-                 "backbones.safetensors"):
-        assert (tmp_path / "tuned" / name).stat().st_size > 0, name
+    before = pretrained(tmp_path / "before")
+    (tmp_path / "before" / "config.json").write_text('{"preset": "small"}')
+    seen = data.open_dataset(three_frames).names[:1]
+    (tmp_path / "before" / "frames.txt").write_text("\n".join(seen))
+    tuned = tmp_path / "tuned"
+    done = run(tuned, "--data", str(three_frames), "--init", str(tmp_path / "before"),
+               "--fraction", "1", "--steps", "2", "--lr-pretrained", "4e-4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "labels of 2 frames" in done.stdout
+    assert "1 of them were in the pre-training" in done.stdout
+    assert "of step 7" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    log = (tuned / "log.jsonl").read_text().splitlines()
+    # of 2 steps none warms up, whatever --warmup says
+    assert [json.loads(line)["lr"] for line in log] == pytest.approx([1e-3, 5e-4])
+    state = torch.load(tuned / "last.pt", weights_only=True)
+    new, old = state["optimizers"][0]["param_groups"]
+    loaded = [p for unit in clap.UNITS for p in before.get_submodule(unit).parameters()]
+    assert old["base"] == 4e-4 and len(old["params"]) == len(loaded)
+    assert new["base"] == 1e-3 and len(new["params"]) > 50
+    assert f"mAP {metrics['mAP']:.4f} | NDS {metrics['NDS']:.4f}" in last
+    assert len(metrics["AP"]) == 10
+    for name in ("results_nusc.json", "labels.txt", "backbones.safetensors", "figures/bev.png",
+                 "figures/images.png", "figures/precision_recall.png", "figures/losses.png"):
+        assert (tuned / name).stat().st_size > 0, name
+
     capsys.readouterr()
-    finetune.train(0, 1, replace(Config(), eval_only=str(tmp_path / "tuned"), gpus=0, workers=0))
+    rescored(tuned)
     assert capsys.readouterr().out.splitlines()[-1] == last
     moved = shutil.copytree(three_frames, tmp_path / "moved")
-    kept = json.loads((tmp_path / "tuned" / "config.json").read_text())
-    (tmp_path / "tuned" / "config.json").write_text(json.dumps(kept | dict(data=str(tmp_path / "where it was"))))
+    config = json.loads((tuned / "config.json").read_text())
+    config["data"] = str(tmp_path / "where it was")
+    (tuned / "config.json").write_text(json.dumps(config))
     with pytest.raises(data.DataError, match="where it was: no data set here"):
-        finetune.train(0, 1, replace(Config(), eval_only=str(tmp_path / "tuned"), gpus=0, workers=0))
-    finetune.train(0, 1, replace(Config(), eval_only=str(tmp_path / "tuned"), data=str(moved), gpus=0, workers=0))
+        rescored(tuned)
+    rescored(tuned, data=str(moved))
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """A pre-training run's weights, its model and a detector to load them into."""
-    cfg = clap.Config(preset="small", out=str(tmp_path), **{**clap.SMALL, "width": 4, "bins": 12})
-    before = clap.CLAP(cfg, GRID)
-    (tmp_path / "provenance.json").write_text('[{"commit": "none"}]')
-    clap.save(cfg, 7, before, [torch.optim.AdamW(before.parameters())], clap.UNITS, GRID)
-    return before
+    """The model of a pre-training run in tmp_path."""
+    return pretrained(tmp_path)
 
 
-# ==== tests/test_finetune.py ====
+def test_train_is_these_steps(world, stored, tmp_path, monkeypatch):
+    """A run written out.
 
-def test_a_run_is_these_steps(world, stored, tmp_path, monkeypatch):
-    """Which frames in which order, turned how; which weights are loaded; rates of both groups, weight decay, the clipped gradient: written out."""
+    Which frames in which order, warped how; which weights are loaded; rates of both groups, weight
+    decay, the clipped gradient.
+    """
     for name in ("finish", "loss_curves"):
         monkeypatch.setattr(finetune, name, lambda *_: None)
-    cfg = replace(TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3, init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
-                  epochs=1, steps=0, batch=1, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5, rotation=0.3, scale=0.2)
+    cfg = replace(
+        TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3,
+        init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
+        epochs=1, steps=0, batch=1, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5,
+        rotation=0.3, scale=0.2)
     finetune.train(0, 1, cfg)
+
     dataset = data.open_dataset(world, "small")
-    loader = data.loader(dataset, "train", 1, seed=3, augment=partial(finetune.augment, rotation=0.3, scale=0.2, flip=(True, True)))
-    loader.indices = finetune.draw_labels(dataset, dataset.split("train"), 0.5, "scenes", 3)
+    augment = partial(finetune.augment, rotation=0.3, scale=0.2, flip=(True, True))
+    loader = data.loader(dataset, "train", 1, seed=3, augment=augment)
+    loader.indices = draw_labels(dataset, dataset.split("train"), 0.5, "scenes", 3)
     torch.manual_seed(3)
-    model = finetune.Detector(cfg, GRID)
+    model = Detector(cfg, GRID)
     model.lidar.load_state_dict(stored.lidar.state_dict())
     new = [p for name, p in model.named_parameters() if not name.startswith("lidar.")]
-    opt = torch.optim.AdamW([dict(params=new), dict(params=model.lidar.parameters())], weight_decay=0.3, fused=True)
-    for factor, batch in zip((1, 0.75, 0.25), loader.begin_at(0)):                          # half a cosine over three steps
-        opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = 2e-3 * factor, 5e-4 * factor
+    groups = [dict(params=new), dict(params=model.lidar.parameters())]
+    opt = torch.optim.AdamW(groups, weight_decay=0.3, fused=True)
+    half_cosine = (1, 0.75, 0.25)  # over three steps
+    for factor, batch in zip(half_cosine, loader.begin_at(0)):
+        opt.param_groups[0]["lr"] = 2e-3 * factor
+        opt.param_groups[1]["lr"] = 5e-4 * factor
         opt.zero_grad()
         model(batch)[0].backward()
         assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
         opt.step()
-    assert (tmp_path / "run" / "labels.txt").read_text().splitlines() == [dataset.names[i] for i in loader.indices]
-    found = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert found["step"] == len(loader.indices) == 3
+    labels = (tmp_path / "run" / "labels.txt").read_text().splitlines()
+    assert labels == [dataset.names[i] for i in loader.indices]
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == len(loader.indices) == 3
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found["model"][name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            saved["model"][name], value, msg=lambda text, name=name: f"{name}: {text}")
 
+
+# ---- weights that are loaded ---------------------------------------------------------
 
 def test_units_are_loaded_strictly(stored, tmp_path, capsys):
-    model, before = Detector(TINY, GRID), stored.state_dict()
-    new = {k: v.clone() for k, v in model.state_dict().items()}
+    before = stored.state_dict()
+    model = Detector(TINY, GRID)
+    new = {name: value.clone() for name, value in model.state_dict().items()}
     loaded = finetune.load_units(tmp_path, model, (), finetune.UNITS, GRID, 0)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for unit in finetune.UNITS:
-        count = sum(k.startswith(unit + ".") for k in before)
-        assert f"{unit} {count}/{count}" in told
+        count = sum(name.startswith(unit + ".") for name in before)
+        assert f"{unit} {count}/{count}" in printed
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] if name in loaded else new[name]), name
-    assert loaded == {k for k in before if k.startswith(tuple(u + "." for u in finetune.UNITS))}
-    some = Detector(TINY, GRID)
-    assert {k.split(".")[0] for k in finetune.load_units(tmp_path, some, ("lidar",), finetune.UNITS, GRID, 0)} == {"lidar"}
-    finetune.load_units(tmp_path, some, (), finetune.UNITS, data.GRIDS["nuscenes", "paper"], 0)
+    prefixes = tuple(unit + "." for unit in finetune.UNITS)
+    assert loaded == {name for name in before if name.startswith(prefixes)}
+    model = Detector(TINY, GRID)
+    loaded = finetune.load_units(tmp_path, model, ("lidar",), finetune.UNITS, GRID, 0)
+    assert {name.split(".")[0] for name in loaded} == {"lidar"}
+    other_grid = data.GRIDS["nuscenes", "paper"]
+    finetune.load_units(tmp_path, model, (), finetune.UNITS, other_grid, 0)
     assert "another grid" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case, told", [("width", "tensors of lidar do not fit.*--resnet 18 --width 4 --bins 12"), ("bins", "tensors of camera.neck do not fit"),
-                                        ("unit", "holds lidar, camera.resnet, camera.neck, fuse; asked for camera"), ("cut", "not a whole safetensors file"),
-                                        ("absent", "no such file")])
-def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, told):
-    cfg, wanted = {"width": replace(TINY, width=8), "bins": replace(TINY, bins=20)}.get(case, TINY), ("camera",) if case == "unit" else ()
-    model, path = Detector(cfg, GRID), tmp_path / "backbones.safetensors"
+@pytest.mark.parametrize("case, message", [
+    ("width", "tensors of lidar do not fit.*--resnet 18 --width 4 --bins 12"),
+    ("bins", "tensors of camera.neck do not fit"),
+    ("unit", "holds lidar, camera.resnet, camera.neck, fuse; asked for camera"),
+    ("cut", "not a whole safetensors file"),
+    ("absent", "no such file"),
+])
+def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, message):
+    cfg = TINY
+    asked = ()
+    folder = tmp_path
+    if case == "width":
+        cfg = replace(TINY, width=8)
+    if case == "bins":
+        cfg = replace(TINY, bins=20)
+    if case == "unit":
+        asked = ("camera",)
     if case == "cut":
+        path = tmp_path / "backbones.safetensors"
         path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match=told):
-        finetune.load_units(tmp_path / "nowhere" if case == "absent" else tmp_path, model, wanted, finetune.UNITS, GRID, 0)
+    if case == "absent":
+        folder = tmp_path / "nowhere"
+    model = Detector(cfg, GRID)
+    with pytest.raises(SystemExit, match=message):
+        finetune.load_units(folder, model, asked, finetune.UNITS, GRID, 0)
 
 
-@pytest.mark.parametrize("flags, told", [(dict(epochs=2), "one of them must be 0"), (dict(batch=0), "start at 1"), (dict(steps=-1, epochs=20), "one of them must be 0"),
-                                         (dict(use=("lidar", "head"), init="x"), "expected some of lidar"), (dict(use=("lidar",)), "--use lidar with --init none"),
-                                         (dict(modality="lidar", use=("camera.neck",), init="x"), "expected some of lidar fuse"), (dict(fraction=2.), "at most 1"),
-                                         (dict(eval_only="nowhere"), "no readable configuration")])
-def test_flags_that_cannot_work_are_refused_before_anything_is_written(three_frames, tmp_path, flags, told):
-    with pytest.raises(SystemExit, match=told):
-        finetune.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags))
+# ---- refusals ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(epochs=2), "one of them must be 0"),
+    (dict(batch=0), "start at 1"),
+    (dict(steps=-1, epochs=20), "one of them must be 0"),
+    (dict(use=("lidar", "head"), init="x"), "expected some of lidar"),
+    (dict(use=("lidar",)), "--use lidar with --init none"),
+    (dict(modality="lidar", use=("camera.neck",), init="x"), "expected some of lidar fuse"),
+    (dict(fraction=2.0), "at most 1"),
+    (dict(eval_only="nowhere"), "no readable configuration"),
+])
+def test_flags_that_cannot_work_are_refused_before_anything_is_written(
+        three_frames, tmp_path, flags, message):
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags)
+    with pytest.raises(SystemExit, match=message):
+        finetune.train(0, 1, cfg)
     assert not (tmp_path / "run").exists()
 
 
 def test_units_may_be_named_with_commas_or_blanks():
-    wanted = [finetune.asked_units(replace(TINY, init="x", use=use))[0] for use in (("lidar", "fuse"), ("lidar,fuse",))]
-    assert wanted == [("lidar", "fuse")] * 2
+    for use in (("lidar", "fuse"), ("lidar,fuse",)):
+        asked, _ = finetune.asked_units(replace(TINY, init="x", use=use))
+        assert asked == ("lidar", "fuse")
 
 
-@pytest.mark.parametrize("gone, told", [("maps/*.png", "maps/.*png is missing, which nuscenes-devkit opens"),
-                                        ("v1.0-*/attribute.json", "attribute.json: this table is missing"), ("v1.0-*/map.json", "map.json: this table is missing")])
-def test_what_the_devkit_wants_is_asked_for_before_training(three_frames, tmp_path, gone, told):
+@pytest.mark.parametrize("pattern, message", [
+    ("maps/*.png", "maps/.*png is missing, which nuscenes-devkit opens"),
+    ("v1.0-*/attribute.json", "attribute.json: this table is missing"),
+    ("v1.0-*/map.json", "map.json: this table is missing"),
+])
+def test_files_that_the_devkit_lacks_are_named_before_training(
+        three_frames, tmp_path, pattern, message):
     root = Path(shutil.copytree(three_frames, tmp_path / "root"))
-    next(root.glob(gone)).unlink()
-    with pytest.raises((SystemExit, data.DataError), match=told):
-        finetune.train(0, 1, replace(TINY, data=str(root), out=str(tmp_path / "run")))
+    next(root.glob(pattern)).unlink()
+    cfg = replace(TINY, data=str(root), out=str(tmp_path / "run"))
+    with pytest.raises((SystemExit, data.DataError), match=message):
+        finetune.train(0, 1, cfg)
     assert not (tmp_path / "run").exists()
 
 
-def test_logits_do_not_tie_where_the_rest_is_bfloat16():
-    """Of two neighbours of one value both would be peaks, and nothing here suppresses the second."""
-    torch.manual_seed(0)
-    head, x = finetune.Head(16, 3).eval(), torch.randn(1, 16, 64, 64)
-    exact = head(x)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        heat, code = head(x)
-    assert heat.dtype == code.dtype == torch.float32 and len(heat.unique()) > 0.9 * heat.numel() > 10 * len(exact.bfloat16().unique())
-    torch.testing.assert_close(heat, exact, rtol=0, atol=0.05)
-
-
 def test_data_without_labels_is_refused(three_frames, kitti, tmp_path):
+    raw = replace(TINY, data=str(kitti / "2011_09_26"), out=str(tmp_path / "run"))
     with pytest.raises(SystemExit, match="raw drives: no box is annotated"):
-        finetune.train(0, 1, replace(TINY, data=str(kitti / "2011_09_26"), out=str(tmp_path / "run")))
+        finetune.train(0, 1, raw)
     bare = tmp_path / "bare"
     shutil.copytree(three_frames, bare)
     next(bare.glob("v1.0-*/sample_annotation.json")).write_text("[]")
