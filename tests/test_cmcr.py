@@ -325,7 +325,7 @@ def test_moving_points_and_queries_together_changes_nothing(batch, model):
     Z, shift = torch.randn(len(batch.points), 64), torch.tensor([3., -1., 0.2])
     moved = replace(batch, points=batch.points + F.pad(shift, (0, 2)), extra={**batch.extra, "queries": batch.extra["queries"] + shift})
     with torch.no_grad():
-        (a, query), (b, _) = model.occupied(Z, batch), model.occupied(Z, moved)
+        (a, query), (b, _) = model.decode_queries(Z, batch), model.decode_queries(Z, moved)
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert len(query) == (batch.extra["neighbours"] >= 0).sum()
 
@@ -540,7 +540,7 @@ def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
     whole = run("cmcr.py", tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr[-2000:]
     found = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    assert f"held-out L_NCE {found['L_NCE']}" in whole.stdout.splitlines()[-1]
+    assert f"val L_NCE {found['L_NCE']}" in whole.stdout.splitlines()[-1]
     for name in ("codes", "occupancy", "losses"):
         assert (tmp_path / "whole" / "figures" / f"{name}.png").stat().st_size > 10_000
     detector = finetune.Detector(finetune.Config(preset="small", modality="lidar", **{**finetune.SMALL, "width": 4, "bins": 12}), GRID)
@@ -549,7 +549,7 @@ def test_the_script_and_what_is_built_on_it(three_frames, tmp_path, capsys):
 
 
 def test_the_rate_ends_where_it_was_asked_to_and_the_small_preset_needs_no_download(three_frames, tmp_path, monkeypatch):
-    monkeypatch.setattr(cmcr, "save_figures", lambda *_: None)
+    monkeypatch.setattr(cmcr, "save_figure", lambda *_: None)
     monkeypatch.setattr(cmcr, "loss_curves", lambda *_, **__: None)
     cmcr.train(0, 1, replace(TINY, data=str(three_frames), out=str(tmp_path), gpus=0, steps=2, lr_end=0.2))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
