@@ -124,7 +124,7 @@ class Config:
     # contrast and codebook
     pairs: int = 2048          # most point-pixel pairs of a rank [code]
     tau: float = 0.07          # temperature [code]
-    codes: int = 400           # K [code]
+    codes: int = 400           # how many [code]
     momentum: float = 0.999    # of the codes [code]
     beta: float = 0.25         # of the commitment [code]
 
@@ -227,7 +227,7 @@ def occupancy_queries(xyz, intensity, origin, n, depth, rng):
     """
     if len(xyz) == 0:
         return np.zeros((0, 3), np.float32), *np.zeros((2, 0), np.float32)
-    counts = (n - 2 * (n // 3), n // 3, n // 3)
+    counts = (n - 2 * (n // 3), n // 3, n // 3)                 # behind, before, far
     kind = np.repeat(["behind", "before", "far"], counts)       # (n,)
     rows = [np.resize(rng.permutation(len(xyz)), count) for count in counts]
     rows = np.concatenate(rows)                                 # (n,) into the points
@@ -300,6 +300,8 @@ class Views:
         return data.crop_images(frame, boxes, [size] * len(boxes), mirrored)
 
 
+# ---- masks and cells ------------------------------------------------------------------
+
 def mask_cells(cameras, shape, cfg, rngs):
     """Which cells of C5 are masked: exactly a share of them, in a share of the images.
 
@@ -329,14 +331,14 @@ def rows_of(maps):
 # ---- the codebook shared by both modalities ------------------------------------------
 
 class Codebook(nn.Module):
-    """K unit codes that follow the pairs assigned to them as moving averages."""
+    """Unit codes that follow the pairs assigned to them as moving averages."""
 
     def __init__(self, codes, dims, momentum):
         super().__init__()
         self.momentum = momentum
         initial = F.normalize(torch.rand(codes, dims) * 2 - 1, dim=1)
-        self.register_buffer("codes", initial)              # (K, D)
-        self.register_buffer("total", initial.clone())      # (K, D) decayed sums
+        self.register_buffer("codes", initial)              # (codes, D)
+        self.register_buffer("total", initial.clone())      # (codes, D) decayed sums
 
     def nearest(self, x):
         """x (N, D) of unit length -> (N,) its nearest code, by the greatest cosine."""
@@ -379,7 +381,8 @@ class Codebook(nn.Module):
 def masked_error(x, truth, pixels):
     """Mean squared error over the masked pixels of all processes and three colours.
 
-    x (n, 3, H, W) or (n, 3, 1, 1), truth (n, 3, H, W), pixels (n, 1, H, W) bool -> ().
+    x (n, 3, H, W) or (n, 3, 1, 1), truth (n, 3, H, W), pixels (n, 1, H, W) bool, True =
+    masked -> ().
     """
     # D5: the code's mean is over all pixels
     total = ((x - truth).square() * pixels).sum() / 3
@@ -395,8 +398,8 @@ def orthogonality(shared, specific):
     # does not divide by N, so there it grows with the batch.
     product = F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1)
     product = AllReduceSum.apply(product)                       # (D, D)
-    rows = all_reduce(product.new_tensor(float(len(shared))))
-    return product.norm() / rows.clamp_min(1)
+    N = all_reduce(product.new_tensor(float(len(shared))))
+    return product.norm() / N.clamp_min(1)
 
 
 # ---- the method ----------------------------------------------------------------------
@@ -433,7 +436,7 @@ class CMCR(nn.Module):
         self.occupancy = nn.Sequential(                         # [code; ALSO]
             nn.Linear(D + 3, 128), nn.ReLU(inplace=True),
             nn.Linear(128, 128), nn.ReLU(inplace=True),
-            nn.Linear(128, 128), nn.Linear(128, 2))             # two linear layers
+            nn.Linear(128, 128), nn.Linear(128, 2))             # no ReLU between the two
         self.train()                # which puts a frozen teacher into eval mode
 
     def train(self, mode=True):
@@ -454,12 +457,13 @@ class CMCR(nn.Module):
         return F_3D, Z_3D + G_3D, G_3D
 
     def images_2d(self, images, masked):
-        """images (B K, 3, H, W) uint8, masked (B K, h, w) bool, True = masked
+        """Features of images whose masked cells are black [code].
 
+        images (B K, 3, H, W) uint8, masked (B K, h, w) bool, True = masked
         -> the shared head's map (B K, D, h, w), its unit cells F^2D (B K h w, D), and
         G^2D (B K h w, D) or None.
         """
-        black = images.masked_fill(pixels_of(masked), 0)        # [code]
+        black = images.masked_fill(pixels_of(masked), 0)
         learn = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learn), bf16_autocast(images.device):
             c5 = self.teacher.stages(black)[-1].float()         # (B K, C, h, w)
