@@ -4,7 +4,7 @@ The LiDAR network learns by contrast what it shares with an image network. What 
 alone would lose it learns by rebuilding masked pixels and by estimating occupancy.
 
     python cmcr.py --data /nuscenes --gpus 6   # the released code's sizes, MoCo-v2 teacher
-    python cmcr.py                             # the embedded world, minutes on 2 cores
+    python cmcr.py                             # the embedded world, minutes on two CPU cores
 
 Read with: common.py geometry (project, sample_image), contrast (info_nce, perplexity),
 networks (VoxelResNet.point_features, ResNet); data.py Batch, crop_images.
@@ -41,16 +41,16 @@ near it, D = --dims, H x W pixels, h x w cells of 32 x 32 pixels.
 Departures (the reasons stand where the code departs):
   D1  Masks are exactly half of the 32-px cells of a crop; code: 16-px squares of the full image.
   D2  A masked cell gets the code of its points' mean, or a token; the code lacks this.
-  D3  Pairs are distinct, visible, the same for contrast and codebook; cells are decoded.
+  D3  Pairs are distinct, visible, shared by contrast and codebook; cells, not pixels, are decoded.
   D4  One symmetric codebook step, with sums over all processes and without counts.
-  D5  L_rec is of masked pixels only; L_orth is of both modalities, divided by the rows.
-  D6  Neighbours are the nearest 32 within 1 m; queries follow the augmentation.
+  D5  L_rec is of masked pixels only; L_orth is of both modalities, divided by the number of rows.
+  D6  Neighbours are the nearest 32 within 1 m; queries are drawn after the augmentation.
   D7  The trunk is the detector's VoxelResNet, not a MinkUNet; bfloat16 on CUDA.
   D8  The code's cross-modal code matching is left out: it is constant within 0.04 nats.
   D9  --teacher none trains a random ResNet along; moco is frozen, as published.
-  D10  Crops show 12 to 48 % of a nuScenes image; the code keeps 30 to 100 %.
+  D10  Crops come from the resized image, 12 to 48 % of a nuScenes one; code: 30 to 100 %.
   D11  The figure's L_kl on G^3D is left out: the code has no trace of it.
-  D12  All 700 training scenes of nuScenes are seen; the code tunes on 100 of them.
+  D12  All 700 training scenes of nuScenes are seen; the code keeps 100 for choosing parameters.
 """
 import hashlib
 import json
@@ -545,8 +545,8 @@ class CMCR(nn.Module):
 
         # 2 what points and visible pixels share: contrast, codebook
         point, image, uv, cell = self.pairs(batch)              # (P,) each, uv (P, 2) px
-        rows = visible[cell].nonzero()[:, 0]
-        i = random_subset(cfg.pairs, rows, rngs[0])             # (M,) of P pairs  D3
+        i = random_subset(cfg.pairs, visible[cell].nonzero()[:, 0], rngs[0])  # (M,)  D3
+        # index_select, not F_3D[...]: its gradient is repeatable on a CPU
         p = F_3D.index_select(0, point[i])                      # (M, D)
         q = self.pixel_features(shared, image[i], uv[i], batch)  # (M, D)
         L_NCE = mean_rows(info_nce(p, q, cfg.tau))              # [code], points ask
