@@ -1,6 +1,6 @@
-"""What the methods and the detector share: mathematics, networks, and the keeping of runs.
+"""What the methods and the detector share: mathematics, networks, and running.
 
-To fork a method, read its file, the functions on its import line, and data.Batch. Nothing else.
+To fork a method, read its file, the functions that it imports from here, and data.Batch.
 
     section                 pieces                                 used by
 
@@ -65,7 +65,8 @@ from scipy.spatial.distance import cdist
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-try:  # the one optional import: it is compiled against one torch, so it may be absent or stale
+# the one optional import: it is compiled against one torch, so it may be absent or stale
+try:
     import torch_scatter
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
@@ -116,7 +117,7 @@ class Cells(NamedTuple):
 
 
 def halved_shape(shape, pad):
-    """Sizes after a convolution of kernel 3 and stride 2. shape, pad (z, y, x) -> (Z', Y', X')."""
+    """Sizes after a convolution of kernel 3 and stride 2. shape, pad (z, y, x) -> 3 sizes."""
     return tuple((n + 2 * p - 3) // 2 + 1 for n, p in zip(shape, pad))
 
 
@@ -124,8 +125,8 @@ def multilinear(index, shape):
     """The 2^D cells around a fractional index, and their multilinear weights.
 
     Outside the outermost centres the border value holds.
-    index (M, D) float, shape D sizes -> flat (M, 2^D) int64 into a table of prod(shape) rows,
-    weight (M, 2^D) float, rows sum to 1.
+    index (M, D) float, shape D sizes
+    -> flat (M, 2^D) int64 into a table of prod(shape) rows, weight (M, 2^D), rows sum to 1.
     """
     flat = torch.zeros(len(index), 1, dtype=torch.int64, device=index.device)
     weight = torch.ones(len(index), 1, dtype=index.dtype, device=index.device)
@@ -176,9 +177,9 @@ def project(xyz, b, lidar2img, hw, size, near=0.1):
     """Every pair of a point and an image that sees it.
 
     Seen: deeper than near, and inside that image's own height and width.
-    xyz (N, 3) m, b (N,) frame, lidar2img (B K, 4, 4), hw (B K, 2), size B
-    -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px with pixel centres at
-    +0.5, depth (M,) m; sorted by frame, image, point.
+    xyz (N, 3) m, b (N,) frame, lidar2img (B K, 4, 4), hw (B K, 2) px, size B
+    -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px, depth (M,) m.
+    Pixel centres are at +0.5. Pairs are sorted by frame, image, point.
     """
     K = len(lidar2img) // size
     parts = []
@@ -219,17 +220,20 @@ def valid_pixels(hw, padded_hw):
 def rays(uv, image, lidar2img):
     """The ray through each pixel position.
 
-    uv (R, 2) px, image (R,), lidar2img (B K, 4, 4) -> origin (R, 3) m, direction (R, 3) unit.
+    uv (R, 2) px, image (R,), lidar2img (B K, 4, 4)
+    -> origin (R, 3) m, direction (R, 3) of unit length.
     """
     inverse = torch.linalg.inv(lidar2img.double()).float()[image]  # (R, 4, 4)
-    pixel = F.pad(uv, (0, 1), value=1.0)[..., None]                # (R, 3, 1)
-    away = (inverse[:, :3, :3] @ pixel)[..., 0]                    # (R, 3) m per metre of depth
+    pixel = F.pad(uv, (0, 1), value=1.0)[..., None]  # (R, 3, 1)
+    away = (inverse[:, :3, :3] @ pixel)[..., 0]      # (R, 3) m per metre of depth
     return inverse[:, :3, 3], F.normalize(away, dim=1)
 
 
 def grid_index(uv, feature_hw, padded_hw):
-    """Where a pixel lies on a feature map. uv (M, 2) px of the padded image -> (M, 2) fractional
-    row and column. Both have their centres at +0.5 (area convention)."""
+    """Where a pixel lies on a feature map; both have their centres at +0.5 (area convention).
+
+    uv (M, 2) px of the padded image -> (M, 2) fractional row and column.
+    """
     scale_u = feature_hw[1] / padded_hw[1]
     scale_v = feature_hw[0] / padded_hw[0]
     return (uv * uv.new_tensor([scale_u, scale_v]) - 0.5).flip(1)
@@ -238,7 +242,8 @@ def grid_index(uv, feature_hw, padded_hw):
 def sample_image(features, image, uv, padded_hw):
     """Bilinear sampling of feature maps.
 
-    features (B K, C, h, w), image (M,), uv (M, 2) px, padded_hw (H, W) of the images -> (M, C).
+    features (B K, C, h, w), image (M,), uv (M, 2) px, padded_hw (H, W) of the images
+    -> (M, C).
     """
     C, h, w = features.shape[1:]
     table = features.permute(0, 2, 3, 1).reshape(-1, C)
@@ -247,9 +252,9 @@ def sample_image(features, image, uv, padded_hw):
 
 
 def box_exit(origin, direction, low, high):
-    """Distance along each ray to where it leaves an axis-aligned box; <= 0 when the box is behind.
+    """Distance along each ray to where it leaves an axis-aligned box.
 
-    origin, direction (R, 3), low, high 3 numbers each -> (R,) m.
+    origin, direction (R, 3), low, high 3 numbers each -> (R,) m, <= 0 if the box is behind.
     """
     flat = direction.abs() < 1e-6
     slope = torch.where(flat, torch.full_like(direction, 1e-6), direction)
@@ -283,8 +288,8 @@ def pair_points(a, b, id_a, id_b):
     a, b (n, 3) arrays, id_a, id_b (n,) int, equal for the same point
     -> (n,) the row of b that is paired with each row of a.
 
-    A point that is in both sets is paired with itself first. Some optimum has such a pair:
-    exchanging the partners of (p, b') and (a', p) gives (p, p) and (a', b'), and
+    A point that is in both sets is paired with itself first. Such a pair is part of some
+    optimum: exchanging the partners of (p, b') and (a', p) gives (p, p) and (a', b'), and
     d(a', b') <= d(a', p) + d(p, b'). This does not hold for squared distances.
     """
     _, same_a, same_b = np.intersect1d(distinct_ids(id_a), distinct_ids(id_b),
@@ -299,7 +304,7 @@ def pair_points(a, b, id_a, id_b):
 
 
 def distinct_ids(ids):
-    """Ids without repetition: the k-th row of a repeated id gets an id of its own. (n,) -> (n,)."""
+    """Make ids unique: the k-th row of a repeated id gets an id of its own. (n,) -> (n,)."""
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
     repetition = np.arange(len(ids)) - np.searchsorted(ordered, ordered)
@@ -314,10 +319,10 @@ def distinct_ids(ids):
 def neus_weights(sdf, h):
     """Weights of the sections between consecutive samples of a ray.
 
-    alpha_n = max((Phi(h s_n) - Phi(h s_n+1)) / Phi(h s_n), 0), Phi the logistic function,
-    w_n = alpha_n prod_{i<n} (1 - alpha_i).
-    Since 1 - alpha_n = min(Phi(h s_n+1) / Phi(h s_n), 1), everything is a running sum of log Phi:
-    nothing under- or overflows behind a surface.
+    w_n = alpha_n prod_{i<n} (1 - alpha_i), with Phi the logistic function in
+    alpha_n = max((Phi(h s_n) - Phi(h s_n+1)) / Phi(h s_n), 0).
+    Since 1 - alpha_n = min(Phi(h s_n+1) / Phi(h s_n), 1), everything is a running sum of
+    log Phi: nothing under- or overflows behind a surface.
     sdf (R, S) from near to far, h () > 0 -> (R, S - 1), >= 0, rows sum to <= 1.
     """
     log_phi = F.logsigmoid(h * sdf)
@@ -339,8 +344,8 @@ def importance(depth, weights, u):
     """Samples from the sections' weights by inverting their cumulative sum. No gradient.
 
     depth (R, S), weights (R, S - 1), u (R, n) in [0, 1) -> (R, n).
-    NaN weights give finite depths, since a NaN position would be an index out of range. The NaN
-    shows in the loss, which reads the same field.
+    NaN weights give finite depths, since a NaN position would be an index out of range.
+    The NaN shows in the loss, which reads the same field.
     """
     weights = weights + 1e-5  # a ray without a surface is sampled evenly
     cdf = F.pad((weights / weights.sum(1, keepdim=True)).cumsum(1), (1, 0))  # (R, S)
@@ -357,10 +362,11 @@ def importance(depth, weights, u):
 # InfoNCE, and how many codes are in use. Source: CPC (van den Oord et al. 2018).
 
 def info_nce(queries, keys, tau):
-    """-log of the softmax share of each row's own key among all keys. queries, keys (M, C) -> (M,).
+    """-log of the softmax share of each row's own key among all keys.
 
-    Features are scaled to unit length, in float32. Negatives are the other rows of this process.
-    Features that are all alike give ln M. If every key occurs twice, the best is ln 2.
+    queries, keys (M, C) -> (M,). They are scaled to unit length, in float32.
+    Negatives are the other rows of this process. Features that are all alike give ln M.
+    If every key occurs twice, the best is ln 2.
     """
     queries = F.normalize(queries.float(), dim=1)
     keys = F.normalize(keys.float(), dim=1)
@@ -397,7 +403,8 @@ def surface_variation(queries, cloud, k=32):
 
     It is 0 on a plane or a line, and 1/3 where the points are isotropic.
     queries (Q, 3), cloud (N, 3) float32 m -> (Q,) float32.
-    Coordinates are relative to the query (float32 would cancel at 50 m), eigenvalues in float64.
+    Coordinates are relative to the query, since float32 would cancel at 50 m; eigenvalues are
+    in float64.
     """
     if len(queries) == 0 or len(cloud) == 0:
         return np.zeros(len(queries), np.float32)
@@ -408,7 +415,7 @@ def surface_variation(queries, cloud, k=32):
     for start in range(0, len(queries), chunk):
         query = queries[start:start + chunk]
         near = tree.query(query, k)[1].reshape(len(query), k)  # (q, k) rows of cloud
-        x, y, z = [centred(cloud[:, axis][near] - query[:, axis, None]) for axis in range(3)]
+        x, y, z = [centred(cloud[:, i][near] - query[:, i, None]) for i in range(3)]
         # k times the covariance: the ratio is scale-invariant
         xx = row_dot(x, x)
         yy = row_dot(y, y)
@@ -426,7 +433,7 @@ def centred(x):
 
 
 def row_dot(x, y):
-    """Scalar product of each row. x, y (q, k) float32 -> (q,) float64, summed in float32."""
+    """Scalar product of each row, summed in float32. x, y (q, k) -> (q,) float64."""
     return np.einsum("nk,nk->n", x, y).astype(np.float64)
 
 
@@ -462,7 +469,7 @@ def cosine(step, warmup, steps):
 # The trunk that all methods pre-train and the detector loads.
 
 # ---- §7 sparse convolutions ----------------------------------------------------------
-# Convolutions on occupied cells only: which rows meet (kernel maps), then matrix products.
+# Convolutions on occupied cells: which rows meet (kernel maps), then matrix products.
 
 def segment_sum(values, index, n):
     """Sum of the rows of each segment. values (N, C), index (N,) int64 in [0, n) -> (n, C).
@@ -478,8 +485,8 @@ def segment_sum(values, index, n):
 class KernelMap(NamedTuple):
     """Pairs of rows that a 3 x 3 x 3 sparse convolution joins.
 
-    They are grouped by the 27 kernel offsets, z slowest. Offset t of output o reads input
-    stride o - pad + t.
+    They are grouped by the 27 kernel offsets, z slowest.
+    Offset t of output o reads input stride o - pad + t.
     """
     ins: torch.Tensor    # (P,) int64 row of the input
     outs: torch.Tensor   # (P,) int64 row of the output
@@ -505,8 +512,8 @@ class KernelMap(NamedTuple):
 def by_output(outs, ends, n):
     """KernelMap's order and first.
 
-    On a CPU scipy transposes a sparse (27, n) matrix, which counts instead of sorting and takes
-    a quarter of the time.
+    On a CPU scipy transposes a sparse (27, n) matrix, which counts instead of sorting: a
+    quarter of the time.
     """
     if outs.is_cuda:
         first = F.pad(torch.bincount(outs, minlength=n).cumsum(0), (1, 0))
@@ -518,9 +525,9 @@ def by_output(outs, ends, n):
 
 
 def narrowest(values, coords, shape):
-    """values as int32 if every key of `coords` (V, 4) in volumes of this shape fits, else as is.
+    """values as int32 if every key of `coords` (V, 4) in volumes of this shape fits.
 
-    Sorts and divisions of int32 cost half.
+    Else they stay as they are. Sorts and divisions of int32 cost half.
     """
     frames = int(coords[:, 0].max()) + 1 if len(coords) else 1
     return values.int() if frames * math.prod(shape) < 2**31 else values
@@ -550,9 +557,9 @@ def unravel(keys, shape):
 def submanifold_map(coords, shape):
     """The kernel map whose outputs are its inputs. coords (V, 4) sorted, shape (Z, Y, X).
 
-    Keys carry one empty cell on every side, so neighbours never alias. Only the later 13 offsets
-    are searched, with one search for each row of three: the other two follow by stepping. The
-    earlier 13 offsets have the same pairs with input and output exchanged. [ours]
+    Keys carry one empty cell on every side, so neighbours never alias. Only the later 13
+    offsets are searched, with one search for each row of three: the other two follow by
+    stepping. The earlier 13 have the same pairs with input and output exchanged. [ours]
     """
     n = len(coords)
     _, Y, X = shape
@@ -602,7 +609,8 @@ def strided_map(coords, shape, pad):
         key = key * n + o
         offset = offset * 3 + t
         near = (o < n).nonzero()[:, 0]
-        far = ((t == 0) & (o >= 1) & (o <= n)).nonzero()[:, 0]  # even v: also t = 2 of output o - 1
+        # an even v is also t = 2 of the output before
+        far = ((t == 0) & (o >= 1) & (o <= n)).nonzero()[:, 0]
         key = torch.cat([key.index_select(0, near), key.index_select(0, far) - 1])
         offset = torch.cat([offset.index_select(0, near), offset.index_select(0, far) + 2])
         source = torch.cat([source.index_select(0, near), source.index_select(0, far)])
@@ -634,7 +642,8 @@ def multiply(pairs, weight, kmap):
     C, out = weight.shape[1:]
     weight = F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()
     products = F.grouped_mm(pairs, weight, offs=kmap.ends)  # (P, C')
-    sums = F.embedding_bag(kmap.order, products, kmap.first, mode="sum", include_last_offset=True)
+    sums = F.embedding_bag(kmap.order, products, kmap.first, mode="sum",
+                           include_last_offset=True)
     return sums[:, :out]
 
 
@@ -656,7 +665,8 @@ class SparseConvolution(torch.autograd.Function):
         kmap = ctx.kmap
         C, out = weight.shape[1:]
         ins, outs = kmap.ins, kmap.outs
-        if kmap.same:  # offset 26 - t has the pairs of t exchanged: one gather of grad serves both
+        if kmap.same:
+            # offset 26 - t has the pairs of t exchanged: one gather of grad serves both products
             ins, outs = outs, ins
             weight = weight.flip(0)
         pairs = gather(grad, outs)
@@ -700,8 +710,8 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the rows of every process, on any device.
 
     Fewer than two rows have no variance and take the running statistics.
-    torch's SyncBatchNorm runs on CUDA only and wants rows on every process, all of one dtype,
-    which an empty bfloat16 part does not have.
+    torch's SyncBatchNorm runs on CUDA only, and wants rows on every process, all of one
+    dtype, which an empty bfloat16 part does not have.
     """
 
     def forward(self, x):
@@ -733,7 +743,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class SparseBlock(nn.Module):
-    """Two submanifold convolutions and the identity. Names as in OpenPCDet's SparseBasicBlock."""
+    """Two submanifold convolutions and the identity; names of OpenPCDet's SparseBasicBlock."""
 
     def __init__(self, width):
         super().__init__()
@@ -779,9 +789,9 @@ class VoxelResNet(nn.Module):
     """Mean of the points in each voxel, then a residual sparse encoder of stride 8.
 
     Its stages are 1, 1, 2, 4, 8 times `width` wide.
-    The shape is that of OpenPCDet's VoxelResBackBone8x, without the biases before batch norm,
-    which do nothing: one spare layer of voxels above and no padding in z in the last reduction,
-    so that 8 m of 0.2 m voxels become 5 cells.
+    The shape is that of OpenPCDet's VoxelResBackBone8x, without the biases before batch
+    norm, which do nothing. There is one spare layer of voxels above, and no padding in z in
+    the last reduction, so that 8 m of 0.2 m voxels become 5 cells.
     """
 
     def __init__(self, low, high, voxel, width=16):
@@ -802,7 +812,8 @@ class VoxelResNet(nn.Module):
     @staticmethod
     def stage(inputs, outputs):
         """A reduction and two residual blocks."""
-        return nn.ModuleList([Down(inputs, outputs), SparseBlock(outputs), SparseBlock(outputs)])
+        down = Down(inputs, outputs)
+        return nn.ModuleList([down, SparseBlock(outputs), SparseBlock(outputs)])
 
     def inside(self, points):
         """Which points lie in the range. points (N, 3 or more) -> (N,) bool."""
@@ -839,7 +850,8 @@ class VoxelResNet(nn.Module):
         voxel = points.new_tensor(self.voxel)
         finest = self.cells[0]
         last = torch.tensor(finest.shape, device=points.device) - 1
-        zyx = ((points[:, :3] - low) / voxel).int().flip(1).minimum(last)  # (N, 3), as in voxelise
+        # as in voxelise
+        zyx = ((points[:, :3] - low) / voxel).int().flip(1).minimum(last)  # (N, 3)
         centre = finest.centre(zyx)
         features = []
         for level in levels:
@@ -848,13 +860,14 @@ class VoxelResNet(nn.Module):
             site = site.minimum(site.new_tensor(level.cells.shape) - 1)
             keys = ravel(level.coords, level.cells.shape).long()
             targets = ravel(torch.cat([b[:, None], site], 1), level.cells.shape).long()
-            features.append(level.features.index_select(0, torch.searchsorted(keys, targets)))
+            rows = torch.searchsorted(keys, targets)
+            features.append(level.features.index_select(0, rows))
         return torch.cat(features, 1)
 
     def forward(self, points, b):
-        """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels of stride 1, 2, 4, 8.
+        """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels.
 
-        dense(size) of the last one is the volume.
+        Their strides are 1, 2, 4, 8. dense(size) of the last one is the volume.
         """
         level = self.voxelise(points, b)
         kmap = submanifold_map(level.coords, level.cells.shape)
@@ -876,7 +889,7 @@ class VoxelResNet(nn.Module):
 
 
 def bf16_autocast(device):
-    """bfloat16 for the encoders on CUDA, nothing on a CPU. What they return is float32 again."""
+    """bfloat16 for the encoders on CUDA, nothing on a CPU. They return float32 all the same."""
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
@@ -957,10 +970,10 @@ class ResNet(nn.Module):
 class CameraNet(ResNet):
     """ResNet, neck to stride 8, and the lift of image features into the volume.
 
-    Each cell centre asks every camera that sees it for the bilinear image feature, weighted by
-    the probability of the cell's depth at that pixel, and sums over the cameras. Pulling instead
-    of splatting needs no frustum tensor, and uses the same projection as everywhere else.
-    [ours; LSS's depth distribution]
+    Each cell centre asks every camera that sees it for the bilinear image feature, weighted
+    by the probability of the cell's depth at that pixel, and sums over the cameras. Pulling
+    instead of splatting needs no frustum tensor, and uses the same projection as everywhere
+    else. [ours; LSS's depth distribution]
     """
 
     def __init__(self, depth=50, channels=80, max_depth=60.0, bins=118):
@@ -973,8 +986,9 @@ class CameraNet(ResNet):
     def forward(self, batch, cells, masked=None):
         """Volume of image features, and which of its cells some camera sees.
 
-        batch: images, hw, lidar2img, size; cells of the volume; masked (B K, H, W) bool, True =
-        masked -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool.
+        batch: images, hw, lidar2img, size; cells of the volume;
+        masked (B K, H, W) bool, True = masked
+        -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool.
         Masked pixels and the padding of smaller images become the mean colour.
         """
         padding = ~valid_pixels(batch.hw, batch.images.shape[-2:])
@@ -985,22 +999,26 @@ class CameraNet(ResNet):
         return self.lift(features, logits.softmax(1), batch, cells)
 
     def lift(self, features, probability, batch, cells):
-        """features (B K, C, h, w), probability (B K, D, h, w) of each depth
-        -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool."""
+        """Pull the image features to the cells, each weighted by its depth's probability.
+
+        features (B K, C, h, w), probability (B K, D, h, w)
+        -> volume (B, C, Z, Y, X), seen (B, Z, Y, X) bool.
+        """
         C = features.shape[1]
         V = math.prod(cells.shape)
-        centres = cells.centres(features.device)                         # (V, 3)
+        centres = cells.centres(features.device)             # (V, 3)
         b = torch.arange(batch.size, device=centres.device)
-        b = b.repeat_interleave(V)                                       # (B V,)
-        cell, image, uv, depth = project(centres.repeat(batch.size, 1), b, batch.lidar2img,
-                                         batch.hw, batch.size, self.near)
+        b = b.repeat_interleave(V)                           # (B V,)
+        xyz = centres.repeat(batch.size, 1)                  # (B V, 3)
+        cell, image, uv, depth = project(xyz, b, batch.lidar2img, batch.hw, batch.size,
+                                         self.near)
         within = depth < self.max_depth
         cell = cell[within]
         image = image[within]
         uv = uv[within]
         depth = depth[within]
         padded_hw = batch.images.shape[-2:]
-        pulled = sample_image(features, image, uv, padded_hw)            # (M, C)
+        pulled = sample_image(features, image, uv, padded_hw)  # (M, C)
         p = self.depth_probability(probability, image, uv, depth, padded_hw)
         # (B V, C); times D: the factor is 1 at a uniform distribution
         volume = segment_sum(pulled * p * self.bins, cell, batch.size * V)
@@ -1010,8 +1028,10 @@ class CameraNet(ResNet):
         return volume, seen.view(batch.size, *cells.shape)
 
     def depth_probability(self, probability, image, uv, depth, padded_hw):
-        """Trilinear sampling of the depth distribution. probability (B K, D, h, w), image (M,),
-        uv (M, 2) px, depth (M,) m -> (M, 1)."""
+        """Trilinear sampling of the depth distribution.
+
+        probability (B K, D, h, w), image (M,), uv (M, 2) px, depth (M,) m -> (M, 1).
+        """
         D, h, w = probability.shape[1:]
         # whole numbers at bin centres
         bin_index = (depth - self.near) / (self.max_depth - self.near) * D - 0.5
@@ -1049,10 +1069,11 @@ class FusionNet(nn.Module):
 def trunk(grid, resnet, width, bins):
     """VoxelResNet, CameraNet and FusionNet that fit together on a grid.
 
-    Pre-training trains them, fine-tuning loads them. resnet 18 or 50, width of the first stage.
+    Pre-training trains them, fine-tuning loads them.
+    grid: low, high, voxel; resnet 18 or 50; width of the first stage; bins of depth.
     """
     extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))  # m
-    max_depth = extent * 60 / 54                                   # BEVFusion's 60 m for 54 m
+    max_depth = extent * 60 / 54  # BEVFusion's 60 m for 54 m
     camera = CameraNet(resnet, 5 * width, max_depth=max_depth, bins=bins)
     lidar = VoxelResNet(grid.low, grid.high, grid.voxel, width)
     return lidar, camera, FusionNet(8 * width, 5 * width, 4 * width)
@@ -1073,7 +1094,10 @@ def processes():
 
 
 def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
-    """Sum (or op) of a tensor over all processes, no gradient; itself without a process group."""
+    """Sum (or op) of a tensor over all processes, without gradient.
+
+    Without a process group it is the tensor itself.
+    """
     x = x.detach().clone()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x, op)
@@ -1084,8 +1108,8 @@ def mean_over_ranks(total, count):
     """The mean over the rows of every process: (sum of totals) / (sum of counts).
 
     total (): this process's sum, with gradient; count: its number of rows -> ().
-    DDP averages gradients over processes. So each process returns its total x world / all counts:
-    the average of those is the mean, and so is the average of their gradients.
+    DDP averages gradients over processes. So each process returns its total x world / all
+    counts: the average of those is the mean, and so is the average of their gradients.
     """
     rows = all_reduce(total.new_full((), float(count)))
     return total * processes() / rows.clamp_min(1)
@@ -1097,7 +1121,7 @@ def mean_rows(x):
 
 
 class AllReduceSum(torch.autograd.Function):
-    """Sum of a tensor over all processes. Its gradient is the sum of their gradients for it."""
+    """Sum of a tensor over all processes; its gradient is the sum of all their gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1119,9 +1143,9 @@ def share_buffers(model):
 
 
 def launch(train, cfg):
-    """Run train(rank, world, cfg): here, or in cfg.gpus processes that start this command again.
+    """Run train(rank, world, cfg): here, or in cfg.gpus processes.
 
-    Under torchrun the environment decides.
+    Each of those starts this command again. Under torchrun the environment decides.
     """
     if "RANK" not in os.environ:
         if (cfg.gpus or 0) > 1:
@@ -1158,10 +1182,10 @@ def launch_processes(n):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
-    to_save = "120"  # s, to finish a step and save [ours]
+    flags = ["--standalone", "--nproc-per-node", str(n)]
+    flags += ["--shutdown-timeout", "120"]  # s to finish a step and save
     try:
-        return main(["--standalone", "--nproc-per-node", str(n), "--shutdown-timeout", to_save,
-                     *sys.argv])
+        return main([*flags, *sys.argv])
     except ChildFailedError as error:
         rank = rank_to_blame(error.failures)
         failure = error.failures[rank]
@@ -1174,12 +1198,12 @@ def launch_processes(n):
 
 
 def rank_to_blame(failures):
-    """Which process failed first by itself. failures {rank: torch's ProcessFailure} -> rank.
+    """Which process failed first by itself. failures {rank: torch's failure} -> rank.
 
-    A killed process comes before all others, whose errors follow from losing the connection to
-    it. Three do not count as killed: with SIGTERM the launcher ends the others, with SIGABRT NCCL
-    does, and a process killed more than 10 s after the first failure was hanging until the
-    launcher killed it.
+    A killed process comes first: the others then lose the connection to it. These do not
+    count as killed: SIGTERM, with which the launcher ends the others; SIGABRT, with which NCCL
+    does; and a process killed more than 10 s after the first failure, which was hanging until
+    the launcher killed it.
     """
     first = min(failure.timestamp for failure in failures.values())
     killed = []
@@ -1206,8 +1230,8 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
                                   "profile", "export")):
     """Start a run: device, process group and run folder -> device.
 
-    A folder that holds another configuration is refused with the difference. Only the fields
-    named in `free` may change between stop and resume.
+    A folder that holds another configuration is refused with the difference.
+    Only the fields named in `free` may change between stop and resume.
     """
     device = init_process(cfg, world)
     if not cfg.profile:
@@ -1216,7 +1240,7 @@ def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_
 
 
 def init_process(cfg, world):
-    """Make this process's device ready, and the process group if there are several -> device."""
+    """Make this process's device ready, and the group of several processes -> device."""
     cuda = torch.cuda.is_available() and cfg.gpus != 0
     device = torch.device("cpu")
     if cuda:
@@ -1271,8 +1295,8 @@ def rank0_first(rank, act):
 def wrap(model, device, world):
     """The module that the loop calls: DDP around the model with several processes.
 
-    BatchNorm of this file counts every process's rows by itself. Batch norm over images and
-    volumes is made to do so here, on CUDA.
+    BatchNorm of this file counts every process's rows by itself. Batch norm over images
+    and volumes is made to do so here, on CUDA.
     """
     if world == 1:
         return model
@@ -1321,13 +1345,14 @@ def parse(config, small):
         preset = "paper" if flags.data else "small"
     changes = small if preset == "small" else {}
     default = dataclasses.replace(config(), preset=preset, **changes)
-    return tyro.cli(config, default=default, description=summary(sys.modules["__main__"].__doc__))
+    doc = sys.modules["__main__"].__doc__
+    return tyro.cli(config, default=default, description=summary(doc))
 
 
 def summary(doc):
-    """A script's docstring for --help: what stands before the line that starts with "Read with:".
+    """The beginning of a script's docstring, for --help: what it does, and its commands.
 
-    That is what it does and its commands. Without such a line it is the whole docstring.
+    It ends before the line that starts with "Read with:", or with the docstring.
     """
     if doc is None:
         return None
@@ -1358,8 +1383,8 @@ def run_record(cfg, world):
 def open_run(cfg, world, free):
     """Make the run folder or take the one that exists, on rank 0.
 
-    It is locked, and its configuration compared. Then config.json, provenance.json (an entry for
-    each start and resume) and the source copies are written.
+    It is locked, and its configuration compared. Then config.json, provenance.json (an
+    entry for each start and resume) and the source copies are written.
     """
     out = Path(cfg.out)
     try:
@@ -1412,7 +1437,7 @@ def record_frames(path, dataset, indices, first, rank):
 
 
 def refuse_other_frames(path, before, now):
-    """End if a run's frames are not the ones that it began with. before, now: lists of names."""
+    """End if a run's frames are not those that it began with. before, now: lists of names."""
     old, new = set(before), set(now)
     examples = ", ".join(sorted(old ^ new)[:2]) or "in another order"
     require(before == now,
@@ -1428,7 +1453,8 @@ def lock_run_folder(out):
     checkpoints.
     """
     try:
-        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # left open: closing it would unlock
+        # it is left open: to close it would be to unlock the folder
+        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise SystemExit(f"{out}: cannot write there ({error.strerror}); make the folder writable, "
                          "or give another --out") from error
@@ -1443,7 +1469,7 @@ def lock_run_folder(out):
 
 
 def commit():
-    """The checkout's commit, with '+' where files differ from it; 'unknown' outside a checkout."""
+    """The checkout's commit, with '+' if files differ from it; 'unknown' outside a checkout."""
     head = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":!tests/results")
     return head + "+" * bool(changes) or "unknown"
@@ -1464,10 +1490,11 @@ def first_line(error):
 
 @contextmanager
 def atomic_write(path, keep=None):
-    """Write to the yielded path; at the end it becomes `path`, and the old file becomes `keep`.
+    """Write to the yielded path; at the end it becomes `path`.
 
-    A reader sees the old file or the new one, whole. If writing fails, the old file is left, no
-    part of the new one is, and the error says so. Without `keep` the old file is replaced.
+    The old file becomes `keep` if that is given, else it is replaced. A reader sees the old
+    file or the new one, whole. If writing fails, the old file stays, no part of the new one
+    does, and the error says so.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -1589,9 +1616,10 @@ def read_units(run):
 
 
 def load_units(run, model, wanted, possible, grid, rank):
-    """Copy units of a run's backbones.safetensors into the model, strictly -> names of the tensors.
+    """Copy units of a run's backbones.safetensors into the model, strictly.
 
-    wanted: the units' names, or () for all of `possible` that the run holds.
+    wanted: the units' names, or () for all of `possible` that the run holds
+    -> the names of the tensors, a set.
     """
     path, header, stored = read_units(run)
     stored_units = header["units"].split(",")
@@ -1615,7 +1643,7 @@ def load_units(run, model, wanted, possible, grid, rank):
     if rank == 0:
         print(f"{path}: loaded {', '.join(counts)} tensors of step {header['step']}", flush=True)
         if json.loads(header["grid"]) != json.loads(json.dumps(dataclasses.asdict(grid))):
-            print("it was trained on another grid; the weights of convolutions fit any", flush=True)
+            print("it was trained on another grid; convolutions fit any grid", flush=True)
     return set(loaded)
 
 
@@ -1677,8 +1705,8 @@ def load_resnet(source, resnet, rank, prefix=""):
                   "; expected torchvision's names and the depth of --resnet")
     resnet.load_state_dict(stored)
     if rank == 0:
-        print(f"{path}: loaded {len(stored)}/{len(stored)} tensors of the image network",
-              flush=True)
+        count = len(stored)
+        print(f"{path}: loaded {count}/{count} tensors of the image network", flush=True)
 
 
 # ---- §11 log and figures -------------------------------------------------------------
@@ -1687,12 +1715,12 @@ def load_resnet(source, resnet, rank, prefix=""):
 class Run:
     """A training run: it hands out the batches, logs every step, and notices signals.
 
-    batches  (step, batch) on the device, from the step at which the run was begun or resumed.
-    log      log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every
-             few seconds. On ranks other than 0 it only checks that every term is finite.
-    interrupted, leave  The first SIGTERM or Ctrl-C asks for a stop after the step. Another one
-             more than two seconds later stops at once (in between, a launcher may pass on the
-             one that the terminal has sent too).
+    batches: (step, batch) on the device, from the first step or the one to resume at.
+    log: log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every
+    few seconds. On ranks other than 0 it only checks that every term is finite.
+    interrupted, leave: the first SIGTERM or Ctrl-C asks for a stop after the step. Another one
+    more than two seconds later stops at once. An earlier one is ignored, since a launcher may
+    pass on what the terminal has sent too.
     """
 
     def __init__(self, cfg, rank, world, first, steps, device, about):
@@ -1724,7 +1752,8 @@ class Run:
         before = [line for line in whole if json.loads(line)["step"] < self.first]
         write_text(self.path, "".join(line + "\n" for line in before))
         self.file = open(self.path, "a")
-        self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=self.first)
+        folder = self.path.with_name("tensorboard")
+        self.board = SummaryWriter(folder, purge_step=self.first)
 
     def on_signal(self, number, _):
         """Remember that a stop was asked for; stop at once if it is asked for again."""
@@ -1761,22 +1790,26 @@ class Run:
     def log(self, step, names, prefix="", **terms):
         """Average the terms over processes and write them. names: of the batch's frames.
 
-        If a term is not finite, FloatingPointError names it and the frames. Call it before the
-        update.
+        Called before the update: if a term is not finite, FloatingPointError names it and the
+        frames.
         """
-        tensors = [torch.as_tensor(term, dtype=torch.float32).detach() for term in terms.values()]
-        local = torch.stack([tensor.to(self.device) for tensor in tensors])
-        bad = [name for name, value in zip(terms, local.tolist()) if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on "
-                f"{', '.join(names)}; nothing was updated, the last checkpoint stands")
+        tensors = [torch.as_tensor(term, dtype=torch.float32) for term in terms.values()]
+        local = torch.stack([tensor.detach().to(self.device) for tensor in tensors])
+        self.refuse_nan(step, names, dict(zip(terms, local.tolist())))
         means = (all_reduce(local) / processes()).tolist()
         if self.rank == 0:
             values = {prefix + name: round(mean, 7) for name, mean in zip(terms, means)}
             self.write(step, values)
             if not prefix:
                 self.print_progress(step, values)
+
+    def refuse_nan(self, step, names, values):
+        """FloatingPointError if a term is NaN or infinite. values {name: float}."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on "
+                f"{', '.join(names)}; nothing was updated, the last checkpoint stands")
 
     def write(self, step, values):
         """One line of log.jsonl, and TensorBoard."""
@@ -1791,7 +1824,7 @@ class Run:
                              "checkpoint.") from error
 
     def print_progress(self, step, values):
-        """The losses, the speed and the time left: at the first and last step and every 10 s."""
+        """Losses, speed and time left: at the first step, the last one, and every 10 s."""
         now = time.monotonic()
         done = step + 1 - self.first
         if done > 1 and step + 1 < self.steps and now - self.printed <= 10:
@@ -1835,9 +1868,9 @@ def peak_memory():
 
 @torch.no_grad()
 def evaluate(model, batches, device, *more):
-    """Mean of every term of model(batch, *more) over val batches, in eval mode -> {name: float}.
+    """Mean of every term of model(batch, *more) over val batches, in eval mode.
 
-    Seeds belong to frames, so that every call has the same masks.
+    Seeds belong to frames, so every call has the same masks. -> {name: float}
     """
     share_buffers(model)
     model.eval()
@@ -1849,7 +1882,7 @@ def evaluate(model, batches, device, *more):
 def load_tool(name):
     """tests/<name>.py as a module: what a run offers that a method's reader may skip.
 
-    It is None, with a line that says so, where that file is absent, as next to a forked file.
+    Where that file is absent, as next to a forked method, it is None, and a line says so.
     """
     path = Path(__file__).with_name("tests") / f"{name}.py"
     if not path.is_file():
