@@ -1,4 +1,4 @@
-"""What the methods and the detector share: mathematics, networks, and running.
+"""What the methods and the detector share: mathematics, networks, run-keeping.
 
 To fork a method, read its file, the functions that it imports from here, and data.Batch.
 
@@ -1200,10 +1200,10 @@ def launch_processes(n):
 def rank_to_blame(failures):
     """Which process failed first by itself. failures {rank: torch's failure} -> rank.
 
-    A killed process comes first: the others then lose the connection to it. These do not
-    count as killed: SIGTERM, with which the launcher ends the others; SIGABRT, with which NCCL
-    does; and a process killed more than 10 s after the first failure, which was hanging until
-    the launcher killed it.
+    A killed process comes first: the others then lose the connection to it. SIGTERM does not
+    count as killed, since the launcher ends the others with it, nor does SIGABRT, with which
+    NCCL does. Nor does a process killed more than 10 s after the first failure: it was
+    hanging, and the launcher killed it.
     """
     first = min(failure.timestamp for failure in failures.values())
     killed = []
