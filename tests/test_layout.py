@@ -98,17 +98,22 @@ def test_scripts_load_only_the_known_tools():
 def test_the_used_by_table_of_common_is_true():
     doc = ast.get_docstring(ast.parse(SOURCE["common"]))
     table = doc[doc.index("used by"):doc.index("Nothing here knows")]
-    listed, users = set(), set()
-    for line in table.splitlines()[1:]:
-        words = re.split(r"\s{2,}", line.strip())
-        if set(words[-1].split(", ")) <= OURS:
-            users |= set(words.pop().split(", "))
-        listed |= {w.strip() for part in words for w in re.sub(r"§\d \w+", "", part).split(",") if w.strip()}
-    defined = {n.name for n in ast.parse(SOURCE["common"]).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined = {n.name for n in ast.parse(SOURCE["common"]).body
+               if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    taken = {}                  # by each file
+    for user in (*METHODS, "finetune"):
+        taken[user] = {a.name for n in ast.walk(ast.parse(SOURCE[user]))
+                       if isinstance(n, ast.ImportFrom) and n.module == "common" for a in n.names}
+    listed = set()
+    for section in re.split(r"\n *(?=§\d)", table)[1:]:
+        first, *more = section.splitlines()
+        title, pieces, users = re.split(r"\s{2,}", first)
+        more = [line for line in more if not line.isupper()]                    # the rooms' titles
+        pieces = set(re.findall(r"\w+", " ".join([pieces, *more])))
+        listed |= pieces
+        assert {user for user in taken if taken[user] & pieces} == set(users.split(", ")) & OURS, title
     assert listed <= defined, listed - defined
-    taken = {a.name for m in (*METHODS, "finetune") for n in ast.walk(ast.parse(SOURCE[m])) if isinstance(n, ast.ImportFrom) and n.module == "common" for a in n.names}
-    assert taken <= listed, taken - listed
-    assert users == {*METHODS, "finetune"}
+    assert set().union(*taken.values()) <= listed, set().union(*taken.values()) - listed
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
