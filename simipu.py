@@ -1,49 +1,54 @@
-"""SimIPU (Li et al., AAAI 2022, arXiv 2112.04680): an image network learns 3-D from a point network.
+"""SimIPU (Li et al., AAAI 2022, arXiv 2112.04680): image features learn 3-D from points.
 
-The point network learns from itself, by matching two views of a cloud. The image network learns
-to give each point's pixel the feature that the point network gives the point.
+The point network learns from itself, by matching two views of a cloud. The image
+network learns to give a pixel the feature that the point network gives its point.
 
     python simipu.py --data /kitti --gpus 8    # the released code's sizes
-    python simipu.py                           # the embedded world, minutes on two CPU cores
+    python simipu.py                           # the embedded world, minutes on two cores
 
-Read with: common.py geometry (project, valid_pixels, sample_image), matching (pair_points),
-contrast (info_nce), the trunk (ResNet, BatchNorm, mlp); data.py Batch, crop_images.
+Read with: common.py geometry (project, valid_pixels, sample_image), matching
+(pair_points), contrast (info_nce), the trunk (ResNet, BatchNorm, mlp); data.py Batch,
+crop_images.
 Each loss in plain loops: tests/test_simipu.py, test_both_losses_match_plain_loops.
-The image network is what is kept: finetune.py --init RUN --modality camera loads it, and so does
-any torchvision ResNet (the keys of camera.resnet; fc is absent).
 
-[paper] is the paper, [code] the released inter_intro_decorator_moco_better.py and simipu_kitti.py,
-[ours] what neither says.
+What is kept is the image network. finetune.py --init RUN --modality camera loads it,
+and so does any torchvision ResNet (keys of camera.resnet, without fc).
 
-    paper              here                       meaning
-    p^alpha, p^beta    alpha, beta                the cloud as recorded, and moved by T; (B, n, 4)
-                                                  x, y, z, intensity
-    T                  T; a2b in the batch        turn, scale, mirror as one 4 x 4 matrix     Eq. 1
-    F_P; l, f          points; l_*, f_*           point network; its points' places (B, p, 3)
-                                                  and features (B, p, C), p = n / 16          Eq. 2
-    M_1                i, j                       Hungarian pairs of T(l_alpha) and l_beta    Eq. 3
-    F_I                camera.resnet              ResNet, last stage (C5)                     Eq. 5
-    M_2; f^gamma       k, image, uv; f_image      points that an image shows; C5 at these     Eq. 6
-    lambda, mu, tau    w_intra, w_inter, tau      weights of the losses, temperature       Eq. 8, 4
+[paper] is the paper; [code] is the released inter_intro_decorator_moco_better.py and
+simipu_kitti.py; [ours] is what neither says.
 
-Without the inter-modal loss the image network learns nothing: the paper's row "w/o inter" is its
-row "scratch". Without the intra-modal one it matches a random, frozen point network.
-The points of a frame fall on few cells of stride 32. cell_inter, the mean log of the number of pairs
-in one cell, is where L_inter would stop if features were read from the nearest cell. They are
-interpolated, so L_inter can go below it, but the network has no more than those cells to say it with.
+    paper            here                    meaning
+    p^alpha, p^beta  alpha, beta             the cloud as recorded, and moved by T;
+                                             (B, n, 4) x, y, z, intensity
+    T                T; a2b in the batch     turn, scale, mirror; (4, 4)          Eq. 1
+    F_P; l, f        points; l_*, f_*        point network; places (B, p, 3) and  Eq. 2
+                                             features (B, p, C) of p = n / 16 points
+    M_1              i, j                    pairs of T(l_alpha) and l_beta       Eq. 3
+    F_I              camera.resnet           ResNet, last stage (C5)              Eq. 5
+    M_2; f^gamma     k, image, uv; f_image   points that an image shows; C5 there Eq. 6
+    lambda, mu       w_intra, w_inter        weights of the two losses            Eq. 8
+    tau              tau                     temperature                          Eq. 4
 
-Departures. The reasons stand where the code departs: search for the number.
-  D1  Points ask and images answer, as Eq. 7 is printed; f_alpha is cut before its head, which learns.
-  D2  beta is a constant in Eq. 4, as in the code; both losses are means over pairs, not sums.
-  D3  Relative coordinates go into every set abstraction; the released configuration has none.
-  D4  The last sampling takes half of its points from each of the two blocks, split at their border.
-  D5  C5 is sampled by the size of the padded batch; a point that no camera sees makes no pair.
-  D6  Networks are normalised, drawn and rounded as torchvision and torch do it, not as mmcv does.
-  D7  With several cameras a point's pair is in the first that sees it; clouds are keyframe sweeps.
+Without the inter-modal loss the image network learns nothing: the paper's row "w/o
+inter" is its row "scratch". Without the intra-modal loss it matches a random, frozen
+point network.
+The points of a frame fall on few cells of stride 32. cell_inter, the mean log of the
+number of pairs in one cell, is where L_inter would stop if features were read from the
+nearest cell. They are interpolated, so L_inter can go below it, but the network has no
+more than those cells to say it with.
+
+Departures; the reasons stand where the code departs.
+  D1  Points ask and images answer, as Eq. 7 is printed; f_alpha is cut before its head.
+  D2  beta is a constant in Eq. 4, as in the code; losses are means over pairs, not sums.
+  D3  Relative coordinates go into every set abstraction; the release leaves them out.
+  D4  The last sampling takes half of its points from each block, split at their border.
+  D5  C5 is sampled by the padded batch's size; a point that no camera sees has no pair.
+  D6  Normalisation, initial weights and precision are not those of the code's mmcv.
+  D7  A point's pair is in the first camera that sees it; clouds are keyframe sweeps.
   D8  At most 4096 pairs a rank; negatives are those of the same rank.
-  D9  Images have the data set's size in data.py before they are resized at random, not that on disk.
-  D10  Every fifth frame of Waymo and KITTI's 3,712 training frames, as the release has it.
-  D11  The small preset trains the image network and the heads with AdamW instead of SGD.
+  D9  Images have the data set's size in data.py, not that on disk, before the resize.
+  D10  Every fifth frame of Waymo and KITTI's 3,712 training frames, as in the release.
+  D11  The small preset trains the image network and the heads with AdamW, not SGD.
 """
 import json
 import math
@@ -65,13 +70,14 @@ from common import (
     info_nce,  # contrast
     ResNet, BatchNorm, mlp, bf16_autocast,  # networks
     mean_rows,  # processes
-    parse, require, launch, start, wrap, resume, save, record_frames, destroy_group,  # runs: skip
-    Run, evaluate, frame_rngs, random_subset, load_resnet, figure, overlay, loss_curves, load_tool,
-    write_text,
+    frame_rngs, random_subset,  # random streams
+    parse, require, launch, start, wrap, resume, save, record_frames,  # runs: skip
+    load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
+    load_tool, write_text,
 )
 
 UNITS = ("camera.resnet",)     # FORK 3: what backbones.safetensors holds
-RADII = (                      # m, outer radii of the shells of the three set abstractions [code]
+RADII = (                      # m, outer radii of the shells of each abstraction [code]
     (0.2, 0.4, 0.8),
     (0.4, 0.8, 1.6),
     (1.6, 3.2, 4.8),
@@ -81,9 +87,9 @@ NEIGHBOURS = (                 # most points in each shell [code]
     (32, 32, 64),
     (16, 16, 16),
 )
-# D10: the release's README takes every fifth frame of Waymo, its configuration the 3,712 frames of
-# KITTI's training split. The paper counts all of Waymo's frames, and KITTI's test frames too (11,230).
-WAYMO_EVERY = 5                # frames of Waymo from one that is seen to the next [code]
+# D10: the release's README says every fifth frame of Waymo, its configuration has KITTI's
+# training split. The paper counts all of Waymo's, and KITTI's test frames too (11,230).
+WAYMO_EVERY = 5                # of Waymo's frames every n-th is seen [code]
 VAL_BATCHES = 3                # val batches that are looked at [ours]
 
 
@@ -100,45 +106,45 @@ class Config:
     save_every: int = 500      # steps between checkpoints [ours]
     profile: int = 0           # steps to time instead of training; 0: train [ours]
 
-    # initial weights
-    image_init: str = ""       # ResNet to begin with, the paper's "double fine-tuning"; empty: random
+    # initial weights of the image network: a weight file or a run
+    image_init: str = ""       # the paper's "double fine-tuning"; empty: random
 
     # optimisation
-    epochs: int = 50           # of 100; every published weight file is of epoch 50 [code]
+    epochs: int = 50           # of 100: all published weights are of epoch 50 [code]
     steps: int = 0             # where epochs is 0 [ours]
     batch: int = 4             # frames a rank, on 8 ranks [code]
     lr_points: float = 1e-3    # of the point network, AdamW [code]
-    optimiser: Literal["sgd", "adamw"] = "sgd"  # of the image network and the heads [code] D11
-    lr: float = 0.03           # of the image network and the heads [code]
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # of the rest, heads included [code] D11
+    lr: float = 0.03           # of image network and heads [code]
     decay: float = 0.99        # of both learning rates, an epoch [code]
 
     # the two views
     points: int = 16384        # drawn of a cloud; a sixteenth of them is matched [code]
     rotation: float = 1.5708   # rad, T turns by U(-rotation, rotation) about z [code]
     scale: float = 0.25        # T scales by U(1 - scale, 1 + scale) [code]
-    zoom_low: float = 0.515    # images are resized by the smaller of two draws from [code]
-    zoom_high: float = 1.92    # U(zoom_low, zoom_high) [code]
+    zoom_low: float = 0.515    # images are resized by the lower of two draws [code]
+    zoom_high: float = 1.92    # from U(zoom_low, zoom_high) [code]
 
     # networks
     resnet: Literal[18, 50] = 50  # depth of the image network [paper]
-    width: int = 32            # of the point network's first layers, 1/32 of its last [code]
+    width: int = 32            # of the point network's first layers; 1/32 of C [code]
     radius_scale: float = 1.0  # factor of RADII [code]
     dims: int = 128            # of what is compared [paper]
 
     # losses
-    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: the ablation of Table 5 [paper]
+    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: Table 5 [paper]
     pairs: int = 4096          # most pairs of either loss, a rank [paper] D8
     tau: float = 0.07          # temperature [code]
-    w_intra: float = 1.0       # lambda; 0 leaves the point network as it was drawn [code]
+    w_intra: float = 1.0       # lambda; 0: the point network stays random [code]
     w_inter: float = 1.0       # mu [code]
 
 
 SMALL = dict(                  # --preset small: minutes on two CPU cores; all [ours]
     workers=0, eval_every=50, save_every=100,
     epochs=0, steps=300, batch=2,
-    # D11: with the code's SGD at 0.03 and two frames a step, the first layer became a blur of
-    # brightness within ten steps (`stem` 45 to 2), while L_inter fell as if all were well. Whether
-    # that happens at the code's batch of 32 is not known: look at `stem`.
+    # D11: with the code's SGD at 0.03 and two frames a step, the first layer became a
+    # blur of brightness within ten steps (`stem` 45 to 2), while L_inter fell as if all
+    # were well. Whether that happens at the code's batch of 32 is not known: look at `stem`
     optimiser="adamw", lr=1e-3,
     points=4096, zoom_low=0.75, zoom_high=1.5,
     resnet=18, width=16,
@@ -149,7 +155,8 @@ SMALL = dict(                  # --preset small: minutes on two CPU cores; all [
 def check(cfg):
     """What the flags must satisfy, before anything is written."""
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
-            f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, the other positive")
+            f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
+            "one of them must be 0, the other positive")
     require(cfg.points >= 64 and cfg.points % 32 == 0,
             f"--points {cfg.points}: expected a multiple of 32, at least 64; "
             "a sixteenth is matched, half from each sampler")
@@ -157,22 +164,24 @@ def check(cfg):
             f"--w-intra {cfg.w_intra} and --w-inter {cfg.w_inter}: "
             "expected weights that are not negative and not both 0")
     require(0 <= cfg.scale < 1 and cfg.rotation >= 0,
-            f"--rotation {cfg.rotation}, --scale {cfg.scale}: expected both from 0, scale below 1")
+            f"--rotation {cfg.rotation}, --scale {cfg.scale}: "
+            "neither may be negative, and scale below 1 is expected")
     require(min(cfg.tau, cfg.radius_scale) > 0,
-            f"--tau {cfg.tau} and --radius-scale {cfg.radius_scale}: both must be positive")
+            f"--tau {cfg.tau}, --radius-scale {cfg.radius_scale}: "
+            "both must be positive")
     require(0 < cfg.zoom_low <= cfg.zoom_high,
-            f"--zoom-low {cfg.zoom_low} --zoom-high {cfg.zoom_high}: expected 0 < low <= high")
+            f"--zoom-low {cfg.zoom_low}, --zoom-high {cfg.zoom_high}: "
+            "expected 0 < low <= high")
     require(min(cfg.batch, cfg.pairs, cfg.eval_every, cfg.save_every) >= 1,
             f"--batch {cfg.batch}, --pairs {cfg.pairs}, --eval-every {cfg.eval_every}, "
             f"--save-every {cfg.save_every}: these start at 1")
 
 
-# ---- two views of a cloud: FORK 1, what a frame gives ---------------------------------
+# ---- two views of a cloud: FORK 1, what a frame gives --------------------------------
 
 def random_transform(rng, centre, rotation, scale):
-    """T: turn about the vertical through `centre` (3,), scale about the origin, mirror y. [code]
-
-    Half of the clouds are mirrored, none is shifted. -> (4, 4) float64, mirrored bool.
+    """T: turn about the vertical through `centre` (3,), then scale about the origin,
+    then mirror y half of the time [code]. -> (4, 4) float64, mirrored bool.
     """
     angle = rng.uniform(-rotation, rotation)
     size = rng.uniform(1 - scale, 1 + scale)
@@ -188,11 +197,11 @@ def random_transform(rng, centre, rotation, scale):
 
 
 def farthest_points(xyz, count):
-    """D-FPS: from row 0 on, always the point farthest from those chosen. xyz (n, 3) m -> (count,).
+    """D-FPS: from row 0 on, always the point farthest from those chosen.
 
-    It runs in the loader's workers: numpy in, numpy out. Rotation, mirroring and scaling of the cloud
-    do not change the choice. The choice is greedy: its first k rows are the choice of k, from the
-    cloud or from any larger choice of it.
+    xyz (n, 3) m -> (count,) int64. In the loader's workers: numpy in, numpy out.
+    Rotation, mirroring and scaling of the cloud do not change the choice. It is greedy:
+    its first k rows are the choice of k, from the cloud or from any larger choice of it.
     """
     planes = np.ascontiguousarray(xyz.T, np.float32)        # (3, n)
     parts = np.empty_like(planes)
@@ -213,13 +222,13 @@ def farthest_points(xyz, count):
 class TwoViews:
     """data.loader's augment: draws the points, T, and the size and side of the images.
 
-    What of the sampling needs no feature is done here too, in the worker. -> a Frame with points (n, 5),
-    the same rows for both views, in the order of view alpha, and in extra:
-        a2b (4, 4)                         T
-        order (n,)                         rows of alpha, in the order of beta
-        first_alpha, first_beta (n / 4,)   rows of each view that D-FPS chooses
-        seen (1,)                          how many points of the frame there were to draw from
-    A frame with fewer than n / 64 of them counts as empty: n points far apart, seen 0.
+    The sampling that needs no features is done here too, in the worker. -> Frame with
+    points (n, 5), the same for both views, in the order of view alpha; and with extra
+        a2b (4, 4)                        T
+        order (n,)                        rows of alpha in the order of beta
+        first_alpha, first_beta (n / 4,)  D-FPS of each view
+        seen (1,)                         number of points of the frame to draw from
+    A frame that shows fewer than n / 64 counts as empty: n points far apart, seen 0.
     """
     grid: data.Grid
     points: int
@@ -242,40 +251,47 @@ class TwoViews:
             frame = replace(frame, points=apart.astype(np.float32))
         order = rng.permutation(self.points)
         xyz = frame.points[:, :3]
-        return replace(frame, extra=dict(
+        extra = dict(
             a2b=T.astype(np.float32),
             order=order,
             first_alpha=farthest_points(xyz, self.points // 4),
             first_beta=farthest_points(xyz[order], self.points // 4),
-            seen=np.array([len(rows)])))
+            seen=np.array([len(rows)]),
+        )
+        return replace(frame, extra=extra)
 
     def usable(self, frame):
-        """Rows of the keyframe sweep's points in range that some camera sees, if they are enough."""
+        """Rows of the points to draw from: in range, of the keyframe sweep, seen."""
         xyz = frame.points[:, :3]
         low = np.array(self.grid.low)
         high = np.array(self.grid.high)
         hw = [image.shape[1:] for image in frame.images]
+        # D7: what some camera sees; the paper's clouds are cut to the one it uses. Of Waymo
+        # all five cameras are used (the paper: the front one)
         rows = ((xyz > low) & (xyz < high)).all(1)
-        rows &= data.is_keyframe(frame.points)                                  # D7
-        # D7: as the paper's clouds are cut to its one camera; of Waymo too it takes the front one
+        rows &= data.is_keyframe(frame.points)
         rows &= data.visible_points(frame.points, frame.lidar2img, hw).any(0)
-        # copies of a few points would be neighbours by the million
-        return rows.nonzero()[0] if rows.sum() >= self.points / 64 else np.zeros(0, np.int64)
+        if rows.sum() < self.points / 64:
+            # copies of so few points would be neighbours of each other by the million
+            return np.zeros(0, np.int64)
+        return rows.nonzero()[0]
 
     def resized(self, frame, mirrored, rng):
-        """The frame with its whole images resized by one random factor [code], mirrored as y is. D9"""
+        """D9: the frame with its images resized by a random factor, mirrored like y."""
         factor = min(rng.uniform(*self.zoom, 2))
         boxes = []
         sizes = []
         for image in frame.images:
             h, w = image.shape[1:]
+            H = max(round(h * factor), 1)
+            W = max(round(w * factor), 1)
             boxes.append((0, 0, h, w))
-            sizes.append((max(round(h * factor), 1), max(round(w * factor), 1)))
+            sizes.append((H, W))
         return data.crop_images(frame, boxes, sizes, [mirrored] * len(boxes))
 
 
 def per_frame(batch, name):
-    """What TwoViews left in extra under this name, a row for each frame. -> (B, n or n / 4)."""
+    """An extra of TwoViews, one row for each frame. -> (B, n or n / 4)."""
     return batch.extra[name].view(batch.size, -1)
 
 
@@ -284,18 +300,18 @@ def transform_points(a2b, xyz):
     return xyz @ a2b[:, :3, :3].transpose(1, 2) + a2b[:, None, :3, 3]
 
 
-# ---- the point network ----------------------------------------------------------------
+# ---- the point network ---------------------------------------------------------------
 
 @torch.no_grad()
 def farthest_features(x, count):
-    """F-FPS: the greedy choice of farthest_points among x = (xyz, feature), frame by frame.
+    """F-FPS: the greedy choice of farthest_points in the space of x = (xyz, feature).
 
-    x (B, n, C) -> (B, count) int64.
+    x (B, n, C) -> (B, count) int64, frame by frame.
     """
-    x = x - x.mean(1, keepdim=True)                         # the expanded square cancels less
-    square = x.square().sum(2)                              # (B, n)
+    x = x - x.mean(1, keepdim=True)     # the expanded square below cancels less
+    square = x.square().sum(2)          # (B, n)
     sums = square[:, :, None] + square[:, None]
-    distance = torch.baddbmm(sums, x, x.transpose(1, 2), alpha=-2)  # (B, n, n), squared
+    distance = torch.baddbmm(sums, x, x.transpose(1, 2), alpha=-2)  # (B, n, n) squared
     frames = torch.arange(len(x), device=x.device)
     nearest = torch.full_like(square, math.inf)
     chosen = torch.zeros(len(x), count, dtype=torch.int64, device=x.device)
@@ -307,18 +323,20 @@ def farthest_features(x, count):
 
 @torch.no_grad()
 def ball_query(centres, sources, radii, most):
-    """Neighbours of each centre in spherical shells: the first sources, in their order, in each.
+    """The neighbours of each centre in spherical shells: the first sources, in order.
 
-    A shell holds r_in <= d < r_out; a source at distance 0 is in every shell. Rows with fewer than
-    `most` neighbours are filled up with the first. centres (B, m, 3) m are among sources (B, n, 3),
-    radii increase, most has a number for each -> [(B m, most) int64 rows of the (B n) sources].
+    A shell holds r_in <= d < r_out; a source at distance 0 is in every shell. Fewer than
+    `most` neighbours are filled up with the first. centres (B, m, 3) m are among sources
+    (B, n, 3) m; radii m increase, most has a number for each
+    -> [(B m, most) int64 rows of the (B n) sources].
     """
     (B, m, _), n = centres.shape, sources.shape[1]
     centre, source = nearby(centres, sources, 1.001 * radii[-1])
     offset = sources.flatten(0, 1)[source] - centres.flatten(0, 1)[centre]
     square = offset.square().sum(1)                         # (P,) m^2
     near = (square < radii[-1] ** 2).nonzero()[:, 0]
-    near = near[(centre[near] * (B * n) + source[near]).argsort()]
+    pair = centre[near] * (B * n) + source[near]
+    near = near[pair.argsort()]                             # by centre, then by source
     centre = centre[near]
     source = source[near]
     square = square[near]
@@ -326,9 +344,9 @@ def ball_query(centres, sources, radii, most):
     shells = []
     for inner, outer, count in zip((0.0, *radii), radii, most):
         inside = (square < outer ** 2) & (square >= inner ** 2) | (square == 0)
-        c = centre[inside]                                  # (H,) sorted
-        s = source[inside]                                  # (H,) sorted for each centre
-        first = torch.searchsorted(c, centre_rows)          # (B m,)
+        c = centre[inside]                                  # (S,) sorted
+        s = source[inside]                                  # (S,) sorted for each c
+        first = torch.searchsorted(c, centre_rows)          # (B m,) where each c begins
         rank = torch.arange(len(c), device=c.device) - first[c]
         rows = (rank < count).nonzero()[:, 0]
         neighbours = s[first][:, None].repeat(1, count)
@@ -338,37 +356,42 @@ def ball_query(centres, sources, radii, most):
 
 
 def nearby(centres, sources, width):
-    """Candidate pairs: each centre with the sources in the 3 x 3 x 3 cells around it. [ours]
+    """Each centre with every source of the 3 x 3 x 3 cells around it. [ours]
 
-    centres (B, m, 3), sources (B, n, 3), width of a cell m -> (P,) row of (B m), (P,) row of (B n).
-    Sources are sorted by cell, x fastest, so that three cells along x are one run of sources.
+    centres (B, m, 3) m, sources (B, n, 3) m, width of a cell m -> (P,) row of the (B m)
+    centres, (P,) row of the (B n) sources. Sources are sorted by cell, x fastest: three
+    cells along x are one run of them.
     """
     low = sources.amin((0, 1))
-    cells = ((sources.amax((0, 1)) - low) / width).long() + 3   # a cell of border on every side
-    row = int(cells[0])
-    plane = int(cells[0] * cells[1])
+    high = sources.amax((0, 1))
+    shape = ((high - low) / width).long() + 3               # with a border of cells
+    row = int(shape[0])
+    plane = int(shape[0] * shape[1])
     frames = torch.arange(len(centres), device=centres.device)[:, None]
 
     def key(xyz):
         x, y, z = ((xyz - low) / width).long().unbind(2)
-        return ((frames * cells[2] + z + 1) * plane + (y + 1) * row + x + 1).flatten()
+        plane_of = frames * shape[2] + z + 1
+        return (plane_of * plane + (y + 1) * row + x + 1).flatten()
 
     keys, order = key(sources).sort(stable=True)
     around = [dz * plane + dy * row for dz in (-1, 0, 1) for dy in (-1, 0, 1)]
-    middle = key(centres)[:, None] + torch.tensor(around, device=centres.device)    # (B m, 9)
+    around = torch.tensor(around, device=centres.device)
+    middle = key(centres)[:, None] + around                 # (B m, 9) middles of runs
     begin = torch.searchsorted(keys, middle - 1).flatten()
     end = torch.searchsorted(keys, middle + 1, right=True).flatten()
-    count = end - begin                                     # (9 B m,) sources in each run
-    run = torch.repeat_interleave(count)                    # (P,) the run of each candidate
-    before = count.cumsum(0) - count                        # candidates of earlier runs
-    position = torch.arange(len(run), device=run.device) - before[run]
-    return run // 9, order[begin[run] + position]
+    count = end - begin                                     # (B m 9,)
+    run = torch.repeat_interleave(count)                    # (P,)
+    before = count.cumsum(0) - count                        # candidates in earlier runs
+    place = torch.arange(len(run), device=run.device) - before[run]
+    return run // 9, order[begin[run] + place]
 
 
 def layers(*widths):
     """Linear, batch norm, ReLU between each two widths."""
-    # D6: torch's own initial weights (the code: mmcv's), eps 1e-3 throughout (the code: 1e-5 where
-    # shells are joined). Batch norms over points and pairs count every rank's rows, not only their own
+    # D6: initial weights are torch's (the code: mmcv's), eps is 1e-3 throughout (the
+    # code: 1e-5 where shells are joined). Batch norms over points and pairs count the
+    # rows of every rank (the code: only their own)
     modules = []
     for inputs, outputs in zip(widths, widths[1:]):
         modules.append(nn.Linear(inputs, outputs, bias=False))
@@ -378,7 +401,9 @@ def layers(*widths):
 
 
 class SetAbstraction(nn.Module):
-    """PointNet++: a shared network on the neighbours in each shell, their maximum, a last layer."""
+    """PointNet++: a shared network on the neighbours in each shell, their maximum, and
+    one layer on all shells together.
+    """
 
     def __init__(self, inputs, widths, outputs, radii, most):
         super().__init__()
@@ -389,18 +414,19 @@ class SetAbstraction(nn.Module):
 
     def forward(self, xyz, f, chosen):
         """xyz (B, n, 3) m, f (B, n, C), chosen (B, m) -> xyz (B, m, 3), f (B, m, C')."""
-        centres = xyz.gather(1, chosen[..., None].expand(-1, -1, 3))    # (B, m, 3)
-        sources = torch.cat([xyz, f], 2).flatten(0, 1)                  # (B n, 3 + C)
-        shells = ball_query(centres, xyz, self.radii, self.most)        # [(B m, most)]
+        centres = xyz.gather(1, chosen[..., None].expand(-1, -1, 3))
+        sources = torch.cat([xyz, f], 2).flatten(0, 1)      # (B n, 3 + C)
+        shells = ball_query(centres, xyz, self.radii, self.most)
         out = []
         for network, rows in zip(self.shells, shells):
             # index_select, not x[rows]: its backward is deterministic on a CPU
-            x = sources.index_select(0, rows.flatten()).view(*rows.shape, -1)
-            # D3: as in the two works that the paper cites; the released configuration leaves
-            # coordinates out, and has the intensity alone
-            relative = x[..., :3] - centres.flatten(0, 1)[:, None]      # (B m, most, 3) m
-            x = torch.cat([relative, x[..., 3:]], 2)                    # (B m, most, 3 + C)
-            x = network(x.flatten(0, 1)).view(*rows.shape, -1)          # (B m, most, C'')
+            x = sources.index_select(0, rows.flatten())     # (B m most, 3 + C)
+            x = x.view(*rows.shape, -1)                     # (B m, most, 3 + C)
+            # D3: so do the two works that the paper cites; in the released configuration
+            # the intensity goes in alone
+            relative = x[..., :3] - centres.flatten(0, 1)[:, None]
+            x = torch.cat([relative, x[..., 3:]], 2)
+            x = network(x.flatten(0, 1)).view(*rows.shape, -1)  # (B m, most, C'')
             out.append(x.amax(1))
         return centres, self.aggregate(torch.cat(out, 1)).view(*chosen.shape, -1)
 
@@ -422,34 +448,34 @@ class PointEncoder(nn.Module):
         radii = tuple(radius_scale * radius for radius in RADII[level])
         narrow = (width, width, 2 * width)
         wide = (2 * width, 2 * width, 4 * width)
-        return SetAbstraction(inputs, (narrow, narrow, wide), outputs, radii, NEIGHBOURS[level])
+        widths = (narrow, narrow, wide)
+        return SetAbstraction(inputs, widths, outputs, radii, NEIGHBOURS[level])
 
     def forward(self, points, first):
-        """points (B, n, 4), first (B, n / 4): their D-FPS -> l (B, p, 3) m, f (B, p, 32 w), row (B, p).
-
-        p = n / 16. row: which of the n points each is.
+        """points (B, n, 4), first (B, n / 4) their D-FPS
+        -> l (B, p, 3) m, f (B, p, 32 w), row (B, p) of points that each is; p = n / 16.
         """
         p = points.shape[1] // 16
         # the first p of a D-FPS order are a D-FPS
         spread = torch.arange(p, device=points.device).expand(len(points), p)
         l, f = self.stage1(points[..., :3], points[..., 3:], first)     # D-FPS
         distinct = farthest_features(torch.cat([l, f], 2), p)
-        fused = torch.cat([distinct, spread], 1)                        # FS: F-FPS and D-FPS of all
+        fused = torch.cat([distinct, spread], 1)            # FS: F-FPS and D-FPS of all
         l, f = self.stage2(l, f, fused)
-        # D4: a half from each block, as 3DSSD means it; the code's split is left over from other sizes
+        # D4: a half of each block, as 3DSSD means it. The code's split is not at their
+        # border: it is a left-over of other sizes
         distinct = farthest_features(torch.cat([l, f], 2)[:, :p], p // 2)
         chosen = torch.cat([distinct, p + spread[:, :p // 2]], 1)
         l, f = self.stage3(l, f, chosen)
         return l, f, first.gather(1, fused.gather(1, chosen))
 
 
-# ---- matching -------------------------------------------------------------------------
+# ---- matching ------------------------------------------------------------------------
 
 def greedy_pairs(a, b, *_):
     """Row by row the nearest that is still free. a, b (n, 3) arrays -> (n,) rows of b.
 
-    So does a function of the code that is never called [code]. The paper's text, on Table 5, takes
-    the nearest "and repeats".
+    The code defines it so, each partner once, and never calls it; Table 5's "repeats".
     """
     cost = cdist(a, b)
     pairs = np.zeros(len(a), np.int64)
@@ -459,28 +485,30 @@ def greedy_pairs(a, b, *_):
     return pairs
 
 
-# ---- the method: FORK 2, the losses ---------------------------------------------------
+# ---- the method: FORK 2, the losses --------------------------------------------------
 
 def head(inputs, outputs):
-    """What stands between features and contrast: three layers, each with a batch norm. [code]"""
+    """Three layers between features and contrast, each with a batch norm [code]."""
     return nn.Sequential(mlp(inputs, inputs, inputs, outputs), BatchNorm(outputs))
 
 
 class SimIPU(nn.Module):
-    """Both losses of a batch. camera.resnet is what is kept; the other parts are thrown away."""
+    """Both losses of a batch. camera.resnet is kept, point network and heads are not."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.points = PointEncoder(cfg.width, cfg.radius_scale)
-        # D6: torchvision's ResNet takes RGB with ImageNet's mean and deviation and has its own batch
-        # norms: weights go in and out without a change. Its residual blocks begin as identities
+        # D6: images are RGB with ImageNet's mean and deviation, batch norms are
+        # torchvision's, so that weights go in and out without a change; residual blocks
+        # begin as identities
         self.camera = ResNet(cfg.resnet)
         self.head_intra = head(self.points.channels, cfg.dims)
-        # D1: in the code images are the queries, and the cut is after this head, which so keeps its
-        # random initial weights
+        # D1: here this head learns. In the code image features are the queries and the
+        # cut is after this head, which therefore keeps its random initial weights
         self.head_point = head(self.points.channels, cfg.dims)
         self.head_image = head(self.camera.widths[-1], cfg.dims)
+        # a loss of weight 0 trains nothing
         for part in (self.points, self.head_intra):
             part.requires_grad_(cfg.w_intra > 0)
         for part in (self.camera, self.head_point, self.head_image):
@@ -490,13 +518,13 @@ class SimIPU(nn.Module):
         """-> alpha, beta (B, n, 4), T (B, 4, 4)."""
         alpha = batch.points.view(batch.size, -1, 5)[..., :4]
         T = batch.extra["a2b"].view(-1, 4, 4)
-        moved = transform_points(T, alpha[..., :3])                             # Eq. 1
+        moved = transform_points(T, alpha[..., :3])         # Eq. 1
         moved = torch.cat([moved, alpha[..., 3:]], 2)
         order = per_frame(batch, "order")[..., None].expand(-1, -1, 4)
         return alpha, moved.gather(1, order), T
 
     def matches(self, moved, l_beta, id_alpha, id_beta, batch):
-        """M_1 -> i, j (M,): rows of the (B p) points of view alpha, and their partners in beta."""
+        """M_1, the pairs of Eq. 4. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
         j = self.pair(moved, l_beta, id_alpha, id_beta)
         frame = torch.arange(len(j), device=j.device) // moved.shape[1]
         i = self.capped(frame, batch)
@@ -504,9 +532,10 @@ class SimIPU(nn.Module):
 
     @torch.no_grad()
     def pair(self, moved, l_beta, id_alpha, id_beta):
-        """One-to-one pairs within each frame. -> j (B p,): a row of l_beta for each row of moved.
+        """One-to-one pairs within each frame.
 
-        moved, l_beta (B, p, 3) m; id_alpha, id_beta (B, p): equal for the same point.
+        moved, l_beta (B, p, 3) m, ids (B, p): equal for the same point
+        -> j (B p,) row of l_beta for each row of moved.
         """
         match = pair_points if self.cfg.match == "hungarian" else greedy_pairs
         arrays = [part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta)]
@@ -518,8 +547,11 @@ class SimIPU(nn.Module):
         return torch.as_tensor(j, device=moved.device)
 
     def capped(self, frame, batch):
-        """At most cfg.pairs of these rows, at random, none of an empty frame. frame (N,) -> (M,)."""
-        # D8: the paper's 4096 is the code's 4 frames of 1024
+        """At random cfg.pairs of the rows of frames that are not empty, or all of them.
+
+        frame (N,): the frame of each row -> (M,) rows.
+        """
+        # D8: the paper's number of pairs, 4096, is the code's 4 frames of 1024
         rows = (batch.extra["seen"] > 0)[frame].nonzero()[:, 0]
         rng = frame_rngs(batch.seeds[:1], rows.device)[0]
         return random_subset(self.cfg.pairs, rows, rng)
@@ -527,7 +559,8 @@ class SimIPU(nn.Module):
     def image_features(self, images, hw):
         """images (B K, 3, H, W) uint8, hw (B K, 2) px -> C5 (B K, C, h, w), size (2,) px.
 
-        size is what C5 shows: that of the batch, up to whole cells of stride 32.
+        D5: size is what C5 covers, the batch's H and W up to whole cells of stride 32. The
+        code divides by each image's own.
         """
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
@@ -538,21 +571,22 @@ class SimIPU(nn.Module):
         return c5.float(), size
 
     def seen_points(self, l, batch):
-        """M_2 -> k (M',) rows of the (B p) points, image (M',), uv (M', 2) px: where each lands."""
+        """M_2, the pairs of Eq. 7. -> k (M',) rows of (B p), image (M',), uv (M', 2) px."""
         k, image, uv = self.in_images(l, batch)
         rows = self.capped(k // l.shape[1], batch)
         return k[rows], image[rows], uv[rows]
 
     @torch.no_grad()
     def in_images(self, l, batch):
-        """Where each point lands, in the first image of its frame that shows it; others are left out.
+        """Where each point lands, in the first of its frame's images that shows it.
 
-        l (B, p, 3) m -> row (N,) of (B p), image (N,), uv (N, 2) px.
+        l (B, p, 3) m -> row (N,) of (B p), image (N,), uv (N, 2) px. D5: a point that no
+        camera sees is left out; in the code it reads zeros.
         """
         xyz = l.flatten(0, 1)
         frame = torch.arange(len(xyz), device=l.device) // l.shape[1]
         point, image, uv, _ = project(xyz, frame, batch.lidar2img, batch.hw, batch.size)
-        # D7: of the rows of a point the first, which is of its first image
+        # D7: the first row of each point, which is that of its first image
         row = torch.arange(len(point), device=l.device)
         first = torch.full_like(frame, len(point))
         first.scatter_reduce_(0, point, row, "amin")
@@ -563,43 +597,44 @@ class SimIPU(nn.Module):
         """-> L (), {term: ()}."""
         cfg = self.cfg
 
-        # 1 two views of each cloud through the point network: l (B, p, 3), f (B, p, C), id (B, p)
-        alpha, beta, T = self.views(batch)                      # (B, n, 4) twice, (B, 4, 4)  Eq. 1
-        l_alpha, f_alpha, id_alpha = self.points(alpha, per_frame(batch, "first_alpha"))    # Eq. 2
-        with torch.no_grad():                                   # beta is a constant  D2
+        # 1 two views (B, n, 4) of each cloud -> l (B, p, 3) m, f (B, p, C), id (B, p) of each
+        alpha, beta, T = self.views(batch)                              # Eq. 1
+        l_alpha, f_alpha, id_alpha = self.points(alpha, per_frame(batch, "first_alpha"))  # Eq. 2
+        with torch.no_grad():                               # beta is a constant  D2
             l_beta, f_beta, row_beta = self.points(beta, per_frame(batch, "first_beta"))
-            id_beta = per_frame(batch, "order").gather(1, row_beta)
+            id_beta = per_frame(batch, "order").gather(1, row_beta)     # rows of alpha, too
 
         # 2 intra-modal: pair the points of the views one to one, contrast the pairs
-        moved = transform_points(T, l_alpha)                    # (B, p, 3)
-        i, j = self.matches(moved, l_beta, id_alpha, id_beta, batch)            # (M,)  Eq. 3
+        moved = transform_points(T, l_alpha)                # (B, p, 3) m
+        i, j = self.matches(moved, l_beta, id_alpha, id_beta, batch)    # (M,)  Eq. 3
         z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))     # (M, 128)
         with torch.no_grad():
-            z_beta = self.head_intra(f_beta.flatten(0, 1)[j])   # (M, 128)
-        L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))                 # Eq. 4
+            z_beta = self.head_intra(f_beta.flatten(0, 1)[j])           # (M, 128)
+        L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))         # Eq. 4
 
-        # 3 inter-modal: what does the image say where a point lands? Only the image network learns
-        c5, size = self.image_features(batch.images, batch.hw)  # (B K, C, h, w)  Eq. 5
-        k, image, uv = self.seen_points(l_alpha, batch)         # (M',), (M',), (M', 2) px  Eq. 6
-        f_image = sample_image(c5, image, uv, size)             # (M', C)  Eq. 6  D5
-        z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])            # (M', 128)  D1
-        z_image = self.head_image(f_image)                      # (M', 128)
-        L_inter = mean_rows(info_nce(z_point, z_image, cfg.tau))                # Eq. 7
+        # 3 inter-modal: what the image says where a point lands; only the image learns
+        c5, size = self.image_features(batch.images, batch.hw)          # (B K, C, h, w)  Eq. 5
+        k, image, uv = self.seen_points(l_alpha, batch)     # (M',), (M',), (M', 2) px  Eq. 6
+        f_image = sample_image(c5, image, uv, size)         # (M', C)  Eq. 6, D5
+        z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])    # (M', 128)  D1
+        z_image = self.head_image(f_image)                  # (M', 128)
+        L_inter = mean_rows(info_nce(z_point, z_image, cfg.tau))        # Eq. 7
 
-        L = cfg.w_intra * L_intra + cfg.w_inter * L_inter                       # Eq. 8
+        L = cfg.w_intra * L_intra + cfg.w_inter * L_inter               # Eq. 8
         monitors = self.monitors(T, moved, l_beta, id_alpha, i, j, z_alpha,
                                  image, uv, z_point, z_image)
         return L, dict(L_intra=L_intra, L_inter=L_inter, **monitors)
 
     @torch.no_grad()
-    def monitors(self, T, moved, l_beta, id_alpha, i, j, z_alpha, image, uv, z_point, z_image):
-        """What is logged next to the losses; every name is explained in README. -> {name: ()}."""
+    def monitors(self, T, moved, l_beta, id_alpha, i, j, z_alpha,
+                 image, uv, z_point, z_image):
+        """What is logged next to the losses, as README explains it. -> {name: ()}."""
         frame = i // moved.shape[1]                         # (M,)
         scale = torch.linalg.det(T[:, :3, :3]).abs().pow(1 / 3)
-        distance = (moved.flatten(0, 1)[i] - l_beta.flatten(0, 1)[j]).norm(dim=1)
-        distance = distance / scale[frame]                  # (M,) m in view alpha
-        point = torch.stack([frame, id_alpha.flatten()[i]], 1)          # (M, 2)
-        cell = torch.cat([image[:, None], (uv / 32).long()], 1)         # (M', 3)
+        apart = moved.flatten(0, 1)[i] - l_beta.flatten(0, 1)[j]
+        distance = apart.norm(dim=1) / scale[frame]         # (M,) m in view alpha
+        point = torch.stack([frame, id_alpha.flatten()[i]], 1)      # (M, 2)
+        cell = torch.cat([image[:, None], (uv / 32).long()], 1)     # (M', 3)
         return dict(
             matched_median=quantile(distance, 0.5),
             matched_p90=quantile(distance, 0.9),
@@ -610,7 +645,8 @@ class SimIPU(nn.Module):
             stem=effective_rank(self.camera.resnet.conv1.weight),
             std_alpha=feature_std(z_alpha),
             std_point=feature_std(z_point),
-            std_image=feature_std(z_image))
+            std_image=feature_std(z_image),
+        )
 
 
 def quantile(x, share):
@@ -619,9 +655,8 @@ def quantile(x, share):
 
 
 def log_multiplicity(ids):
-    """Mean over rows of log(number of equal rows): InfoNCE's lower bound if they have equal features.
-
-    ids (M,) or (M, columns) int64 -> ().
+    """Mean over rows of log(rows with the same id): the lower bound of InfoNCE if equal
+    ids have equal features. ids (M,), or (M, ...) where several numbers are one id -> ().
     """
     _, group, count = torch.unique(ids, dim=0, return_inverse=True, return_counts=True)
     return count[group].float().log().sum() / max(len(ids), 1)
@@ -630,8 +665,8 @@ def log_multiplicity(ids):
 def effective_rank(weight):
     """How many directions the filters of a layer share evenly. weight (N, ...) -> ().
 
-    (sum of l)^2 / sum of l^2 over the eigenvalues l of their Gram matrix: N if the filters are
-    orthogonal and of one length, 1 if they are multiples of one.
+    (sum of e)^2 / sum of e^2 over the eigenvalues e of their Gram matrix: N if filters
+    are orthogonal and of one length, 1 if they are multiples of one.
     """
     rows = weight.flatten(1)
     gram = rows @ rows.t()                                  # (N, N)
@@ -639,55 +674,67 @@ def effective_rank(weight):
 
 
 def feature_std(z):
-    """Standard deviation over rows of the unit features, mean over dimensions. z (M, C) -> ().
+    """Standard deviation of the unit features over rows, mean over dimensions.
 
-    0.088 for 128 dimensions that are spread evenly, near 0 if all features collapse.
+    z (M, C) -> (): 0.088 for 128 that are spread evenly, near 0 if all collapse.
     """
-    return F.normalize(z, dim=1).std(0, correction=0).mean() if len(z) else z.new_zeros(())
+    if not len(z):
+        return z.new_zeros(())
+    return F.normalize(z, dim=1).std(0, correction=0).mean()
 
 
-# ---- figure ---------------------------------------------------------------------------
+# ---- figure --------------------------------------------------------------------------
 
 @torch.no_grad()
 def save_figure(model, batch, out):
-    """figures/similarity.png: points of the first frame, and C5's similarity to each."""
-    from matplotlib import colormaps
+    """figures/similarity.png: C5's similarity to three points of each image."""
     model.eval()
-    l, f, _ = model.points(model.views(batch)[0], per_frame(batch, "first_alpha"))
+    alpha, _, _ = model.views(batch)
+    l, f, _ = model.points(alpha, per_frame(batch, "first_alpha"))
     k, image, uv = model.in_images(l, batch)
-    z_point = F.normalize(model.head_point(f[0]), dim=1)                        # (p, 128)
     panels = []
-    for camera in range(min(batch.cameras, 3)):
+    for camera in range(min(batch.cameras, 3)):             # of the first frame
+        one = slice(camera, camera + 1)
         h, w = batch.hw[camera].tolist()
-        pixels = batch.images[camera, :, :h, :w].permute(1, 2, 0).cpu() / 255
-        c5, size = model.image_features(batch.images[camera, None], batch.hw[camera, None])
-        z_image = F.normalize(model.head_image(c5[0].flatten(1).t()), dim=1)    # (h w, 128)
+        c5, size = model.image_features(batch.images[one], batch.hw[one])
+        z_image = model.head_image(c5[0].flatten(1).t())    # (cells, 128)
         rows = (image == camera).nonzero()[:, 0]
         rows = rows[uv[rows, 0].argsort()]                  # from left to right
-        for row in rows[[int(share * len(rows)) for share in (0.15, 0.5, 0.85)]] if len(rows) else []:
-            similarity = (z_image @ z_point[k[row]]).view(1, 1, *c5.shape[-2:])
-            similarity = F.interpolate(similarity, size=size, mode="bilinear")[0, 0, :h, :w]
-            heat = colormaps["turbo"](similarity.cpu().numpy() / 2 + 0.5)[..., :3]
-            panel = overlay((pixels + heat) / 2, uv[row, None].cpu(), "w", 200, marker="+", lw=2)
+        for share in (0.15, 0.5, 0.85) if len(rows) else ():
+            row = rows[int(len(rows) * share)]
+            z_point = model.head_point(f[0, k[row], None])  # (1, 128)
+            heat = F.cosine_similarity(z_point, z_image).view(1, 1, *c5.shape[-2:])
+            heat = F.interpolate(heat, size=size, mode="bilinear")[0, 0, :h, :w]
+            picture = tinted(batch.images[camera, :, :h, :w], heat)
+            panel = overlay(picture, uv[row, None].cpu(), "w", 200, marker="+")
             panels.append((f"camera {camera}: similarity to the point at +", panel))
     if panels:
         figure(Path(out) / "figures" / "similarity.png", panels, 3, (5.0, 2.2))
     model.train()
 
 
-# ---- training -------------------------------------------------------------------------
+def tinted(image, heat):
+    """image (3, H, W) uint8 with the colours of heat (H, W), -1 to 1 -> (H, W, 3), 0 to 1."""
+    from matplotlib import colormaps
+    picture = image.permute(1, 2, 0).cpu().numpy() / 255
+    colours = colormaps["turbo"](heat.cpu().numpy() / 2 + 0.5)
+    return (picture + colours[..., :3]) / 2
+
+
+# ---- training ------------------------------------------------------------------------
 
 def train(rank, world, cfg):
     check(cfg)
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
-    dataset.grid = replace(dataset.grid, sweeps=1)          # D7: TwoViews takes the keyframe only
+    dataset.grid = replace(dataset.grid, sweeps=1)          # D7: no older sweeps
     zoom = (cfg.zoom_low, cfg.zoom_high)
     augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, zoom)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1   # D10
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers,
-                         augment=augment, indices=dataset.split("train")[::every])
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
+                         workers=cfg.workers, augment=augment,
+                         indices=dataset.split("train")[::every])
     val_loader = data.loader(dataset, "val", 2, augment=augment)
 
     # model, optimiser
@@ -697,28 +744,32 @@ def train(rank, world, cfg):
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     device = start(cfg, rank, world)
     model.to(device)
-    parts = nn.ModuleList([model.camera, model.head_intra, model.head_point, model.head_image])
-    opts = [torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points,
-                              betas=(0.95, 0.99), weight_decay=0.01)]           # [code]
+    others = [*model.camera.parameters(), *model.head_intra.parameters(),
+              *model.head_point.parameters(), *model.head_image.parameters()]
+    opt_points = torch.optim.AdamW(model.points.parameters(), lr=cfg.lr_points,
+                                   betas=(0.95, 0.99), weight_decay=0.01)       # [code]
     if cfg.optimiser == "sgd":
-        opts += [torch.optim.SGD(parts.parameters(), lr=cfg.lr,
-                                 momentum=0.9, weight_decay=1e-4)]              # [code]
+        opt_others = torch.optim.SGD(others, lr=cfg.lr,
+                                     momentum=0.9, weight_decay=1e-4)           # [code]
     else:
-        opts += [torch.optim.AdamW(parts.parameters(), lr=cfg.lr, weight_decay=0.01)]  # [ours] D11
+        opt_others = torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.01)    # [ours] D11
+    opts = [opt_points, opt_others]
     net = wrap(model, device, world)
     if cfg.profile:
         return load_tool("profiling").profile(
-            cfg, net, loader, opts, device, rank, 1 / every, points=(model.points, "forward"),
-            camera=(model.camera, "stages"), matching=(model, "pair"))
+            cfg, net, loader, opts, device, rank, 1 / every,
+            points=(model.points, "forward"),
+            camera=(model.camera, "stages"),
+            matching=(model, "pair"))
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
-    first = resume(cfg.out, model, *opts)                   # 0 when there is nothing to resume
+    first = resume(cfg.out, model, *opts)                   # 0 without a checkpoint
     # for fine-tuning: what was seen
     record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     about = f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled"
     run = Run(cfg, rank, world, first, steps, device, about)
-    val_batches = val_loader.first(VAL_BATCHES)             # the same on every rank and for every seed
+    val_batches = val_loader.first(VAL_BATCHES)             # the same for all ranks, seeds
 
     # train
     for step, batch in run.batches(loader, first):
@@ -732,9 +783,11 @@ def train(rank, world, cfg):
         for opt in opts:
             opt.zero_grad()
         loss.backward()
-        # a loss of weight 0 trains nothing: those gradients are None
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr * factor)  # raises if not finite
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)           # none of a loss of weight 0
+        lr = cfg.lr * factor
+        # raises if a number is not finite
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         for opt in opts:
             opt.step()
         stop = run.interrupted()
@@ -745,23 +798,25 @@ def train(rank, world, cfg):
 
     # results
     run.close()
-    # by every rank: means are over all of them
-    terms = evaluate(model, val_batches, device)
-    metrics = {name: round(value, 4) for name, value in terms.items()}
+    metrics = evaluate(model, val_batches, device)          # by every rank: all share means
+    metrics = {name: round(value, 4) for name, value in metrics.items()}
     destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
         shown = val_batches[0].to(device)
         save_figure(model, shown, cfg.out)
-        loss_curves(cfg.out, {"L_intra": (metrics["chance_intra"], metrics["floor_intra"]),
-                              "L_inter": (metrics["chance_inter"], metrics["cell_inter"])})
+        loss_curves(cfg.out, {
+            "L_intra": (metrics["chance_intra"], metrics["floor_intra"]),
+            "L_inter": (metrics["chance_inter"], metrics["cell_inter"]),
+        })
         tool = load_tool("figures")
         if tool:
             tool.simipu_figures(model, shown, cfg.out)
         print(json.dumps(metrics))
-        print("{out}: val L_intra {L_intra} (chance {chance_intra}, floor {floor_intra}), "
-              "L_inter {L_inter} (chance {chance_inter}, one cell {cell_inter})".format(
-                  out=cfg.out, **metrics))
+        print(f"{cfg.out}: val L_intra {metrics['L_intra']} "
+              f"(chance {metrics['chance_intra']}, floor {metrics['floor_intra']}), "
+              f"L_inter {metrics['L_inter']} "
+              f"(chance {metrics['chance_inter']}, one cell {metrics['cell_inter']})")
 
 
 if __name__ == "__main__":
