@@ -25,7 +25,7 @@ simipu_kitti.py; [ours] is what neither says.
                                              features (B, p, C) of p = n / 16 points
     M_1              i, j                    pairs of T(l_alpha) and l_beta       Eq. 3
     F_I              camera.resnet           ResNet, last stage (C5)              Eq. 5
-    M_2; f^gamma     k, image, uv; f_image   points that an image shows; C5 there Eq. 6
+    M_2; f^gamma     k, image, uv; f_image   points an image shows; C5 at these   Eq. 6
     lambda, mu       w_intra, w_inter        weights of the two losses            Eq. 8
     tau              tau                     temperature                          Eq. 4
 
@@ -39,7 +39,7 @@ more than those cells to say it with.
 
 Departures; the reasons stand where the code departs.
   D1  Points ask and images answer, as Eq. 7 is printed; f_alpha is cut before its head.
-  D2  beta is a constant in Eq. 4, as in the code; losses are means over pairs, not sums.
+  D2  beta is a constant in Eq. 4, as in the code (the paper is silent); losses are means.
   D3  Relative coordinates go into every set abstraction; the release leaves them out.
   D4  The last sampling takes half of its points from each block, split at their border.
   D5  C5 is sampled by the padded batch's size; a point that no camera sees has no pair.
@@ -111,7 +111,7 @@ class Config:
 
     # optimisation
     epochs: int = 50           # of 100: all published weights are of epoch 50 [code]
-    steps: int = 0             # where epochs is 0 [ours]
+    steps: int = 0             # of training; 0: epochs decide [ours]
     batch: int = 4             # frames a rank, on 8 ranks [code]
     lr_points: float = 1e-3    # of the point network, AdamW [code]
     optimiser: Literal["sgd", "adamw"] = "sgd"  # of the rest, heads included [code] D11
@@ -122,8 +122,8 @@ class Config:
     points: int = 16384        # drawn of a cloud; a sixteenth of them is matched [code]
     rotation: float = 1.5708   # rad, T turns by U(-rotation, rotation) about z [code]
     scale: float = 0.25        # T scales by U(1 - scale, 1 + scale) [code]
-    zoom_low: float = 0.515    # images are resized by the lower of two draws [code]
-    zoom_high: float = 1.92    # from U(zoom_low, zoom_high) [code]
+    zoom_low: float = 0.515    # least factor by which images are resized [code]
+    zoom_high: float = 1.92    # greatest; the factor is the lower of two draws [code]
 
     # networks
     resnet: Literal[18, 50] = 50  # depth of the image network [paper]
@@ -135,7 +135,7 @@ class Config:
     match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: Table 5 [paper]
     pairs: int = 4096          # most pairs of either loss, a rank [paper] D8
     tau: float = 0.07          # temperature [code]
-    w_intra: float = 1.0       # lambda; 0: the point network stays random [code]
+    w_intra: float = 1.0       # lambda; 0, an ablation: the points' weights stay random [code]
     w_inter: float = 1.0       # mu [code]
 
 
@@ -181,7 +181,9 @@ def check(cfg):
 
 def random_transform(rng, centre, rotation, scale):
     """T: turn about the vertical through `centre` (3,), then scale about the origin,
-    then mirror y half of the time [code]. -> (4, 4) float64, mirrored bool.
+    then mirror y half of the time; no translation is drawn [code].
+
+    -> (4, 4) float64, mirrored bool.
     """
     angle = rng.uniform(-rotation, rotation)
     size = rng.uniform(1 - scale, 1 + scale)
@@ -201,7 +203,7 @@ def farthest_points(xyz, count):
 
     xyz (n, 3) m -> (count,) int64. In the loader's workers: numpy in, numpy out.
     Rotation, mirroring and scaling of the cloud do not change the choice. It is greedy:
-    its first k rows are the choice of k, from the cloud or from any larger choice of it.
+    a choice begins with every shorter one, of the cloud or of any longer choice of it.
     """
     planes = np.ascontiguousarray(xyz.T, np.float32)        # (3, n)
     parts = np.empty_like(planes)
@@ -365,17 +367,17 @@ def nearby(centres, sources, width):
     low = sources.amin((0, 1))
     high = sources.amax((0, 1))
     shape = ((high - low) / width).long() + 3               # with a border of cells
-    row = int(shape[0])
-    plane = int(shape[0] * shape[1])
+    row_size = int(shape[0])
+    plane_size = int(shape[0] * shape[1])
     frames = torch.arange(len(centres), device=centres.device)[:, None]
 
     def key(xyz):
         x, y, z = ((xyz - low) / width).long().unbind(2)
-        plane_of = frames * shape[2] + z + 1
-        return (plane_of * plane + (y + 1) * row + x + 1).flatten()
+        plane = frames * shape[2] + z + 1
+        return (plane * plane_size + (y + 1) * row_size + x + 1).flatten()
 
     keys, order = key(sources).sort(stable=True)
-    around = [dz * plane + dy * row for dz in (-1, 0, 1) for dy in (-1, 0, 1)]
+    around = [dz * plane_size + dy * row_size for dz in (-1, 0, 1) for dy in (-1, 0, 1)]
     around = torch.tensor(around, device=centres.device)
     middle = key(centres)[:, None] + around                 # (B m, 9) middles of runs
     begin = torch.searchsorted(keys, middle - 1).flatten()
@@ -434,17 +436,18 @@ class SetAbstraction(nn.Module):
 class PointEncoder(nn.Module):
     """F_P: three set abstractions, n -> n/4 -> n/8 -> n/16 points. Source: 3DSSD.
 
-    Features of width w: 4 w, 8 w, 32 w, for w = 32: 128, 256, 1024 [code].
+    Their features are 4, 8 and 32 times `width`; of 32: 128, 256, 1024 [code].
     """
 
-    def __init__(self, w, radius_scale):
+    def __init__(self, width, radius_scale):
         super().__init__()
-        self.channels = 32 * w
-        self.stage1 = self.stage(0, 1, w, 4 * w, radius_scale)
-        self.stage2 = self.stage(1, 4 * w, 2 * w, 8 * w, radius_scale)
-        self.stage3 = self.stage(2, 8 * w, 4 * w, 32 * w, radius_scale)
+        self.channels = 32 * width
+        self.stage1 = self.stage(0, 1, width, 4 * width, radius_scale)
+        self.stage2 = self.stage(1, 4 * width, 2 * width, 8 * width, radius_scale)
+        self.stage3 = self.stage(2, 8 * width, 4 * width, 32 * width, radius_scale)
 
     def stage(self, level, inputs, width, outputs, radius_scale):
+        """A set abstraction of RADII[level]; `width` is that of its first layers."""
         radii = tuple(radius_scale * radius for radius in RADII[level])
         narrow = (width, width, 2 * width)
         wide = (2 * width, 2 * width, 4 * width)
@@ -452,8 +455,8 @@ class PointEncoder(nn.Module):
         return SetAbstraction(inputs, widths, outputs, radii, NEIGHBOURS[level])
 
     def forward(self, points, first):
-        """points (B, n, 4), first (B, n / 4) their D-FPS
-        -> l (B, p, 3) m, f (B, p, 32 w), row (B, p) of points that each is; p = n / 16.
+        """points (B, n, 4), first (B, n / 4) their D-FPS -> l (B, p, 3) m, f (B, p, C),
+        row (B, p): which of the points each is. p = n / 16, C = 32 width.
         """
         p = points.shape[1] // 16
         # the first p of a D-FPS order are a D-FPS
@@ -475,7 +478,8 @@ class PointEncoder(nn.Module):
 def greedy_pairs(a, b, *_):
     """Row by row the nearest that is still free. a, b (n, 3) arrays -> (n,) rows of b.
 
-    The code defines it so, each partner once, and never calls it; Table 5's "repeats".
+    The code has it, each partner taken once, and never calls it [code]. Table 5 of the
+    paper takes the nearest "and repeats".
     """
     cost = cdist(a, b)
     pairs = np.zeros(len(a), np.int64)
@@ -547,9 +551,9 @@ class SimIPU(nn.Module):
         return torch.as_tensor(j, device=moved.device)
 
     def capped(self, frame, batch):
-        """At random cfg.pairs of the rows of frames that are not empty, or all of them.
+        """A random cfg.pairs of these rows, or all if they are fewer; none of empty frames.
 
-        frame (N,): the frame of each row -> (M,) rows.
+        frame (N,): which frame each row is of -> (M,) rows.
         """
         # D8: the paper's number of pairs, 4096, is the code's 4 frames of 1024
         rows = (batch.extra["seen"] > 0)[frame].nonzero()[:, 0]
@@ -559,8 +563,8 @@ class SimIPU(nn.Module):
     def image_features(self, images, hw):
         """images (B K, 3, H, W) uint8, hw (B K, 2) px -> C5 (B K, C, h, w), size (2,) px.
 
-        D5: size is what C5 covers, the batch's H and W up to whole cells of stride 32. The
-        code divides by each image's own.
+        D5: size is what C5 covers, the batch's H, W up to whole cells of stride 32.
+        sample_image divides by it, in the area convention; the code by each image's own.
         """
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
@@ -612,7 +616,7 @@ class SimIPU(nn.Module):
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j])           # (M, 128)
         L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))         # Eq. 4
 
-        # 3 inter-modal: what the image says where a point lands; only the image learns
+        # 3 inter-modal: what the image says where a point lands; only the image side learns
         c5, size = self.image_features(batch.images, batch.hw)          # (B K, C, h, w)  Eq. 5
         k, image, uv = self.seen_points(l_alpha, batch)     # (M',), (M',), (M', 2) px  Eq. 6
         f_image = sample_image(c5, image, uv, size)         # (M', C)  Eq. 6, D5
@@ -706,7 +710,7 @@ def save_figure(model, batch, out):
             heat = F.cosine_similarity(z_point, z_image).view(1, 1, *c5.shape[-2:])
             heat = F.interpolate(heat, size=size, mode="bilinear")[0, 0, :h, :w]
             picture = tinted(batch.images[camera, :, :h, :w], heat)
-            panel = overlay(picture, uv[row, None].cpu(), "w", 200, marker="+")
+            panel = overlay(picture, uv[row, None].cpu(), "w", 200, marker="+", linewidths=2)
             panels.append((f"camera {camera}: similarity to the point at +", panel))
     if panels:
         figure(Path(out) / "figures" / "similarity.png", panels, 3, (5.0, 2.2))
@@ -769,7 +773,7 @@ def train(rank, world, cfg):
     record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     about = f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled"
     run = Run(cfg, rank, world, first, steps, device, about)
-    val_batches = val_loader.first(VAL_BATCHES)             # the same for all ranks, seeds
+    val_batches = val_loader.first(VAL_BATCHES)             # the same for every rank and seed
 
     # train
     for step, batch in run.batches(loader, first):
@@ -798,7 +802,7 @@ def train(rank, world, cfg):
 
     # results
     run.close()
-    metrics = evaluate(model, val_batches, device)          # by every rank: all share means
+    metrics = evaluate(model, val_batches, device)          # by every rank: means are of all
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     destroy_group()
     if rank == 0:
