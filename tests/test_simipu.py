@@ -523,7 +523,7 @@ def test_both_losses_match_plain_loops(batch, model):
         L_intra = contrast_in_loops(torch.cat(z_alpha), torch.cat(z_beta), 0.07)    # Eq. 4
         L_inter = contrast_in_loops(torch.cat(z_point), torch.cat(z_image), 0.07)   # Eq. 7
         other_way = contrast_in_loops(torch.cat(z_image), torch.cat(z_point), 0.07)
-    assert abs(other_way - L_inter) > 0.05      # as in the code, not as in Eq. 7 (D1)
+    assert abs(other_way - L_inter) > 0.05      # the code's transpose of Eq. 7 would show (D1)
     assert len(z_alpha) == 2 and len(z_point) > 20
     assert terms["chance_inter"] == pytest.approx(math.log(len(z_point)))
     assert float(terms["L_intra"]) == pytest.approx(L_intra, rel=1e-4)
