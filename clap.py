@@ -1,49 +1,51 @@
 """CLAP (Chen et al., ICLR 2026, arXiv 2412.03059): render what was masked, where surfaces bend.
 
-Camera and LiDAR networks and their fusion are pre-trained jointly: one optimiser, one checkpoint.
-finetune.py --init RUN trains a detector from it.
+Camera and LiDAR networks and their fusion are pre-trained jointly, with one optimiser and
+one checkpoint. Afterwards finetune.py --init RUN trains a detector from it.
 
     python clap.py --data /nuscenes --gpus 8  # the paper's sizes
-    python clap.py                            # the embedded world, minutes on two CPU cores
+    python clap.py                            # the embedded world, minutes on two cores
 
-Read with: common.py, geometry (project, rays), rendering (neus_weights), curvature
-(surface_variation) and the trunk (VoxelResNet, CameraNet, FusionNet); data.py (Batch).
+Read with: common.py, rooms geometry (project, rays), rendering (neus_weights), curvature
+(surface_variation) and trunk (VoxelResNet, CameraNet, FusionNet); data.py (Batch).
 Each loss in plain loops: tests/test_clap.py, test_rendering_losses_in_plain_loops,
 test_render_matches_neus, test_prototype_losses_in_plain_loops, test_sinkhorn_matches_swav.
 
-No code of the authors is public. [paper] marks what the paper's public text states (second-hand
-in part: a reading note, the reviews, the summaries of v1), [sister] the same authors' TREND,
-[code X] the released code of ingredient X, [ours] what none of them says. Only equations 13 and 14
-have a public number, from a review. The other tags say what their equation is about.
+No code of the authors is public. [paper] marks what the paper's public text states
+(second-hand in part: a reading note, the reviews, the summaries of v1), [sister] the same
+authors' TREND, [code X] the released code of ingredient X, [ours] what none of them says.
+Only equations 13 and 14 have a public number, from a review. Elsewhere the tag says what
+the equation is about.
 
-    paper                    here                     meaning
-    P, I, T                  batch.points, .images, .lidar2img
-    P^, I^                   lidar, image             volumes of the two branches: sparse level; dense
-    F^                       fused                    f_fusion(concat(P^, I^))
-    F~                       shallow, table           f^3D(F^); its cells as rows, trilinear between
-    f^SDF, s                 Field.sdf, s             signed distance at a point, scaled units
-    n~                       normal                   unit normal, the SDF's normalised gradient
-    omega                    omega                    sampling weight, of whichever sampler
-    alpha, t, w, h           neus_weights, w, h       opacity, transmittance, weight; sharpness
-    r, c; r~, c~             r, c; r_hat, c_hat       range and colour: measured; rendered
-    K, N_K, d_K              Prototypes.K             512 learnable prototypes of 128 numbers, raw
-    S, Q                     S_P, S_I, Q_P, Q_I       cells against prototypes; Sinkhorn assignment
-    omega_r ... omega_GMM    w_rend ... w_gmm         loss weights, in Config
-    Shapes: B frames, K cameras, N points, M targets, R rays, S samples. b is the frame of each row.
+    paper                 here                  meaning
+    P, I, T               batch                 its points, images, lidar2img
+    P^, I^                lidar, image          volumes of the branches: sparse, dense
+    F^                    fused                 f_fusion(concat(P^, I^))
+    F~                    shallow, table        f^3D(F^); its cells as rows
+    f^SDF, s              Field.sdf, s          signed distance at a point, scaled units
+    n~, omega             normal, omega         unit normal; sampling weight of any sampler
+    alpha, t, w, h        neus_weights, w, h    opacity, transmittance, weight; sharpness
+    r, c; r~, c~          r, c; r_hat, c_hat    range and colour, measured; rendered
+    K, N_K, d_K           K, N_K, dims          512 prototypes of 128 numbers, learnable
+    S, Q                  S_P, S_I, Q_P, Q_I    cells against prototypes; their codes
+    omega_r...omega_GMM   w_rend ... w_gmm      loss weights, in Config
 
-Departures and readings; the reasons stand in the code, at the same numbers:
-  D1  Points are drawn by PCA surface variation; the paper's curvature of the SDF is --sampler sdf.
-  D2  ResNet and a pulled, depth-weighted lift, not Swin; masked pixels take the mean colour.
-  D3  The colour head is three plain layers on feature, geometry and view, without the SDF's gradient.
-  D4  Range targets and curvature are of the keyframe sweep; older sweeps are encoder input only.
-  D5  The range of a section is its middle, the colour the mean of its ends; no renormalisation.
+In shapes: B frames, K cameras, N points, M targets, R rays, S samples of a ray. b is the
+frame of each row. view is a row of batch.images, v and u are a pixel's row and column.
+
+Departures and readings; the reasons are in the code, at the same numbers:
+  D1  Sampling weight is PCA surface variation; the paper's, of the SDF, is --sampler sdf.
+  D2  ResNet and a pulled, depth-weighted lift; masked pixels take the mean colour.
+  D3  The colour head sees feature, geometry and view: no SDF gradient, no position.
+  D4  Targets and curvature are of the keyframe sweep; older sweeps are only input.
+  D5  A section's range is its middle, its colour the mean of its ends.
   D6  L_SwAV has exp(S / tau), not the printed exp(S) / tau; L_EM has no temperature.
-  D7  Prototypes meet cells that hold a visible point and that a camera sees, at most 8192 a frame.
-  D8  Sinkhorn runs in the log domain over the cells of all processes; L_GMM is signed, as printed.
-  D9  Finer samples follow the weights of the coarse ones at h = 64, drawn independently.
+  D7  Prototypes meet cells with a visible point that a camera sees, at most 8192 a frame.
+  D8  Sinkhorn runs in the log domain, over all ranks; L_GMM is signed, as printed.
+  D9  Finer samples follow the coarse ones' own weights at h = 64, drawn independently.
   D10  The fusion is a 1 x 1 x 1 and a 3 x 3 x 3 convolution, the detector's own.
   D11  Ranges and distances are of the scene scaled to +-1, in the losses too.
-  D12  Projection heads are Linear, batch norm, ReLU, Linear; encoders run in bfloat16 on CUDA.
+  D12  Projection heads are Linear, batch norm, ReLU, Linear; bfloat16 encoders on CUDA.
 """
 import json
 import math
@@ -60,13 +62,15 @@ from torch import nn
 
 import data
 from common import (
-    project, rays, box_exit, valid_pixels, inside_boxes, multilinear, gather_weighted,  # geometry
+    project, rays, box_exit, valid_pixels, inside_boxes,  # geometry
+    multilinear, gather_weighted,
     neus_weights, stratified, importance,  # rendering
     perplexity, surface_variation,  # contrast, curvature
     trunk, mlp, conv3d, ravel,  # networks
     all_reduce, mean_rows,  # processes
-    parse, require, launch, start, wrap, resume, save, record_frames, destroy_group, cosine,  # runs
-    Run, evaluate, frame_rngs, figure, loss_curves, load_tool, write_text,
+    parse, require, launch, start, wrap, resume, save, record_frames,  # runs
+    destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
+    load_tool, write_text,
 )
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"  # what backbones.safetensors holds
@@ -91,40 +95,44 @@ class Config:
     profile: int = 0           # steps to time instead of training; 0: train [ours]
 
     # optimisation
-    # x and y also flip with probability 1/2, on KITTI y only [code OpenPCDet]
-    epochs: int = 24           # [ours]; the paper's is unknown; UniPAD 12, PonderV2 24, TREND 48
+    # The paper's epochs are unknown: UniPAD has 12, PonderV2 24, TREND 48. lr is not
+    # rescaled for another batch. x and y also flip with probability 1/2, on KITTI y only
+    # [code OpenPCDet].
+    epochs: int = 24           # 0: steps decide [ours]
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 3             # frames for each rank [sister, on 8 ranks]
-    lr: float = 2e-4           # AdamW, half a cosine to 0; at a global batch of 24 [sister]
+    lr: float = 2e-4           # AdamW, half a cosine to 0; for a global batch of 24 [sister]
     warmup: int = 500          # steps, from lr / 3 [code UniPAD]
     weight_decay: float = 0.01  # prototypes included [code UniPAD, PonderV2]
     clip: float = 35.0         # gradient norm [code UniPAD, OpenPCDet]
-    rotation: float = 0.3927   # rad, U(-rotation, rotation) about z, 22.5 deg [code UniPAD: 0.3925]
+    rotation: float = 0.3927   # rad, 22.5 degrees, U(-r, r) about z [code UniPAD: 0.3925]
     scale: float = 0.05        # scaling U(1 - scale, 1 + scale) [code UniPAD]
 
     # networks
-    # volume, image, fusion and field are 8, 5, 4 and 2 times width wide
-    # [code OpenPCDet, BEVFusion, D10, UniPAD]
+    # LiDAR volume, image volume, fusion and field have 8, 5, 4 and 2 times `width` channels
+    # [code OpenPCDet, BEVFusion, D10, UniPAD].
     resnet: Literal[18, 50] = 50  # image backbone, random initial weights [ours] D2
     width: int = 16            # channels of the first sparse stage [code OpenPCDet]
     bins: int = 118            # depth bins of the lift [code BEVFusion]
 
     # masking
-    mask_points: float = 0.9   # share of the blocks [sister] of 8 x 8 x 8 voxels [code UniPAD]
+    mask_points: float = 0.9   # share [sister] of blocks of 8 x 8 x 8 voxels [code UniPAD]
     mask_pixels: float = 0.3   # share of the patches of 32 x 32 px [code UniPAD]
 
     # curvature sampling
+    # With 16 neighbours half the neighbourhoods of a 32-beam sweep are a line. sigma of the
+    # blur is 0.3 ((blur - 1) / 2 - 1) + 0.8 px, as in torchvision.
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
-    neighbours: int = 32       # of the PCA [ours]; 16 of a 32-beam sweep often lie on a line
+    neighbours: int = 32       # of the PCA, from all sweeps [ours]
     uniform_epochs: float = 4  # N_warmup: epochs of uniform sampling before sdf [paper]
     rays: int = 8192           # N_L, points drawn a frame [paper]
-    pixels: int = 1024         # N_C / cameras, pixels drawn in each camera image [paper]
-    blur: int = 9              # K_gaus, px; sigma = 0.3 ((blur - 1) / 2 - 1) + 0.8 [ours; torchvision]
-    sky: float = 0.4           # top share of rows that uniform sampling leaves out [code UniPAD]
+    pixels: int = 1024         # N_C / cameras, pixels drawn in each image [paper]
+    blur: int = 9              # K_gaus, size of the Gaussian in px [ours]
+    sky: float = 0.4           # top share of rows that uniform leaves out [code UniPAD]
 
     # rendering
-    samples: int = 72          # stratified samples a ray [code UniPAD]; with the next 96 [paper]
-    importance_samples: int = 24  # finer samples a ray [code UniPAD]
+    samples: int = 72          # stratified, of a ray [code UniPAD]; 96 with the next [paper]
+    importance_samples: int = 24  # finer samples of a ray [code UniPAD]
     w_rend: float = 2.0        # omega_r [paper]
     w_surface: float = 0.05    # omega_sur [paper]
     w_colour: float = 0.05     # omega_C [paper]
@@ -148,8 +156,9 @@ SMALL = dict(                  # --preset small: minutes on two CPU cores; all [
     resnet=18, width=8, bins=36,
     uniform_epochs=0.5, rays=1024, pixels=128, samples=32, importance_samples=16,
     w_colour=0.5,              # a few hundred steps at 0.05 leave the colours grey
-    prototypes=64,             # Sinkhorn wants several cells a prototype: a batch has 380, a KITTI
-)                              # frame 240
+    # Sinkhorn wants several cells for each prototype: a batch has 380, a KITTI frame 240
+    prototypes=64,
+)
 
 
 def check(cfg):
@@ -164,55 +173,67 @@ def check(cfg):
     require(min(cfg.batch, cfg.eval_every, cfg.save_every) >= 1,
             f"--batch {cfg.batch}, --eval-every {cfg.eval_every} and "
             f"--save-every {cfg.save_every}: all start at 1")
-    require(all(0 <= share < 1 for share in (cfg.mask_points, cfg.mask_pixels, cfg.sky)),
+    shares = cfg.mask_points, cfg.mask_pixels, cfg.sky
+    require(all(0 <= share < 1 for share in shares),
             f"--mask-points {cfg.mask_points}, --mask-pixels {cfg.mask_pixels} and "
             f"--sky {cfg.sky}: these are shares, from 0 to below 1")
-    require(min(cfg.rays, cfg.pixels, cfg.importance_samples, cfg.blur, cfg.sinkhorn) >= 1,
-            f"--rays {cfg.rays}, --pixels {cfg.pixels}, --importance-samples "
-            f"{cfg.importance_samples}, --blur {cfg.blur} and --sinkhorn {cfg.sinkhorn}: "
-            "all start at 1")
+    counts = cfg.rays, cfg.pixels, cfg.importance_samples, cfg.blur, cfg.sinkhorn
+    require(min(counts) >= 1,
+            f"--rays {cfg.rays}, --pixels {cfg.pixels}, "
+            f"--importance-samples {cfg.importance_samples}, --blur {cfg.blur} and "
+            f"--sinkhorn {cfg.sinkhorn}: all start at 1")
     require(cfg.samples >= 2,
-            f"--samples {cfg.samples}: a section has two ends, so samples start at 2")
+            f"--samples {cfg.samples}: start at 2, a section lies between two samples")
     require(cfg.rotation >= 0 and 0 <= cfg.scale < 1,
-            f"--rotation {cfg.rotation} and --scale {cfg.scale}: from 0, and scale below 1")
+            f"--rotation {cfg.rotation} and --scale {cfg.scale}: "
+            "from 0, and scale below 1")
     require(min(cfg.tau, cfg.epsilon) > 0,
             f"--tau {cfg.tau} and --epsilon {cfg.epsilon}: temperatures are positive")
     require(cfg.neighbours >= 4,
-            f"--neighbours {cfg.neighbours}: three points always lie in a plane, give 4 or more")
+            f"--neighbours {cfg.neighbours}: three points always lie in a plane, "
+            "give 4 or more")
 
 
-# ---- mask ------------------------------------------------------------------------------
+# ---- mask ----------------------------------------------------------------------------
 
 def mask_points(points, b, lidar, share, rngs):
     """Mask whole blocks of 8 x 8 x 8 voxels, in all sweeps alike.
 
-    points (N, 3 or more) m, b (N,), lidar a VoxelResNet -> (N,) bool, True = masked.
+    points (N, 5), b (N,), lidar a VoxelResNet -> (N,) bool, True = masked.
     """
-    low = points.new_tensor(lidar.low)                      # (3,) m
-    block = 8 * points.new_tensor(lidar.voxel)              # (3,) m
-    shape = ((points.new_tensor(lidar.high) - low) / block).ceil().long()  # X, Y, Z
-    masked = [torch.rand(shape.tolist(), generator=rng, device=points.device) < share
-              for rng in rngs]                              # B of (X, Y, Z)
-    x, y, z = ((points[:, :3] - low) / block).long().clamp_min(0).minimum(shape - 1).unbind(1)
-    return torch.stack(masked)[b, x, y, z]                  # the encoder drops points out of range
+    low = points.new_tensor(lidar.low)                  # (3,) m
+    high = points.new_tensor(lidar.high)                # (3,) m
+    block = 8 * points.new_tensor(lidar.voxel)          # (3,) m
+    shape = ((high - low) / block).ceil().long()        # X, Y, Z
+    masked = torch.stack([
+        torch.rand(shape.tolist(), generator=rng, device=points.device) < share
+        for rng in rngs])                               # (B, X, Y, Z)
+    index = ((points[:, :3] - low) / block).long()      # (N, 3)
+    index = index.clamp_min(0).minimum(shape - 1)       # the encoder drops points outside
+    x, y, z = index.unbind(1)
+    return masked[b, x, y, z]
 
 
 def mask_pixels(images, cameras, share, rngs, patch=32):
     """Mask whole patches. images (B K, 3, H, W) -> (B K, H, W) bool, True = masked."""
     H, W = images.shape[-2:]
-    shape = cameras, -(-H // patch), -(-W // patch)         # K, h, w
-    masked = torch.cat([torch.rand(shape, generator=rng, device=images.device) < share
-                        for rng in rngs])                   # (B K, h, w)
-    return masked.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :H, :W]
+    rows = math.ceil(H / patch)
+    columns = math.ceil(W / patch)
+    masked = torch.cat([
+        torch.rand(cameras, rows, columns, generator=rng, device=images.device) < share
+        for rng in rngs])                               # (B K, rows, columns)
+    masked = masked.repeat_interleave(patch, 1)
+    masked = masked.repeat_interleave(patch, 2)
+    return masked[:, :H, :W]
 
 
-# ---- sample where surfaces bend --------------------------------------------------------
+# ---- sample where surfaces bend ------------------------------------------------------
 
 @dataclass(frozen=True)
 class Curvature:
-    """prepare of data.loader: surface variation of each keyframe point, computed once and cached.
+    """data.loader's prepare: surface variation at each keyframe point, 0 at older ones. D4
 
-    The neighbours come from all sweeps. Points of older sweeps get 0. D4
+    The neighbours come from all sweeps. It is computed once a frame and cached.
     """
     neighbours: int
 
@@ -228,33 +249,39 @@ class Curvature:
         return {"points_curvature": curvature}
 
 
-# The three samplers have one signature. xyz (M, 3) m, b (M,), pca (M,) surface variation or None,
-# sdf a function (xyz, b) -> (M,), step in m -> weights (M,) >= 0.
+# The three samplers have one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation
+# or None, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
 
 def pca_curvature(xyz, b, pca, sdf, step):
-    return pca                                              # D1: as this project was asked to
+    return pca                                          # D1: this project was asked for it
 
 
 def sdf_curvature(xyz, b, pca, sdf, step):
     """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s|| [paper, curvature sampling] D1
 
-    A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R. Central differences with
-    `step` ask for 19 distinct values of the field a point.
+    A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R. By central
+    differences of `step`, from 19 distinct values of the field for each point.
     """
-    # D1: the paper does not say which norm. Exact autograd of a trilinear field underestimates it
-    # 3.5 times, hence the differences. The feature is constant beyond the outermost cell centres,
-    # so tilted surfaces look bent within one cell of the box's low faces and two of its high ones.
-    unit = torch.cat([torch.eye(3), -torch.eye(3)]).to(xyz)  # (6, 3): + x y z, - x y z
-    pairs = (unit[:, None] + unit[None]).view(36, 3)
-    offsets, where = torch.unique(pairs, dim=0, return_inverse=True)  # (19, 3) (36,)
+    # D1: the Frobenius norm and the differences are our reading: exact autograd of a
+    # trilinear field underestimates the norm 3.5 times. The feature is constant beyond the
+    # outermost cell centres, so tilted surfaces within one cell of the box's low faces and
+    # two of its high ones look bent.
+    unit = torch.cat([torch.eye(3), -torch.eye(3)])     # (6, 3): + x y z, - x y z
+    pairs = unit[:, None] + unit[None]                  # (6, 6, 3)
+    offsets, where = torch.unique(pairs.view(36, 3), dim=0, return_inverse=True)
+    offsets = offsets.to(xyz)                           # (19, 3)
+    where = where.to(xyz.device)                        # (36,)
     chunk = 4096 if xyz.device.type == "cpu" else 32768
     omega = [xyz.new_zeros(0)]
-    for p, b_p in zip(xyz.split(chunk), b.split(chunk)):    # (m, 3) (m,)
-        samples = (p[:, None] + step * offsets).view(-1, 3)
-        s = sdf(samples, b_p.repeat_interleave(len(offsets))).view(len(p), -1)  # (m, 19)
+    for p, b_p in zip(xyz.split(chunk), b.split(chunk)):
+        around = p[:, None] + step * offsets            # (m, 19, 3)
+        b_around = b_p.repeat_interleave(19)
+        s = sdf(around.view(-1, 3), b_around).view(-1, 19)
         s = s[:, where].view(-1, 6, 6)
-        normal = F.normalize(s[:, :, :3] - s[:, :, 3:], dim=2)  # (m, 6, 3): n~ at p + step unit
-        jacobian = (normal[:, :3] - normal[:, 3:]) / (2 * step)  # (m, 3, 3): row d / d p_i
+        gradient = s[:, :, :3] - s[:, :, 3:]            # (m, 6, 3), times 2 step
+        normal = F.normalize(gradient, dim=2)           # (m, 6, 3): n~ at p + step unit
+        change = normal[:, :3] - normal[:, 3:]
+        jacobian = change / (2 * step)                  # (m, 3, 3): row i is d n~ / d p_i
         omega.append(jacobian.flatten(1).norm(dim=1))
     return torch.cat(omega)
 
@@ -267,31 +294,36 @@ SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weigh
 
 
 def clean_weights(weights):
-    """Make weights safe for torch.multinomial: finite, positive, clipped; uniform if all are zero.
+    """Make weights safe for torch.multinomial: finite, positive, uniform if all are zero.
 
-    They are clipped at their 99th percentile D1 and get a tiny floor [ours]. (M,) -> (M,).
+    They are clipped at their 99th percentile D1 and get a tiny floor [ours]. (M,) -> (M,)
     """
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
         return torch.ones_like(weights)
-    top = weights.sort().values[int(0.99 * (len(weights) - 1))]
+    rank = int(0.99 * (len(weights) - 1))
+    top = weights.sort().values[rank]
     weights = weights.clamp_max(top.clamp_min(1e-12))
     return weights + 1e-6 * weights.mean()
 
 
 def draw_points(weights, b, n, rngs):
-    """Draw at most n rows of each frame, without replacement. weights (M,), b (M,) -> rows (R,)."""
+    """Draw at most n rows of each frame, without replacement.
+
+    weights (M,), b (M,) -> rows (R,).
+    """
     drawn = [b[:0]]
     for frame, rng in enumerate(rngs):
         rows = (b == frame).nonzero()[:, 0]
         if len(rows):
-            picks = torch.multinomial(weights[rows], min(n, len(rows)), generator=rng)
-            drawn.append(rows[picks])
+            count = min(n, len(rows))
+            rows = rows[torch.multinomial(weights[rows], count, generator=rng)]
+            drawn.append(rows)
     return torch.cat(drawn)
 
 
 def pixel_weights(weights, xyz, b, batch, blur):
-    """Spread the weights of points over the images: the largest at each pixel hit, then a Gaussian.
+    """Spread the weights of points over the images by a Gaussian.
 
     weights (M,), xyz (M, 3) m, b (M,) -> (B K, H, W).
     """
@@ -299,73 +331,81 @@ def pixel_weights(weights, xyz, b, batch, blur):
     H, W = batch.images.shape[-2:]
     point, view, uv, _ = project(xyz, b, batch.lidar2img, batch.hw, batch.size)
     u, v = uv.long().unbind(1)
-    flat = weights.new_zeros(count * H * W)
-    flat.scatter_reduce_(0, (view * H + v) * W + u, weights[point], "amax")  # D1: the paper is silent
-    sigma = 0.3 * ((blur - 1) / 2 - 1) + 0.8                # px
-    tap = torch.arange(blur, device=flat.device) - blur // 2
+    pixel = (view * H + v) * W + u
+    hit = weights.new_zeros(count * H * W)              # D1: the largest of a pixel's points
+    hit.scatter_reduce_(0, pixel, weights[point], "amax")
+    half = blur // 2
+    sigma = 0.3 * ((blur - 1) / 2 - 1) + 0.8            # px
+    tap = torch.arange(blur, device=hit.device) - half
     kernel = torch.exp(-0.5 * (tap / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    spread = F.conv2d(flat.view(count, 1, H, W), kernel, padding=(0, blur // 2))
-    spread = F.conv2d(spread, kernel.transpose(2, 3), padding=(blur // 2, 0))[:, 0]
-    spread = spread.clamp_min(0)                            # a transform may round below 0
-    return spread * valid_pixels(batch.hw, (H, W))          # none in the padding
+    kernel = kernel / kernel.sum()
+    spread = hit.view(count, 1, H, W)
+    spread = F.conv2d(spread, kernel.view(1, 1, 1, -1), padding=(0, half))
+    spread = F.conv2d(spread, kernel.view(1, 1, -1, 1), padding=(half, 0))
+    spread = spread[:, 0].clamp_min(0)                  # convolution may round below 0
+    return spread * valid_pixels(batch.hw, (H, W))      # none in the padding
 
 
 def below_sky(batch, sky):
-    """Weight 1 for every pixel below an image's top share `sky`, 0 for padding. -> (B K, H, W)."""
+    """Weight 1 below an image's top share `sky`, 0 above and in padding. -> (B K, H, W)."""
     H, W = batch.images.shape[-2:]
     v = torch.arange(H, device=batch.hw.device)[:, None]
-    below = v >= sky * batch.hw[:, 0, None, None]           # (B K, H, 1)
-    return (valid_pixels(batch.hw, (H, W)) & below).float()
+    below = v >= sky * batch.hw[:, 0, None, None]       # (B K, H, 1)
+    return (below & valid_pixels(batch.hw, (H, W))).float()
 
 
 def draw_pixels(weights, n, rngs):
     """Draw n pixels of each image; those of zero weight are dropped.
 
-    weights (B K, H, W) -> view (R,) row of batch.images, v (R,), u (R,) row and column of the pixel.
+    weights (B K, H, W) -> view (R,), v (R,), u (R,).
     """
-    cameras = len(weights) // len(rngs)
     W = weights.shape[-1]
+    cameras = len(weights) // len(rngs)
     drawn = []
     for frame, rng in enumerate(rngs):
-        part = weights[frame * cameras:(frame + 1) * cameras].flatten(1)  # (K, H W)
-        # multinomial refuses a row of zeros, and returns zero weights where too few are positive
-        positive = part.sum(1, keepdim=True) > 0            # (K, 1)
+        first = frame * cameras
+        part = weights[first:first + cameras].flatten(1)  # (K, H W)
+        # multinomial refuses a row of zeros, and draws zeros where too few are positive
+        positive = part.sum(1, keepdim=True) > 0        # (K, 1)
         filled = torch.where(positive, part, torch.ones_like(part))
-        pixel = torch.multinomial(filled, min(n, part.shape[1]), generator=rng)  # (K, n)
-        k, j = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)
-        pixel = pixel[k, j]
-        drawn.append(torch.stack([k + frame * cameras, pixel // W, pixel % W]))
+        count = min(n, part.shape[1])
+        pixel = torch.multinomial(filled, count, generator=rng)  # (K, n)
+        k, column = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)
+        pixel = pixel[k, column]
+        drawn.append(torch.stack([first + k, pixel // W, pixel % W]))
     return torch.cat(drawn, 1)
 
 
-# ---- field and rendering ---------------------------------------------------------------
+# ---- field and rendering -------------------------------------------------------------
 
 class Field(nn.Module):
     """f^SDF and f^RGB on trilinear features of the volume. Widths of [code UniPAD].
 
-    Coordinates, distances and h are of the scene scaled to +-1. D11 The scaled point enters the
-    first layer, the feature is added before each of the five. No geometric initialisation.
+    Coordinates, distances and h are of the scene scaled to +-1. D11 The scaled point
+    enters the first layer; the feature is added before each of the five. There is no
+    geometric initialisation.
     """
 
     def __init__(self, channels, cells, scale, width=16, depth=5):
         super().__init__()
         self.cells = cells
-        self.scale = scale                                  # scaled units per metre
+        self.scale = scale                              # scaled units per metre
         self.place = nn.Linear(3, width)
-        self.inject = nn.Linear(channels, depth * width)    # the injections of all layers at once
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.inject = nn.Linear(channels, depth * width)  # for all layers, in one product
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.output = nn.Linear(width, 1 + width)
-        # D3: without the SDF's gradient the render path needs no second-order derivative. UniPAD
-        # has four layers and the position too, and adds the feature before the SDF's output also.
+        # D3: without the SDF's gradient the render path needs no second derivative. UniPAD
+        # has four layers that see the position too. Its SDF's feature also enters before
+        # the output, ours before the five hidden layers only.
         self.rgb = nn.Sequential(
             nn.Linear(channels + width + 3, width), nn.ReLU(),
             nn.Linear(width, width), nn.ReLU(),
             nn.Linear(width, 3), nn.Sigmoid())
-        self.sharpness = nn.Parameter(torch.tensor(0.3))    # h = 20.1 at first [code NeuS, UniPAD]
+        self.sharpness = nn.Parameter(torch.tensor(0.3))
 
     @property
     def h(self):
+        """Sharpness of the surface, 20.1 at first [code NeuS, UniPAD]. -> ()"""
         return (10 * self.sharpness).exp().clamp(1e-6, 1e6)
 
     def sdf(self, table, xyz, b):
@@ -373,10 +413,10 @@ class Field(nn.Module):
 
         -> s (M,), geometry (M, 16), feature (M, C).
         """
-        flat, weight = multilinear(self.cells.index(xyz), self.cells.shape)  # (M, 8) each
-        rows = flat + b[:, None] * math.prod(self.cells.shape)
-        feature = gather_weighted(table, rows, weight)      # (M, C)
-        x = self.place(xyz * self.scale)                    # (M, 16)
+        flat, weight = multilinear(self.cells.index(xyz), self.cells.shape)
+        first = b * math.prod(self.cells.shape)         # (M,) of each frame's cells
+        feature = gather_weighted(table, flat + first[:, None], weight)  # (M, C)
+        x = self.place(xyz * self.scale)                # (M, 16)
         injections = self.inject(feature).chunk(len(self.layers), 1)
         for layer, injection in zip(self.layers, injections):
             # beta [code UniPAD]; the threshold saves time and costs 5e-7
@@ -385,57 +425,62 @@ class Field(nn.Module):
         return s[:, 0], geometry, feature
 
     def sdf_along(self, table, origin, direction, b, depth):
-        """The field at samples of rays. depth (R, S) m -> s (R, S), geometry and feature (R S, .)."""
+        """The field at samples of rays. origin, direction (R, 3), b (R,), depth (R, S) m
+
+        -> s (R, S), geometry (R S, 16), feature (R S, C).
+        """
         xyz = origin[:, None] + direction[:, None] * depth[..., None]  # (R, S, 3)
-        b = b.repeat_interleave(depth.shape[1])
-        s, geometry, feature = self.sdf(table, xyz.view(-1, 3), b)
+        b_samples = b.repeat_interleave(depth.shape[1])
+        s, geometry, feature = self.sdf(table, xyz.view(-1, 3), b_samples)
         return s.view_as(depth), geometry, feature
 
     def render(self, table, origin, direction, b, far, jitter, quantile, colour):
         """Range and, if asked, colour along rays [paper, rendering].
 
-        origin, direction (R, 3), b (R,), far (R,) m, jitter (R, S), quantile (R, S') in [0, 1)
-        -> range (R,) m, colour (R, 3) on black or None. Samples lie between NEAR and far, where
-        the ray leaves the volume's box.
+        origin, direction (R, 3), b (R,), far (R,) m: where the ray leaves the volume's
+        box; jitter (R, S), quantile (R, S') in [0, 1): S samples between NEAR and far, S'
+        where a surface is likely -> range (R,) m, colour (R, 3) on black or None.
         """
-        # D9: NeuS estimates the weights at h = 64 [code NeuS, UniPAD] from the steepest of
-        # neighbouring sections, and UniPAD draws evenly spread quantiles.
+        # D9: NeuS estimates the weights from the steepest of neighbouring sections, UniPAD
+        # draws evenly spread quantiles. Both have h = 64 [code NeuS, UniPAD].
         with torch.no_grad():
             coarse = stratified(torch.full_like(far, NEAR), far, jitter)  # (R, S)
             s, _, _ = self.sdf_along(table, origin, direction, b, coarse)
             fine = importance(coarse, neus_weights(s, 64.0), quantile)  # (R, S')
             depth = torch.cat([coarse, fine], 1).sort(1).values  # (R, N), N = S + S'
         s, geometry, feature = self.sdf_along(table, origin, direction, b, depth)
-        w = neus_weights(s, self.h)                         # (R, N - 1): alpha, t, w
-        # D5: the start of a section would shorten every range by half a section (NeuS takes the
-        # middle too). The weights are not renormalised, as printed.
-        r_mid = (depth[:, 1:] + depth[:, :-1]) / 2          # (R, N - 1)
-        r_hat = (w * r_mid).sum(1)                          # (R,): r~ = sum w_n r_n
+        w = neus_weights(s, self.h)                     # (R, N - 1): alpha, t, w
+        # D5: the middle is NeuS's. With the start of its section every range would be half
+        # a section short. The weights are not divided by their sum, as printed.
+        middle = (depth[:, 1:] + depth[:, :-1]) / 2     # (R, N - 1)
+        r_hat = (w * middle).sum(1)                     # (R,): r~ = sum w_n r_n
         if not colour:
             return r_hat, None
         direction = direction.repeat_interleave(depth.shape[1], 0)
-        c = self.rgb(torch.cat([feature, geometry, direction], 1))  # D3
-        c = c.view(*depth.shape, 3)                         # (R, N, 3)
-        c_hat = (w[..., None] * (c[:, 1:] + c[:, :-1]) / 2).sum(1)  # (R, 3): c~ = sum w_n c_n
+        c = self.rgb(torch.cat([feature, geometry, direction], 1))
+        c = c.view(*depth.shape, 3)                     # (R, N, 3)
+        ends = c[:, 1:] + c[:, :-1]                     # (R, N - 1, 3)
+        c_hat = (w[..., None] * ends / 2).sum(1)        # (R, 3): c~ = sum w_n c_n
         return r_hat, c_hat
 
 
-# ---- prototypes ------------------------------------------------------------------------
+# ---- prototypes ----------------------------------------------------------------------
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Assignment codes Q: exp(S / epsilon), scaled as SwAV does. scores (N, N_K) -> (N, N_K).
+    """Codes Q: exp(S / epsilon), scaled to equal shares of all prototypes and rows of sum 1.
 
-    Every prototype gets an equal share, counted over all processes; then every row sums to 1.
+    The order is SwAV's. scores (N, N_K) -> (N, N_K).
     """
-    # D8: exp(S / 0.05) overflows, so everything is a logarithm here.
+    # D8: exp(S / 0.05) overflows, so everything is a logarithm. The shares of prototypes
+    # count the rows of every rank, which may have none.
     log_q = scores / epsilon
     for _ in range(iterations):
-        padded = F.pad(log_q, (0, 0, 0, 1), value=-1e9)     # a process may have no row
+        padded = F.pad(log_q, (0, 0, 0, 1), value=-1e9)
         top = all_reduce(padded.amax(0), torch.distributed.ReduceOp.MAX)  # (N_K,)
-        log_share = all_reduce((log_q - top).exp().sum(0)).log() + top  # (N_K,)
-        log_q = log_q - log_share                           # prototypes; a constant cancels below
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)    # samples
+        share = all_reduce((log_q - top).exp().sum(0))
+        log_q = log_q - (share.log() + top)             # prototypes; a constant cancels
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)  # rows
     return log_q.exp()
 
 
@@ -446,73 +491,78 @@ def entropy(scores):
 
 
 class Prototypes(nn.Module):
-    """One set of prototypes, to which the cells of both modalities are assigned [paper, prototypes]."""
+    """One set of prototypes for the cells of both modalities [paper, prototypes]."""
 
     def __init__(self, cfg, lidar_width, image_width):
         super().__init__()
         self.cfg = cfg
-        # raw: with unit prototypes and tau = 1, L_EM would be inert
+        # not normalised: with unit prototypes and tau = 1, L_EM would be inert
         self.K = nn.Parameter(torch.randn(cfg.prototypes, cfg.dims))
-        # D12: SwAV's heads, which the paper does not describe
+        # D12: the heads are SwAV's; the paper does not describe them
         self.head_lidar = mlp(lidar_width, lidar_width, cfg.dims)
         self.head_image = mlp(image_width, lidar_width, cfg.dims)
 
     def forward(self, lidar, image):
-        """Features of the same N cells, lidar (N, C), image (N, C') -> L_SwAV, L_EM, L_GMM, monitors."""
+        """lidar (N, C), image (N, C'): features of the same N cells
+
+        -> L_SwAV, L_EM, L_GMM (), {monitor: ()}.
+        """
         cfg = self.cfg
-        K = self.K                                          # (N_K, d_K)
+        K = self.K                                      # (N_K, d_K)
         N_K = len(K)
-        S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()  # (N, N_K)  Eq. 13
-        S_I = F.normalize(self.head_image(image), dim=1) @ K.t()  # (N, N_K)  Eq. 14
-        Q_P = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn)      # (N, N_K), no gradient
+        S_P = F.normalize(self.head_lidar(lidar), dim=1) @ K.t()  # (N, N_K) Eq. 13
+        S_I = F.normalize(self.head_image(image), dim=1) @ K.t()  # (N, N_K) Eq. 14
+        Q_P = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn)  # (N, N_K), no gradient
         Q_I = sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)
-        # D6: in the printed softmax tau stands outside the exponential, where it cancels. The two
-        # agree at the paper's tau = 1.
-        log_P = F.log_softmax(S_P / cfg.tau, 1)             # (N, N_K)
+        # D6: as printed, tau stands outside the exponential, where it cancels. The two
+        # readings agree at the paper's tau = 1.
+        log_P = F.log_softmax(S_P / cfg.tau, 1)         # (N, N_K)
         log_I = F.log_softmax(S_I / cfg.tau, 1)
-        L_SwAV = mean_rows(-(Q_I * log_P + Q_P * log_I)) / N_K    # [paper, swapped prediction]
-        L_EM = mean_rows(entropy(S_P) + entropy(S_I)) / N_K       # [paper, EM]
-        G = K @ K.t()                                       # (N_K, N_K)
-        L_GMM = (G.sum() - G.diagonal().sum()) / (N_K * (N_K - 1))  # [paper, Gram] D8
+        L_SwAV = -mean_rows(Q_I * log_P + Q_P * log_I) / N_K  # [paper, swapped prediction]
+        L_EM = mean_rows(entropy(S_P) + entropy(S_I)) / N_K  # [paper, EM]
+        G = K @ K.t()                                   # (N_K, N_K)
+        off_diagonal = G.sum() - G.diagonal().sum()
+        L_GMM = off_diagonal / (N_K * (N_K - 1))        # [paper, Gram] D8
         return L_SwAV, L_EM, L_GMM, self.monitors(S_P, S_I, Q_P)
 
     @torch.no_grad()
     def monitors(self, S_P, S_I, Q_P):
-        """How many prototypes are in use, and how often both modalities choose the same. -> {name: ()}"""
+        """Prototypes in use; how often both modalities choose the same. -> {name: ()}"""
         N_K = len(self.K)
-        best_P = S_P.argmax(1)                              # (N,)
+        best_P = S_P.argmax(1)                          # (N,)
         best_I = S_I.argmax(1)
-        return dict(
-            perplexity_P=perplexity(best_P, N_K),
-            perplexity_I=perplexity(best_I, N_K),
-            perplexity_Q=perplexity(Q_P.argmax(1), N_K),
-            agreement=(best_P == best_I).float().sum() / max(len(S_P), 1),
-            prototype_norm=self.K.norm(dim=1).mean())
+        same = (best_P == best_I).float()
+        return dict(perplexity_P=perplexity(best_P, N_K),
+                    perplexity_I=perplexity(best_I, N_K),
+                    perplexity_Q=perplexity(Q_P.argmax(1), N_K),
+                    agreement=same.sum() / max(len(same), 1),
+                    prototype_norm=self.K.norm(dim=1).mean())
 
 
-# ---- the method ------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------
 
 class CLAP(nn.Module):
-    """Both losses of a batch. Fine-tuning loads lidar, camera and fuse; the rest is thrown away."""
+    """Both losses of a batch. Fine-tuning loads lidar, camera and fuse, and nothing else."""
 
     def __init__(self, cfg, grid):
         super().__init__()
         self.cfg = cfg
         self.grid = grid
-        # D2: the paper has Swin and a lift through T. Here masked pixels take the mean colour (no
-        # mask token), and the lift pulls: depth probability times the number of bins, nothing
-        # beyond the last bin. The volume is 5 x 180 x 180 on nuScenes.
+        width = cfg.width
+        # D2: the paper has Swin and a lift through T. Here masked pixels take the mean
+        # colour (there is no mask token), and the lift pulls: depth probability times the
+        # number of bins, nothing beyond the last. nuScenes' volume is 5 x 180 x 180.
         # D10: the fusion ends with 4 times the first width; the paper does not say.
-        # D12: on CUDA these three run in bfloat16; field, rendering and prototypes in float32.
-        self.lidar, self.camera, self.fuse = trunk(grid, cfg.resnet, cfg.width, cfg.bins)
-        self.shallow = conv3d(4 * cfg.width, 2 * cfg.width, 3)  # f^3D
-        # D11: scaled by its largest x or y (UniPAD). In metres L_range alone would weigh 54 times as
-        # much on nuScenes. The paper does not say.
-        extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))  # m
-        self.field = Field(2 * cfg.width, self.lidar.cells[-1], 1 / extent)
+        # D12: on CUDA these three run in bfloat16, everything below in float32.
+        self.lidar, self.camera, self.fuse = trunk(grid, cfg.resnet, width, cfg.bins)
+        self.shallow = conv3d(4 * width, 2 * width, 3)  # f^3D
+        # D11: the largest x or y becomes 1 (UniPAD). In metres L_range alone would weigh 54
+        # times as much on nuScenes. The paper does not say.
+        extent = max(map(abs, (*grid.low[:2], *grid.high[:2])))  # m
+        self.field = Field(2 * width, self.lidar.cells[-1], 1 / extent)
         self.proto = None
         if cfg.without != "prototypes":
-            self.proto = Prototypes(cfg, 8 * cfg.width, 5 * cfg.width)
+            self.proto = Prototypes(cfg, 8 * width, 5 * width)
 
     def draw_masks(self, batch, rngs):
         """The masks of each frame, from its own random stream; True = masked.
@@ -520,46 +570,54 @@ class CLAP(nn.Module):
         -> points (N,) bool, pixels (B K, H, W) bool.
         """
         cfg = self.cfg
-        masked = mask_points(batch.points, batch.b_points, self.lidar, cfg.mask_points, rngs)
+        masked = mask_points(batch.points, batch.b_points, self.lidar,
+                             cfg.mask_points, rngs)
         masked_px = mask_pixels(batch.images, batch.cameras, cfg.mask_pixels, rngs)
         return masked, masked_px
 
     def encode(self, batch, masked, masked_px):
-        """masked (N,), masked_px (B K, H, W) bool, True = masked -> what both branches make of the rest:
+        """masked (N,), masked_px (B K, H, W) bool, True = masked
 
-        F~ as a table (B Z Y X, C), lidar Level, image volume (B, C', Z, Y, X), seen (B, Z, Y, X).
+        -> F~ as a table (B Z Y X, C), lidar Level, image (B, C', Z, Y, X) and seen
+        (B, Z, Y, X) bool: the cells that some camera sees.
         """
-        lidar = self.lidar(batch.points[~masked], batch.b_points[~masked])[-1]  # P^, sparse
-        image, seen = self.camera(batch, self.lidar.cells[-1], masked_px)  # I^
-        fused = self.fuse(lidar.dense(batch.size), image)   # F^ (B, 4 width, Z, Y, X)
-        shallow = self.shallow(fused)                       # F~, in float32: sdf_curvature subtracts
-        table = shallow.permute(0, 2, 3, 4, 1).reshape(-1, shallow.shape[1])
+        points = batch.points[~masked]
+        b = batch.b_points[~masked]
+        lidar = self.lidar(points, b)[-1]               # P^, sparse
+        image, seen = self.camera(batch, lidar.cells, masked_px)  # I^
+        fused = self.fuse(lidar.dense(batch.size), image)  # F^ (B, 4 width, Z, Y, X)
+        # not in bfloat16: the sdf sampler takes second differences of it
+        shallow = self.shallow(fused)                   # F~ (B, 2 width, Z, Y, X)
+        table = shallow.permute(0, 2, 3, 4, 1).flatten(0, 3)
         return table, lidar, image, seen
 
     def targets(self, batch):
-        """Keyframe points in the box and not too close: rows of batch.points, direction, range.
+        """Keyframe points in the box and not too close.
 
-        -> rows (M,), direction (M, 3), r (M,) m from where the LiDAR stands.
+        -> rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's place.
         """
-        # D4: older sweeps were shot from elsewhere. Rays start where the LiDAR stands at the frame's
-        # time, also to points that a reader has moved to it. (The paper draws about one point in a
-        # hundred, which fits all ten sweeps better than one.)
+        # D4: older sweeps were shot from elsewhere. Rays start where the LiDAR stands at
+        # the frame's time, also to points that a reader has moved to it. (The paper draws
+        # about one point in a hundred, which fits all ten sweeps better than one.)
         away = batch.points[:, :3] - batch.origin[batch.b_points]  # (N, 3)
-        r = away.norm(dim=1)
+        r = away.norm(dim=1)                            # (N,)
         keyframe = batch.points[:, 4] == 0
-        rows = (self.lidar.inside(batch.points) & keyframe & (r > CLOSE)).nonzero()[:, 0]
-        return rows, away[rows] / r[rows, None], r[rows]
+        valid = self.lidar.inside(batch.points) & keyframe & (r > CLOSE)
+        rows = valid.nonzero()[:, 0]
+        r = r[rows]
+        return rows, away[rows] / r[:, None], r
 
     @torch.no_grad()
     def sampling_weights(self, table, batch, rows, sampler):
-        """The sampler's weight of each of these points, cleaned frame by frame. rows (M,) -> (M,)."""
+        """The sampler's weight of points, cleaned frame by frame. rows (M,) -> (M,)"""
         def sdf(xyz, b):
             return self.field.sdf(table, xyz, b)[0]
 
+        xyz = batch.points[rows, :3]
         b = batch.b_points[rows]
         pca = batch.extra["points_curvature"][rows] if sampler == "pca" else None
-        step = self.lidar.cells[-1].step[0] / 2             # m, half a cell [ours]
-        omega = SAMPLERS[sampler](batch.points[rows, :3], b, pca, sdf, step)
+        half_cell = self.lidar.cells[-1].step[0] / 2    # m, step of the differences [ours]
+        omega = SAMPLERS[sampler](xyz, b, pca, sdf, half_cell)
         cleaned = torch.empty_like(omega)
         for frame in b.unique().tolist():
             cleaned[b == frame] = clean_weights(omega[b == frame])
@@ -567,71 +625,74 @@ class CLAP(nn.Module):
 
     @torch.no_grad()
     def pixel_maps(self, omega, xyz, b, batch, sampler):
-        """Weight of every pixel: the points' own, spread; below the sky equal if uniform.
-
-        -> (B K, H, W).
-        """
+        """Weight of every pixel: the points' own, spread, or uniform. -> (B K, H, W)"""
         if sampler == "uniform":
             return below_sky(batch, self.cfg.sky)
         return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
 
     def ray_noise(self, b, rngs):
-        """Random numbers of rays in frame order, from each ray's frame. b (R,) -> (R, S + S')."""
+        """Random numbers for rays in frame order, of each frame's own. (R,) -> (R, S + S')"""
         width = self.cfg.samples + self.cfg.importance_samples
         counts = torch.bincount(b, minlength=len(rngs)).tolist()  # rays of each frame
         return torch.cat([torch.rand(n, width, generator=rng, device=b.device)
                           for n, rng in zip(counts, rngs)])
 
     def render(self, table, origin, direction, b, rngs, colour):
-        """Range and colour along rays, which must be in frame order. origin, direction (R, 3), b (R,)
+        """Range and colour along rays. origin, direction (R, 3), b (R,) in frame order
 
-        -> range (R',) m, colour (R', 3) or None, met (R,) bool with R' true: rays that leave the
-        box before NEAR are dropped. Without gradient 8192 rays at a time.
+        -> range (R',) m, colour (R', 3) or None, met (R,) bool with R' true: rays that
+        leave the box before NEAR are dropped. Without gradient 8192 rays at a time.
         """
-        noise = self.ray_noise(b, rngs)                     # (R, S + S')
+        noise = self.ray_noise(b, rngs)                 # (R, S + S')
         far = box_exit(origin, direction, self.grid.low, self.grid.high)  # (R,) m
         met = far > NEAR
-        rows = met.nonzero()[:, 0]                          # (R',)
+        rows = met.nonzero()[:, 0]                      # (R',)
         chunk = max(len(rows), 1) if torch.is_grad_enabled() else 8192
         ranges = []
         colours = []
         for part in rows.split(chunk):
             jitter, quantile = noise[part].tensor_split([self.cfg.samples], 1)
-            r, c = self.field.render(table, origin[part], direction[part], b[part], far[part],
-                                     jitter, quantile, colour)
+            r, c = self.field.render(table, origin[part], direction[part], b[part],
+                                     far[part], jitter, quantile, colour)
             ranges.append(r)
             colours.append(c)
         return torch.cat(ranges), torch.cat(colours) if colour else None, met
 
     def render_pixels(self, table, batch, view, v, u, rngs):
-        """Colour of pixels, true and rendered. view, v, u (R,) -> c, c_hat (R', 3) of rays that meet the box."""
-        uv = torch.stack([u, v], 1) + 0.5                   # (R, 2) px, pixel centres
+        """Colour of pixels, true and rendered, where the ray meets the box.
+
+        view, v, u (R,) -> c, c_hat (R', 3).
+        """
+        uv = torch.stack([u, v], 1) + 0.5               # (R, 2) px, pixel centres
         origin, direction = rays(uv, view, batch.lidar2img)
         b = view // batch.cameras
         _, c_hat, met = self.render(table, origin, direction, b, rngs, colour=True)
-        c = batch.images[view, :, v, u].float()[met] / 255
-        return c, c_hat
+        c = batch.images[view, :, v, u].float()         # (R, 3)
+        return c[met] / 255, c_hat
 
     @torch.no_grad()
     def shared_cells(self, lidar, seen, points, b_points, rngs, most=8192):
-        """Sparse sites whose own cell holds a visible point and that some camera sees. D7
+        """Sparse sites whose own cell holds a visible point and that a camera sees. D7
 
-        lidar a Level of V sites, seen (B, Z, Y, X) bool, points (N, 5) and b_points (N,) visible
+        lidar a Level of V sites, seen (B, Z, Y, X) bool, points (N, 5), b_points (N,)
         -> rows (N_3D,) of the level, at most `most` random ones a frame [ours].
         """
-        # D7: the paper does not say which cells. The sparse encoder's last sites are three to four
-        # times as many: strided convolutions spread each point over its neighbours.
+        # D7: the paper does not say which. The encoder's last sites are three to four times
+        # as many: strided convolutions spread each point over its neighbours.
         cells = lidar.cells
         inside = self.lidar.inside(points)
-        zyx = cells.index(points[inside, :3]).round().long().clamp_min(0)
-        zyx = zyx.minimum(zyx.new_tensor(cells.shape) - 1)  # the outer half of a border cell
-        keys = ravel(torch.cat([b_points[inside, None], zyx], 1), cells.shape)
-        occupied = torch.zeros_like(seen).flatten()
-        occupied[keys.long()] = True
-        shared = (seen.flatten() & occupied)[ravel(lidar.coords, cells.shape).long()]  # (V,)
+        zyx = cells.index(points[inside, :3]).round().long()
+        last = zyx.new_tensor(cells.shape) - 1
+        zyx = zyx.clamp_min(0).minimum(last)            # the outer half of a border cell
+        bzyx = torch.cat([b_points[inside, None], zyx], 1)
+        occupied = torch.zeros_like(seen).flatten()     # (B Z Y X,)
+        occupied[ravel(bzyx, cells.shape).long()] = True
+        shared = seen.flatten() & occupied
+        shared = shared[ravel(lidar.coords, cells.shape).long()]  # (V,)
+        b = lidar.coords[:, 0]
         drawn = []
         for frame, rng in enumerate(rngs):
-            rows = (shared & (lidar.coords[:, 0] == frame)).nonzero()[:, 0]
+            rows = (shared & (b == frame)).nonzero()[:, 0]
             order = torch.randperm(len(rows), generator=rng, device=rows.device)
             drawn.append(rows[order[:most]])
         return torch.cat(drawn)
@@ -643,49 +704,50 @@ class CLAP(nn.Module):
         sampler = "uniform" if uniform else cfg.sampler
 
         # 1 both branches see what is left of the same frame
-        masked, masked_px = self.draw_masks(batch, rngs)                # (N,) (B K, H, W)
+        masked, masked_px = self.draw_masks(batch, rngs)        # (N,) (B K, H, W)
         table, lidar, image, seen = self.encode(batch, masked, masked_px)
 
         # 2 curvature sampling: points by omega, pixels by omega spread over the images
-        rows, direction, r = self.targets(batch)                        # (M,) (M, 3) (M,)
-        omega = self.sampling_weights(table, batch, rows, sampler)      # (M,)
-        xyz, b = batch.points[rows, :3], batch.b_points[rows]           # (M, 3) (M,)
-        maps = self.pixel_maps(omega, xyz, b, batch, sampler)           # (B K, H, W)
-        drawn = draw_points(omega, b, cfg.rays, rngs)                   # (R,), R <= B N_L
-        view, v, u = draw_pixels(maps, cfg.pixels, rngs)                # (R',), R' <= B N_C
+        rows, direction, r = self.targets(batch)                # (M,) (M, 3) (M,)
+        xyz, b = batch.points[rows, :3], batch.b_points[rows]   # (M, 3) (M,)
+        omega = self.sampling_weights(table, batch, rows, sampler)  # (M,)
+        maps = self.pixel_maps(omega, xyz, b, batch, sampler)   # (B K, H, W)
+        drawn = draw_points(omega, b, cfg.rays, rngs)           # (R,), R <= B N_L
+        view, v, u = draw_pixels(maps, cfg.pixels, rngs)        # (R',), R' <= B N_C
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
 
         # 3 render range along LiDAR rays and colour along camera rays
-        r_hat, _, _ = self.render(table, batch.origin[b], direction, b, rngs, colour=False)
-        s, _, _ = self.field.sdf(table, xyz, b)                         # (R,), 0 on a surface
-        c, c_hat = self.render_pixels(table, batch, view, v, u, rngs)   # (R'', 3), R'' <= R'
-        L_range = mean_rows((r - r_hat).abs()) * self.field.scale       # [paper, rendering] D11
-        L_surface = mean_rows(s.abs())                                  # [paper, rendering]
-        L_colour = mean_rows((c - c_hat).abs()) / 3                     # [paper, rendering]
+        origin = batch.origin[b]                                # (R, 3)
+        r_hat, _, _ = self.render(table, origin, direction, b, rngs, colour=False)
+        s, _, _ = self.field.sdf(table, xyz, b)                 # (R,), 0 on a surface
+        c, c_hat = self.render_pixels(table, batch, view, v, u, rngs)  # (R'', 3)
+        L_range = mean_rows((r - r_hat).abs()) * self.field.scale  # [paper, rendering] D11
+        L_surface = mean_rows(s.abs())                          # [paper, rendering]
+        L_colour = mean_rows((c - c_hat).abs()) / 3             # [paper, rendering]
         L_rend = L_range + cfg.w_surface * L_surface + cfg.w_colour * L_colour  # [paper]
-        L = cfg.w_rend * L_rend                                         # [paper, total loss]
-        terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface, L_colour=L_colour,
-                     h=self.field.h)
+        L = cfg.w_rend * L_rend                                 # [paper, total loss]
+        terms = dict(L_rend=L_rend, L_range=L_range, L_surface=L_surface,
+                     L_colour=L_colour, h=self.field.h)
 
         # 4 prototypes: of a cell that both modalities see, each predicts the other's code
         if self.proto is not None:
-            visible, b_visible = batch.points[~masked], batch.b_points[~masked]
-            cell = self.shared_cells(lidar, seen, visible, b_visible, rngs)  # (N_3D,) D7
-            b_cell, z, y, x = lidar.coords[cell].unbind(1)              # (N_3D,) each
-            f_lidar = lidar.features[cell]                              # (N_3D, C)
-            f_image = image[b_cell, :, z, y, x]                         # (N_3D, C')
+            points, b_points = batch.points[~masked], batch.b_points[~masked]
+            cell = self.shared_cells(lidar, seen, points, b_points, rngs)  # (N_3D,) D7
+            b_cell, z, y, x = lidar.coords[cell].unbind(1)
+            f_lidar = lidar.features[cell]                      # (N_3D, C)
+            f_image = image[b_cell, :, z, y, x]                 # (N_3D, C')
             L_SwAV, L_EM, L_GMM, monitors = self.proto(f_lidar, f_image)
             L_proto = cfg.w_swav * L_SwAV + cfg.w_em * L_EM + cfg.w_gmm * L_GMM  # [paper]
-            L = L + cfg.w_proto * L_proto                               # [paper, total loss]
+            L = L + cfg.w_proto * L_proto                       # [paper, total loss]
             terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM,
                           cells=float(len(cell)), **monitors)
         return L, terms | self.sampling_stats(batch, xyz, b)
 
     @torch.no_grad()
     def sampling_stats(self, batch, xyz, b):
-        """Which share of the drawn points lies within 0.3 m of a flat road, and in labelled boxes.
+        """Share of the drawn points within 0.3 m of a flat road, and in labelled boxes.
 
-        Labels are read for this monitor only. xyz (R, 3) m, b (R,) -> {name: ()}.
+        Labels are read for this monitor only. xyz (R, 3) m, b (R,) -> {name: ()}
         """
         count = max(len(xyz), 1)
         on_ground = (xyz[:, 2] - self.grid.ground).abs() < 0.3  # (R,)
@@ -696,14 +758,14 @@ class CLAP(nn.Module):
         return stats
 
 
-# ---- val errors ------------------------------------------------------------------------
+# ---- val errors ----------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_errors(model, batches, device):
-    """Mean absolute errors on val frames under the training mask: ranges in m, colours in [0, 1].
+    """Mean absolute errors on val frames under the training mask, in m, colours in [0, 1].
 
-    range_hidden, range_visible: rays whose point was masked, was visible. On the masked ones also
-    two guesses, beam_mean and nearest_ray. None where no ray is left. -> {name: float or None}
+    range_hidden and range_visible are of rays whose point was masked, or not. beam_mean
+    and nearest_ray are guesses for the masked ones. None: no such ray. -> {name: float}
     """
     model.eval()
     ray_table = []
@@ -714,58 +776,64 @@ def held_out_errors(model, batches, device):
         masked, masked_px = model.draw_masks(batch, rngs)
         table = model.encode(batch, masked, masked_px)[0]
         ray_table.append(val_rays(model, table, batch, masked, rngs))
-        pixels = val_pixels(model, table, batch, rngs)
-        c, c_hat = model.render_pixels(table, batch, *pixels, frame_rngs(batch.seeds, device))
+        view, v, u = val_pixels(model, table, batch, rngs)
+        noise = frame_rngs(batch.seeds, device)
+        c, c_hat = model.render_pixels(table, batch, view, v, u, noise)
         colour_errors.append((c - c_hat).abs().mean(1))
     model.train()
     elevation, r, hidden, error, error_near = torch.cat(ray_table).cpu().double().unbind(1)
     hidden = hidden.bool()
     error_beam = (r - beam_mean(elevation, r)).abs()
-    return rounded(
-        range_hidden=error[hidden].mean(), range_visible=error[~hidden].mean(),
-        beam_mean=error_beam[hidden].mean(), nearest_ray=error_near[hidden].nanmean(),
-        colour=torch.cat(colour_errors).cpu().double().mean())
+    return rounded(range_hidden=error[hidden].mean(), range_visible=error[~hidden].mean(),
+                   beam_mean=error_beam[hidden].mean(),
+                   nearest_ray=error_near[hidden].nanmean(),
+                   colour=torch.cat(colour_errors).cpu().double().mean())
 
 
 def val_rays(model, table, batch, masked, rngs):
-    """Every range target of a batch: elevation in rad, range in m, 1 where the point was masked,
+    """Elevation in rad, range in m, whether the point was masked, and two errors in m.
 
-    and the absolute errors in m of the rendered range and of the nearest visible ray. -> (M, 5)
+    The errors are of the rendered range and of the nearest visible ray. -> (M, 5)
     """
     rows, direction, r = model.targets(batch)
     b = batch.b_points[rows]
+    hidden = masked[rows]
     r_hat, _, _ = model.render(table, batch.origin[b], direction, b, rngs, colour=False)
-    r_near = nearest_visible(direction, r, b, masked[rows])
+    r_near = nearest_visible(direction, r, b, hidden)
     if batch.size > 1:
-        model.ray_noise(b, rngs)  # clap_diagnostics draws it for range_swapped: the same pixels follow
+        # tests/figures.py renders once more (range_swapped) and draws the same pixels then
+        model.ray_noise(b, rngs)
     elevation = direction[:, 2].asin()
-    errors = (r - r_hat).abs(), (r - r_near).abs()
-    return torch.stack([elevation, r, masked[rows].float(), *errors], 1)
+    error = (r - r_hat).abs()
+    error_near = (r - r_near).abs()
+    return torch.stack([elevation, r, hidden.float(), error, error_near], 1)
 
 
 def val_pixels(model, table, batch, rngs):
-    """Pixels of a batch, drawn as in training, masked or not. -> view, v, u (R,)."""
+    """Pixels of a batch, drawn as in training, masked or not. -> view, v, u (R,)"""
     cfg = model.cfg
     rows, _, _ = model.targets(batch)
-    omega = model.sampling_weights(table, batch, rows, cfg.sampler)
     xyz = batch.points[rows, :3]
-    maps = model.pixel_maps(omega, xyz, batch.b_points[rows], batch, cfg.sampler)
+    b = batch.b_points[rows]
+    omega = model.sampling_weights(table, batch, rows, cfg.sampler)
+    maps = model.pixel_maps(omega, xyz, b, batch, cfg.sampler)
     return draw_pixels(maps, cfg.pixels, rngs)
 
 
 def beam_mean(elevation, r):
-    """Mean range in each ray's half degree of elevation, on nuScenes its beam.
+    """Mean range in each ray's half degree of elevation, which is its beam on nuScenes.
 
-    It is a mean over these very rays, which flatters it. elevation (M,) rad, r (M,) m -> (M,) m.
+    The mean is over these very rays, which flatters it. (M,) rad, (M,) m -> (M,) m
     """
-    half_degrees = (elevation.rad2deg() * 2).round()
-    _, beam, count = torch.unique(half_degrees, return_inverse=True, return_counts=True)
-    total = torch.zeros(len(count), dtype=r.dtype).index_add_(0, beam, r)
+    half_degree = (elevation.rad2deg() * 2).round()
+    _, beam, count = torch.unique(half_degree, return_inverse=True, return_counts=True)
+    total = torch.zeros(len(count), dtype=r.dtype)
+    total.index_add_(0, beam, r)
     return (total / count)[beam]
 
 
 def nearest_visible(direction, r, b, masked):
-    """Range of the angularly nearest visible ray of the same frame; nan where it has none. -> (M,)."""
+    """Range of the nearest visible ray of the frame, in angle; nan: none. -> (M,) m"""
     nearest = torch.full_like(r, math.nan)
     for frame in b.unique().tolist():
         rows = (b == frame).nonzero()[:, 0]
@@ -773,20 +841,22 @@ def nearest_visible(direction, r, b, masked):
         if len(visible):
             tree = cKDTree(direction[visible].cpu().numpy())
             _, neighbour = tree.query(direction[rows].cpu().numpy())
-            nearest[rows] = r[visible[torch.as_tensor(neighbour, device=r.device)]]
+            neighbour = torch.as_tensor(neighbour, device=r.device)
+            nearest[rows] = r[visible[neighbour]]
     return nearest
 
 
 def rounded(**metrics):
-    """Four digits after the point, None for a mean over nothing. {name: ()} -> {name: float}."""
-    return {k: round(float(v), 4) if v.isfinite() else None for k, v in metrics.items()}
+    """Four digits after the point; None for a mean over nothing. -> {name: float}"""
+    return {name: round(float(value), 4) if value.isfinite() else None
+            for name, value in metrics.items()}
 
 
-# ---- figure ----------------------------------------------------------------------------
+# ---- figure --------------------------------------------------------------------------
 
 @torch.no_grad()
 def save_figure(model, batch, out):
-    """figures/rendered.png: range and colour of a val batch's first frame, true, masked, rendered."""
+    """figures/rendered.png: range and colour of the first frame: true, visible, rendered."""
     model.eval()
     rngs = frame_rngs(batch.seeds, batch.points.device)
     masked, masked_px = model.draw_masks(batch, rngs)
@@ -796,51 +866,53 @@ def save_figure(model, batch, out):
     r_hat, _, _ = model.render(table, batch.origin[b], direction, b, rngs, colour=False)
     first = b == 0
     visible = first & ~masked[rows]
-    look = dict(cmap="turbo", vmin=0, vmax=float(r[first].max()), aspect="auto",
-                interpolation="nearest")
-    panels = [("range, m: truth", range_image(direction[first], r[first]), look),
-              ("visible to the encoder", range_image(direction[visible], r[visible]), look),
-              ("rendered", range_image(direction[first], r_hat[first]), look)]
+    style = dict(cmap="turbo", vmin=0, vmax=float(r[first].max()), aspect="auto",
+                 interpolation="nearest")
+    panels = [("range, m: truth", range_image(direction[first], r[first]), style),
+              ("visible", range_image(direction[visible], r[visible]), style),
+              ("rendered", range_image(direction[first], r_hat[first]), style)]
     for view in range(min(batch.cameras, 3)):
         h, w = batch.hw[view].tolist()
-        truth = batch.images[view, :, :h, :w].permute(1, 2, 0).cpu()
-        visible_px = ~masked_px[view, :h, :w, None].cpu()
-        panels += [(f"camera {view}: truth", truth), ("visible", truth * visible_px),
-                   ("rendered, black above the volume", render_view(model, table, batch, view, rngs))]
+        image = batch.images[view, :, :h, :w].permute(1, 2, 0).cpu()
+        visible = ~masked_px[view, :h, :w, None].cpu()
+        rendered = render_image(model, table, batch, view, rngs)
+        panels += [(f"camera {view}: truth", image), ("visible", image * visible),
+                   ("rendered, black above the volume", rendered)]
     figure(Path(out) / "figures" / "rendered.png", panels, 3, (5.0, 2.0))
     model.train()
 
 
-def render_view(model, table, batch, view, rngs, stride=2):
-    """Every stride-th pixel of a camera image, rendered on black. -> (h, w, 3) in [0, 1]."""
+def render_image(model, table, batch, view, rngs, stride=2):
+    """Every stride-th pixel of an image, rendered on black. -> (h, w, 3) in [0, 1]"""
     h, w = batch.hw[view].tolist()
-    v, u = torch.meshgrid(torch.arange(0, h, stride), torch.arange(0, w, stride), indexing="ij")
-    uv = (torch.stack([u, v], -1).view(-1, 2) + 0.5).to(table)  # (R, 2) px
-    views = torch.full((len(uv),), view, device=table.device)
+    v, u = torch.meshgrid(torch.arange(0, h, stride, device=table.device),
+                          torch.arange(0, w, stride, device=table.device), indexing="ij")
+    uv = torch.stack([u, v], -1).view(-1, 2) + 0.5      # (R, 2) px
+    views = torch.full((len(uv),), view, device=uv.device)
     origin, direction = rays(uv, views, batch.lidar2img)
     b = views // batch.cameras
-    _, c, met = model.render(table, origin, direction, b, rngs, colour=True)
+    _, c_hat, met = model.render(table, origin, direction, b, rngs, colour=True)
     image = torch.zeros_like(origin)
-    image[met] = c
+    image[met] = c_hat
     return image.view(*v.shape, 3).cpu()
 
 
 def range_image(direction, r):
-    """Rays sorted into elevations of 1.33 degrees (a 32-beam LiDAR's) and azimuths of 1 degree.
+    """Rays sorted into elevations of 1.33 degrees and azimuths of 1 degree, as a picture.
 
-    Forward is in the middle, left on the left. direction (M, 3), r (M,) -> (rows, 360), nan: none.
+    1.33 degrees are a 32-beam LiDAR's. Forward is in the middle, left on the left.
+    direction (M, 3), r (M,) m -> (rows, 360) m, nan where no ray is.
     """
-    elevation = direction[:, 2].asin().rad2deg()
-    azimuth = torch.atan2(direction[:, 1], direction[:, 0]).rad2deg()
-    row = (elevation / 1.33).round().long().cpu()
-    column = ((180 - azimuth).long() % 360).cpu()
+    x, y, z = direction.cpu().unbind(1)
+    row = (z.asin().rad2deg() / 1.33).round().long()
+    column = (180 - torch.atan2(y, x).rad2deg()).long() % 360
     image = torch.full((136, 360), math.nan)
     image[68 - row, column] = r.cpu()
     return image[image.isfinite().any(1)]
 
 
 def first_with_targets(model, batches, device):
-    """The first batch whose first frame has a range target, on the device; None without any."""
+    """The first batch whose first frame has a range target, on the device; else None."""
     for batch in batches:
         batch = batch.to(device)
         rows, _, _ = model.targets(batch)
@@ -849,7 +921,7 @@ def first_with_targets(model, batches, device):
     return None
 
 
-# ---- training --------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------
 
 def train(rank, world, cfg):
     check(cfg)
@@ -859,8 +931,8 @@ def train(rank, world, cfg):
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)
-    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers,
-                         augment=augment, prepare=prepare)
+    loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
+                         workers=cfg.workers, augment=augment, prepare=prepare)
     val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, prepare=prepare,
                              indices=data.spread(dataset.split("val"), VAL_FRAMES))
 
@@ -869,20 +941,23 @@ def train(rank, world, cfg):
     model = CLAP(cfg, dataset.grid)
     device = start(cfg, rank, world)
     model.to(device)
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                            fused=True)
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr,
+                            weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        parts = dict(lidar=(model.lidar, "forward"), camera=(model.camera, "forward"),
-                     render=(model, "render"))
-        return load_tool("profiling").profile(cfg, net, loader, [opt], device, rank, **parts)
+        tool = load_tool("profiling")
+        return tool.profile(cfg, net, loader, [opt], device, rank,
+                            lidar=(model.lidar, "forward"),
+                            camera=(model.camera, "forward"),
+                            render=(model, "render"))
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     uniform_steps = cfg.uniform_epochs * loader.steps_per_epoch
     require(cfg.sampler != "sdf" or uniform_steps < steps,
-            f"--uniform-epochs {cfg.uniform_epochs:g} are {uniform_steps:.0f} steps, the run has "
-            f"{steps}: the SDF would never be sampled by; give fewer, or --sampler uniform")
+            f"--uniform-epochs {cfg.uniform_epochs:g} are {uniform_steps:.0f} steps, "
+            f"the run has {steps}: the SDF would never guide the sampling. "
+            "Give fewer epochs, or --sampler uniform")
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled")
@@ -901,7 +976,8 @@ def train(rank, world, cfg):
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)  # raises if not finite
+        # raises if a term is not finite, before the update
+        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
@@ -925,9 +1001,9 @@ def train(rank, world, cfg):
         if example and tool:
             tool.clap_figures(model, example, cfg.out)
         print(json.dumps(metrics))
-        print(f"{cfg.out}: val range error {metrics['range_hidden']} m where points were masked "
-              f"(beam mean {metrics['beam_mean']}, nearest visible ray {metrics['nearest_ray']}), "
-              f"{metrics['range_visible']} m where visible")
+        print(f"{cfg.out}: val range error {metrics['range_hidden']} m where points were "
+              f"masked (beam mean {metrics['beam_mean']}, nearest visible ray "
+              f"{metrics['nearest_ray']}), {metrics['range_visible']} m where visible")
 
 
 if __name__ == "__main__":

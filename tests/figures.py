@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from common import bird_eye, figure, frame_rngs, overlay
 
-# ---- CLAP ------------------------------------------------------------------------------
+# ---- CLAP ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -108,12 +108,13 @@ def clap_samples(model, table, batch, rngs, folder):
     panels = []
     for k in range(min(batch.cameras, 3)):
         uv = torch.stack([u, v], 1)[view == k].cpu()
-        panels.append((f"camera {k}: blurred weight and pixels drawn", overlay(maps[k], uv, "r")))
+        dots = overlay(maps[k], uv, "r")
+        panels.append((f"camera {k}: blurred weight and pixels drawn", dots))
     figure(folder / "sampled_pixels.png", panels, 1, (9.0, 3.6))
 
 
 def clap_prototypes(model, lidar, image, cell, folder):
-    """The prototype of each cell of the first frame, from LiDAR and from images, seen from above."""
+    """The prototype of each cell of the first frame, by LiDAR and by image, from above."""
     cell = cell[lidar.coords[cell, 0] == 0]
     b, z, y, x = lidar.coords[cell].unbind(1)
     proto = model.proto
@@ -125,5 +126,6 @@ def clap_prototypes(model, lidar, image, cell, folder):
     panels = []
     for name, embedding in embeddings:
         best = (F.normalize(embedding, dim=1) @ proto.K.t()).argmax(1).cpu()
-        panels.append((f"prototype of each cell, {name}", bird_eye(centre, colour[best], 12, **look)))
+        cells = bird_eye(centre, colour[best], 12, **look)
+        panels.append((f"prototype of each cell, {name}", cells))
     figure(folder / "prototypes.png", panels, 2, (5.0, 5.0))
