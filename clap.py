@@ -317,8 +317,8 @@ def draw_points(weights, b, n, rngs):
         rows = (b == frame).nonzero()[:, 0]
         if len(rows):
             count = min(n, len(rows))
-            rows = rows[torch.multinomial(weights[rows], count, generator=rng)]
-            drawn.append(rows)
+            order = torch.multinomial(weights[rows], count, generator=rng)
+            drawn.append(rows[order])
     return torch.cat(drawn)
 
 
@@ -409,9 +409,9 @@ class Field(nn.Module):
         return (10 * self.sharpness).exp().clamp(1e-6, 1e6)
 
     def sdf(self, table, xyz, b):
-        """The field at points. table (B Z Y X, C), the volume's cells; xyz (M, 3) m; b (M,)
+        """The field at points. table (B Z Y X, C) holds the volume's cells.
 
-        -> s (M,), geometry (M, 16), feature (M, C).
+        xyz (M, 3) m, b (M,) -> s (M,), geometry (M, 16), feature (M, C).
         """
         flat, weight = multilinear(self.cells.index(xyz), self.cells.shape)
         first = b * math.prod(self.cells.shape)         # (M,) of each frame's cells
@@ -425,8 +425,9 @@ class Field(nn.Module):
         return s[:, 0], geometry, feature
 
     def sdf_along(self, table, origin, direction, b, depth):
-        """The field at samples of rays. origin, direction (R, 3), b (R,), depth (R, S) m
+        """The field at samples along rays.
 
+        origin, direction (R, 3), b (R,), depth (R, S) m
         -> s (R, S), geometry (R S, 16), feature (R S, C).
         """
         xyz = origin[:, None] + direction[:, None] * depth[..., None]  # (R, S, 3)
@@ -438,8 +439,8 @@ class Field(nn.Module):
         """Range and, if asked, colour along rays [paper, rendering].
 
         origin, direction (R, 3), b (R,), far (R,) m: where the ray leaves the volume's
-        box; jitter (R, S), quantile (R, S') in [0, 1): S samples between NEAR and far, S'
-        where a surface is likely -> range (R,) m, colour (R, 3) on black or None.
+        box; jitter (R, S) and quantile (R, S') in [0, 1): of S samples from NEAR to far
+        and of S' where a surface is likely -> range (R,) m, colour (R, 3) on black or None.
         """
         # D9: NeuS estimates the weights from the steepest of neighbouring sections, UniPAD
         # draws evenly spread quantiles. Both have h = 64 [code NeuS, UniPAD].
@@ -503,7 +504,7 @@ class Prototypes(nn.Module):
         self.head_image = mlp(image_width, lidar_width, cfg.dims)
 
     def forward(self, lidar, image):
-        """lidar (N, C), image (N, C'): features of the same N cells
+        """The three losses. lidar (N, C), image (N, C') are features of the same N cells.
 
         -> L_SwAV, L_EM, L_GMM (), {monitor: ()}.
         """
@@ -518,7 +519,8 @@ class Prototypes(nn.Module):
         # readings agree at the paper's tau = 1.
         log_P = F.log_softmax(S_P / cfg.tau, 1)         # (N, N_K)
         log_I = F.log_softmax(S_I / cfg.tau, 1)
-        L_SwAV = -mean_rows(Q_I * log_P + Q_P * log_I) / N_K  # [paper, swapped prediction]
+        swapped = Q_I * log_P + Q_P * log_I             # (N, N_K)
+        L_SwAV = -mean_rows(swapped) / N_K              # [paper, swapped prediction]
         L_EM = mean_rows(entropy(S_P) + entropy(S_I)) / N_K  # [paper, EM]
         G = K @ K.t()                                   # (N_K, N_K)
         off_diagonal = G.sum() - G.diagonal().sum()
@@ -558,7 +560,8 @@ class CLAP(nn.Module):
         self.shallow = conv3d(4 * width, 2 * width, 3)  # f^3D
         # D11: the largest x or y becomes 1 (UniPAD). In metres L_range alone would weigh 54
         # times as much on nuScenes. The paper does not say.
-        extent = max(map(abs, (*grid.low[:2], *grid.high[:2])))  # m
+        corners = *grid.low[:2], *grid.high[:2]
+        extent = max(map(abs, corners))                 # m
         self.field = Field(2 * width, self.lidar.cells[-1], 1 / extent)
         self.proto = None
         if cfg.without != "prototypes":
@@ -576,10 +579,11 @@ class CLAP(nn.Module):
         return masked, masked_px
 
     def encode(self, batch, masked, masked_px):
-        """masked (N,), masked_px (B K, H, W) bool, True = masked
+        """Both branches and their fusion, of what the masks leave.
 
-        -> F~ as a table (B Z Y X, C), lidar Level, image (B, C', Z, Y, X) and seen
-        (B, Z, Y, X) bool: the cells that some camera sees.
+        masked (N,), masked_px (B K, H, W) bool, True = masked -> F~ as a table
+        (B Z Y X, C), lidar Level, image (B, C', Z, Y, X), and the cells that a camera
+        sees (B, Z, Y, X) bool.
         """
         points = batch.points[~masked]
         b = batch.b_points[~masked]
@@ -616,8 +620,9 @@ class CLAP(nn.Module):
         xyz = batch.points[rows, :3]
         b = batch.b_points[rows]
         pca = batch.extra["points_curvature"][rows] if sampler == "pca" else None
-        half_cell = self.lidar.cells[-1].step[0] / 2    # m, step of the differences [ours]
-        omega = SAMPLERS[sampler](xyz, b, pca, sdf, half_cell)
+        cell = self.lidar.cells[-1].step[0]             # m
+        step = cell / 2                                 # of the differences [ours]
+        omega = SAMPLERS[sampler](xyz, b, pca, sdf, step)
         cleaned = torch.empty_like(omega)
         for frame in b.unique().tolist():
             cleaned[b == frame] = clean_weights(omega[b == frame])
@@ -638,10 +643,11 @@ class CLAP(nn.Module):
                           for n, rng in zip(counts, rngs)])
 
     def render(self, table, origin, direction, b, rngs, colour):
-        """Range and colour along rays. origin, direction (R, 3), b (R,) in frame order
+        """Range and, if asked, colour along rays in frame order.
 
-        -> range (R',) m, colour (R', 3) or None, met (R,) bool with R' true: rays that
-        leave the box before NEAR are dropped. Without gradient 8192 rays at a time.
+        Rays that leave the box before NEAR are dropped. Without gradient 8192 at a time.
+        origin, direction (R, 3), b (R,) -> range (R',) m, colour (R', 3) or None, and
+        which rays remained: met (R,) bool with R' true.
         """
         noise = self.ray_noise(b, rngs)                 # (R, S + S')
         far = box_exit(origin, direction, self.grid.low, self.grid.high)  # (R,) m
@@ -885,8 +891,9 @@ def save_figure(model, batch, out):
 def render_image(model, table, batch, view, rngs, stride=2):
     """Every stride-th pixel of an image, rendered on black. -> (h, w, 3) in [0, 1]"""
     h, w = batch.hw[view].tolist()
-    v, u = torch.meshgrid(torch.arange(0, h, stride, device=table.device),
-                          torch.arange(0, w, stride, device=table.device), indexing="ij")
+    rows = torch.arange(0, h, stride, device=table.device)
+    columns = torch.arange(0, w, stride, device=table.device)
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
     uv = torch.stack([u, v], -1).view(-1, 2) + 0.5      # (R, 2) px
     views = torch.full((len(uv),), view, device=uv.device)
     origin, direction = rays(uv, views, batch.lidar2img)
@@ -904,8 +911,9 @@ def range_image(direction, r):
     direction (M, 3), r (M,) m -> (rows, 360) m, nan where no ray is.
     """
     x, y, z = direction.cpu().unbind(1)
+    azimuth = torch.atan2(y, x).rad2deg()
+    column = (180 - azimuth).long() % 360
     row = (z.asin().rad2deg() / 1.33).round().long()
-    column = (180 - torch.atan2(y, x).rad2deg()).long() % 360
     image = torch.full((136, 360), math.nan)
     image[68 - row, column] = r.cpu()
     return image[image.isfinite().any(1)]
