@@ -806,9 +806,6 @@ def val_rays(model, table, batch, masked, rngs):
     hidden = masked[rows]
     r_hat, _, _ = model.render(table, batch.origin[b], direction, b, rngs, colour=False)
     r_near = nearest_visible(direction, r, b, hidden)
-    if batch.size > 1:
-        # tests/figures.py renders once more (range_swapped) and draws the same pixels then
-        model.ray_noise(b, rngs)
     elevation = direction[:, 2].asin()
     error = (r - r_hat).abs()
     error_near = (r - r_near).abs()

@@ -47,7 +47,8 @@ def clap_diagnostics(model, batches, device):
         if batch.size > 1:
             swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)
             other = model.encode(swapped, masked, masked_px)[0]
-            r_swapped, _, _ = model.render(other, origin, direction, b, rngs, colour=False)
+            noise = frame_rngs(batch.seeds, device)
+            r_swapped, _, _ = model.render(other, origin, direction, b, noise, colour=False)
         ray_errors.append(torch.stack([(r - r_own).abs(), (r - r_swapped).abs()], 1))
 
         # colours: of the pixels of held_out_errors, with no pixel visible

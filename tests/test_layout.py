@@ -111,7 +111,8 @@ def test_the_used_by_table_of_common_is_true():
         more = [line for line in more if not line.isupper()]                    # the rooms' titles
         pieces = set(re.findall(r"\w+", " ".join([pieces, *more])))
         listed |= pieces
-        assert {user for user in taken if taken[user] & pieces} == set(users.split(", ")) & OURS, title
+        using = {user for user in taken if taken[user] & pieces}
+        assert using == set(users.split(", ")) & OURS, title
     assert listed <= defined, listed - defined
     assert set().union(*taken.values()) <= listed, set().union(*taken.values()) - listed
 
