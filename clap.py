@@ -1,21 +1,25 @@
-"""CLAP (Chen et al., ICLR 2026, arXiv 2412.03059): render what was masked, where surfaces bend.
+"""CLAP (Chen et al., ICLR 2026, arXiv 2412.03059): render a masked scene where surfaces bend.
 
-Camera and LiDAR networks and their fusion are pre-trained jointly, with one optimiser and
-one checkpoint. Afterwards finetune.py --init RUN trains a detector from it.
+Camera and LiDAR networks and their fusion are pre-trained jointly, with one optimiser
+and one checkpoint. Afterwards finetune.py --init RUN trains a detector from it.
 
-    python clap.py --data /nuscenes --gpus 8  # the paper's sizes
+    python clap.py --data /nuscenes --gpus 8  # full size, the paper's numbers where known
     python clap.py                            # the embedded world, minutes on two cores
 
-Read with: common.py, rooms geometry (project, rays), rendering (neus_weights), curvature
-(surface_variation) and trunk (VoxelResNet, CameraNet, FusionNet); data.py (Batch).
-Each loss in plain loops: tests/test_clap.py, test_rendering_losses_in_plain_loops,
-test_render_matches_neus, test_prototype_losses_in_plain_loops, test_sinkhorn_matches_swav.
+Read with: common.py §1 geometry (project, rays), §3 rendering (neus_weights), §5
+curvature (surface_variation), §8 the trunk (VoxelResNet, CameraNet, FusionNet), §9
+processes (mean_rows); data.py (Batch).
+Each loss in plain loops: tests/test_clap.py, test_rendering_losses_in_plain_loops
+(L_range, L_colour), test_surface_loss_is_the_mean_absolute_sdf_at_the_drawn_points,
+test_prototype_losses_in_plain_loops. Their parts: test_render_in_plain_loops (w, r~,
+c~) and test_sinkhorn_matches_swav (Q).
 
-No code of the authors is public. [paper] marks what the paper's public text states
-(second-hand in part: a reading note, the reviews, the summaries of v1), [sister] the same
-authors' TREND, [code X] the released code of ingredient X, [ours] what none of them says.
-Only equations 13 and 14 have a public number, from a review. Elsewhere the tag says what
-the equation is about.
+No code of the authors is public, and the paper's body was not at hand: its equations
+and numbers are known from one public reading note, which the reviews and the summaries
+of v1 support where they overlap. [paper] marks them, [sister] the same authors' TREND,
+[code X] the released code of ingredient X, [ours] what none of them says. Only
+equations 13 and 14 have a public number. Elsewhere the tag says what the equation is
+about.
 
     paper                 here                  meaning
     P, I, T               batch                 its points, images, lidar2img
@@ -30,14 +34,18 @@ the equation is about.
     S, Q                  S_P, S_I, Q_P, Q_I    cells against prototypes; their codes
     omega_r...omega_GMM   w_rend ... w_gmm      loss weights, in Config
 
-In shapes: B frames, K cameras, N points, M targets, R rays, S samples of a ray. b is the
-frame of each row. view is a row of batch.images, v and u are a pixel's row and column.
+In shapes: B frames, K cameras, N points, M targets, R rays, Q pixels, S coarse and S'
+fine samples of a ray, N_3D cells that both modalities see. b is the frame of each row.
+view is a row of batch.images; v and u are a pixel's row and column.
 
 Departures and readings; the reasons are in the code, at the same numbers:
-  D1  Sampling weight is PCA surface variation; the paper's, of the SDF, is --sampler sdf.
+  D1  Sampling weight is PCA surface variation, from the first step. The paper's, of the SDF
+      and after N_warmup epochs, is --sampler sdf. Both are clipped at a 99th percentile.
   D2  ResNet and a pulled, depth-weighted lift; masked pixels take the mean colour.
-  D3  The colour head sees feature, geometry and view: no SDF gradient, no position.
-  D4  Targets and curvature are of the keyframe sweep; older sweeps are only input.
+  D3  The colour head has three layers, not UniPAD's four, and sees feature, geometry and
+      view: no SDF gradient, no position.
+  D4  Targets and curvature are of the keyframe sweep, on Waymo of the top LiDAR alone; other
+      points are only input. Masked and visible points are targets alike.
   D5  A section's range is its middle, its colour the mean of its ends.
   D6  L_SwAV has exp(S / tau), not the printed exp(S) / tau; L_EM has no temperature.
   D7  Prototypes meet cells with a visible point that a camera sees, at most 8192 a frame.
@@ -96,8 +104,8 @@ class Config:
 
     # optimisation
     # The paper's epochs are unknown: UniPAD has 12, PonderV2 24, TREND 48. lr is not
-    # rescaled for another batch. x and y also flip with probability 1/2, on KITTI y only
-    # [code OpenPCDet].
+    # rescaled for another batch. x and y also flip with probability 1/2, on KITTI y
+    # only [code OpenPCDet].
     epochs: int = 24           # 0: steps decide [ours]
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 3             # frames for each rank [sister, on 8 ranks]
@@ -109,19 +117,20 @@ class Config:
     scale: float = 0.05        # scaling U(1 - scale, 1 + scale) [code UniPAD]
 
     # networks
-    # LiDAR volume, image volume, fusion and field have 8, 5, 4 and 2 times `width` channels
-    # [code OpenPCDet, BEVFusion, D10, UniPAD].
+    # Channels in units of `width`: LiDAR volume 8 [code OpenPCDet], image volume 5 [code
+    # BEVFusion], fusion 4 [ours] D10, the field's features 2 [code UniPAD].
     resnet: Literal[18, 50] = 50  # image backbone, random initial weights [ours] D2
     width: int = 16            # channels of the first sparse stage [code OpenPCDet]
     bins: int = 118            # depth bins of the lift [code BEVFusion]
 
     # masking
-    mask_points: float = 0.9   # share [sister] of blocks of 8 x 8 x 8 voxels [code UniPAD]
-    mask_pixels: float = 0.3   # share of the patches of 32 x 32 px [code UniPAD]
+    mask_points: float = 0.9   # probability [sister] of an 8 x 8 x 8 voxel block [code UniPAD]
+    mask_pixels: float = 0.3   # probability of a patch of 32 x 32 px [code UniPAD]
 
     # curvature sampling
-    # With 16 neighbours half the neighbourhoods of a 32-beam sweep are a line. sigma of the
-    # blur is 0.3 ((blur - 1) / 2 - 1) + 0.8 px, as in torchvision.
+    # With 16 neighbours half of the neighbourhoods in a real 32-beam sweep are a line,
+    # whose variation is 0; with 32 a fifth. sigma of the blur is torchvision's, 0.3
+    # ((blur - 1) / 2 - 1) + 0.8 px.
     sampler: Literal["pca", "sdf", "uniform"] = "pca"  # sdf: the paper's; uniform: its ablation D1
     neighbours: int = 32       # of the PCA, from all sweeps [ours]
     uniform_epochs: float = 4  # N_warmup: epochs of uniform sampling before sdf [paper]
@@ -131,7 +140,7 @@ class Config:
     sky: float = 0.4           # top share of rows that uniform leaves out [code UniPAD]
 
     # rendering
-    samples: int = 72          # stratified, of a ray [code UniPAD]; 96 with the next [paper]
+    samples: int = 72          # stratified samples of a ray [code UniPAD]; 72 + 24 = 96 [paper]
     importance_samples: int = 24  # finer samples of a ray [code UniPAD]
     w_rend: float = 2.0        # omega_r [paper]
     w_surface: float = 0.05    # omega_sur [paper]
@@ -156,7 +165,7 @@ SMALL = dict(                  # --preset small: minutes on two CPU cores; all [
     resnet=18, width=8, bins=36,
     uniform_epochs=0.5, rays=1024, pixels=128, samples=32, importance_samples=16,
     w_colour=0.5,              # a few hundred steps at 0.05 leave the colours grey
-    # Sinkhorn wants several cells for each prototype: a batch has 380, a KITTI frame 240
+    # Sinkhorn wants several cells for each prototype: a batch has 350, a KITTI frame 240
     prototypes=64,
 )
 
@@ -197,8 +206,9 @@ def check(cfg):
 # ---- mask ----------------------------------------------------------------------------
 
 def mask_points(points, b, lidar, share, rngs):
-    """Mask whole blocks of 8 x 8 x 8 voxels, in all sweeps alike.
+    """Mask whole blocks of 8 x 8 x 8 voxels, the same blocks in all sweeps.
 
+    Each block is drawn by itself [ours]; UniPAD masks an exact share of the occupied ones.
     points (N, 5), b (N,), lidar a VoxelResNet -> (N,) bool, True = masked.
     """
     low = points.new_tensor(lidar.low)                  # (3,) m
@@ -249,23 +259,24 @@ class Curvature:
         return {"points_curvature": curvature}
 
 
-# The three samplers have one signature: xyz (M, 3) m, b (M,), pca (M,) surface variation
-# or None, sdf a function (xyz, b) -> (M,), step m -> weights (M,) >= 0.
+# The three samplers have one signature, and each uses what it needs:
+#   xyz (M, 3) m, b (M,); pca: surface variation (M,), or None; sdf: a function of (xyz, b)
+#   that gives (M,); step: of the differences, m  ->  weights (M,) >= 0.
 
 def pca_curvature(xyz, b, pca, sdf, step):
-    return pca                                          # D1: this project was asked for it
+    return pca                                          # D1: it needs no trained SDF
 
 
 def sdf_curvature(xyz, b, pca, sdf, step):
-    """omega = ||d n~ / d p||_F, n~ = grad s / ||grad s|| [paper, curvature sampling] D1
+    """omega = ||d n~ / d p||, n~ = grad s / ||grad s|| [paper, curvature sampling] D1
 
-    A plane gives 0, a cylinder of radius R 1 / R, a sphere sqrt(2) / R. By central
-    differences of `step`, from 19 distinct values of the field for each point.
+    It is 0 on a plane, 1 / R on a cylinder of radius R, and sqrt(2) / R on a sphere.
+    Central differences of `step` take 19 distinct values of the field for each point.
     """
-    # D1: the Frobenius norm and the differences are our reading: exact autograd of a
-    # trilinear field underestimates the norm 3.5 times. The feature is constant beyond the
-    # outermost cell centres, so tilted surfaces within one cell of the box's low faces and
-    # two of its high ones look bent.
+    # D1: the printed norm ||.||_2 is read as Frobenius. Exact autograd of a trilinear
+    # field gives a norm 3.5 times too small, hence differences [ours]. Beyond the
+    # outermost cell centres the feature is constant: tilted surfaces within two cells
+    # of the box's faces can look bent.
     unit = torch.cat([torch.eye(3), -torch.eye(3)])     # (6, 3): + x y z, - x y z
     pairs = unit[:, None] + unit[None]                  # (6, 6, 3)
     offsets, where = torch.unique(pairs.view(36, 3), dim=0, return_inverse=True)
@@ -278,7 +289,7 @@ def sdf_curvature(xyz, b, pca, sdf, step):
         b_around = b_p.repeat_interleave(19)
         s = sdf(around.view(-1, 3), b_around).view(-1, 19)
         s = s[:, where].view(-1, 6, 6)
-        gradient = s[:, :, :3] - s[:, :, 3:]            # (m, 6, 3), times 2 step
+        gradient = s[:, :, :3] - s[:, :, 3:]            # (m, 6, 3): 2 step grad s
         normal = F.normalize(gradient, dim=2)           # (m, 6, 3): n~ at p + step unit
         change = normal[:, :3] - normal[:, 3:]
         jacobian = change / (2 * step)                  # (m, 3, 3): row i is d n~ / d p_i
@@ -294,21 +305,23 @@ SAMPLERS = {"pca": pca_curvature, "sdf": sdf_curvature, "uniform": uniform_weigh
 
 
 def clean_weights(weights):
-    """Make weights safe for torch.multinomial: finite, positive, uniform if all are zero.
+    """Make weights safe for torch.multinomial: finite, positive, uniform if none is positive.
 
-    They are clipped at their 99th percentile D1 and get a tiny floor [ours]. (M,) -> (M,)
+    They are clipped at their 99th percentile, so that a few outliers do not take every draw
+    D1, and get a tiny floor [ours]. (M,) -> (M,)
     """
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
     if len(weights) == 0 or weights.max() <= 0:
         return torch.ones_like(weights)
-    rank = int(0.99 * (len(weights) - 1))
-    top = weights.sort().values[rank]
+    place = int(0.99 * (len(weights) - 1))
+    top = weights.sort().values[place]
+    # top is 0 where fewer than 1 % of the weights are positive: these become equal
     weights = weights.clamp_max(top.clamp_min(1e-12))
     return weights + 1e-6 * weights.mean()
 
 
 def draw_points(weights, b, n, rngs):
-    """Draw at most n rows of each frame, without replacement.
+    """Draw at most n rows of each frame by weight [paper], without replacement [ours].
 
     weights (M,), b (M,) -> rows (R,).
     """
@@ -323,8 +336,9 @@ def draw_points(weights, b, n, rngs):
 
 
 def pixel_weights(weights, xyz, b, batch, blur):
-    """Spread the weights of points over the images by a Gaussian.
+    """Spread the weights of points over the images: a pixel's largest, then a Gaussian [paper].
 
+    A point that stands behind another one in the image counts too [ours].
     weights (M,), xyz (M, 3) m, b (M,) -> (B K, H, W).
     """
     count = len(batch.images)
@@ -355,9 +369,9 @@ def below_sky(batch, sky):
 
 
 def draw_pixels(weights, n, rngs):
-    """Draw n pixels of each image; those of zero weight are dropped.
+    """Draw n pixels of each image by weight [paper], without replacement [ours].
 
-    weights (B K, H, W) -> view (R,), v (R,), u (R,).
+    Those of zero weight are dropped. weights (B K, H, W) -> (3, Q): view, v, u.
     """
     W = weights.shape[-1]
     cameras = len(weights) // len(rngs)
@@ -370,8 +384,8 @@ def draw_pixels(weights, n, rngs):
         filled = torch.where(positive, part, torch.ones_like(part))
         count = min(n, part.shape[1])
         pixel = torch.multinomial(filled, count, generator=rng)  # (K, n)
-        k, column = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)
-        pixel = pixel[k, column]
+        k, draw = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)
+        pixel = pixel[k, draw]
         drawn.append(torch.stack([first + k, pixel // W, pixel % W]))
     return torch.cat(drawn, 1)
 
@@ -394,14 +408,14 @@ class Field(nn.Module):
         self.inject = nn.Linear(channels, depth * width)  # for all layers, in one product
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.output = nn.Linear(width, 1 + width)
-        # D3: without the SDF's gradient the render path needs no second derivative. UniPAD
-        # has four layers that see the position too. Its SDF's feature also enters before
-        # the output, ours before the five hidden layers only.
+        # D3: without the SDF's gradient the render path needs no second derivative.
+        # Position and the fourth layer of UniPAD's head are left out too; and its SDF
+        # adds the feature once more, before the output [ours].
         self.rgb = nn.Sequential(
             nn.Linear(channels + width + 3, width), nn.ReLU(),
             nn.Linear(width, width), nn.ReLU(),
             nn.Linear(width, 3), nn.Sigmoid())
-        self.sharpness = nn.Parameter(torch.tensor(0.3))
+        self.sharpness = nn.Parameter(torch.tensor(0.3))  # ln(h) / 10
 
     @property
     def h(self):
@@ -409,17 +423,17 @@ class Field(nn.Module):
         return (10 * self.sharpness).exp().clamp(1e-6, 1e6)
 
     def sdf(self, table, xyz, b):
-        """The field at points. table (B Z Y X, C) holds the volume's cells.
+        """SDF, geometry and feature at points. table (B Z Y X, C): the volume's cells as rows.
 
         xyz (M, 3) m, b (M,) -> s (M,), geometry (M, 16), feature (M, C).
         """
         flat, weight = multilinear(self.cells.index(xyz), self.cells.shape)
-        first = b * math.prod(self.cells.shape)         # (M,) of each frame's cells
+        first = b * math.prod(self.cells.shape)         # (M,) of the frame's cells
         feature = gather_weighted(table, flat + first[:, None], weight)  # (M, C)
         x = self.place(xyz * self.scale)                # (M, 16)
         injections = self.inject(feature).chunk(len(self.layers), 1)
         for layer, injection in zip(self.layers, injections):
-            # beta [code UniPAD]; the threshold saves time and costs 5e-7
+            # beta [code UniPAD]. Linear from 10 / beta on: faster, and at most 5e-7 away
             x = F.softplus(layer(x + injection), beta=100, threshold=10)
         s, geometry = self.output(x).split([1, x.shape[1]], 1)
         return s[:, 0], geometry, feature
@@ -439,29 +453,32 @@ class Field(nn.Module):
         """Range and, if asked, colour along rays [paper, rendering].
 
         origin, direction (R, 3), b (R,), far (R,) m: where the ray leaves the volume's
-        box; jitter (R, S) and quantile (R, S') in [0, 1): of S samples from NEAR to far
-        and of S' where a surface is likely -> range (R,) m, colour (R, 3) on black or None.
+        box. jitter (R, S) places S samples from NEAR to far, quantile (R, S') more
+        where a surface is likely; both in [0, 1). -> range (R,) m, colour (R, 3) on
+        black [code UniPAD] or None.
         """
-        # D9: NeuS estimates the weights from the steepest of neighbouring sections, UniPAD
-        # draws evenly spread quantiles. Both have h = 64 [code NeuS, UniPAD].
+        # D9: for these weights NeuS and UniPAD take the steeper of two neighbouring
+        # sections. They space the quantiles evenly, and UniPAD jitters a ray's samples
+        # by one number. Ours are the rendering's own weights and independent numbers. h
+        # = 64 is theirs.
         with torch.no_grad():
             coarse = stratified(torch.full_like(far, NEAR), far, jitter)  # (R, S)
             s, _, _ = self.sdf_along(table, origin, direction, b, coarse)
             fine = importance(coarse, neus_weights(s, 64.0), quantile)  # (R, S')
-            depth = torch.cat([coarse, fine], 1).sort(1).values  # (R, N), N = S + S'
+            depth = torch.cat([coarse, fine], 1).sort(1).values  # (R, S + S')
         s, geometry, feature = self.sdf_along(table, origin, direction, b, depth)
-        w = neus_weights(s, self.h)                     # (R, N - 1): alpha, t, w
-        # D5: the middle is NeuS's. With the start of its section every range would be half
-        # a section short. The weights are not divided by their sum, as printed.
-        middle = (depth[:, 1:] + depth[:, :-1]) / 2     # (R, N - 1)
+        w = neus_weights(s, self.h)                     # (R, S + S' - 1): w_n = t_n alpha_n
+        # D5: the middle of a section is NeuS's; with its start every range would be half a
+        # section short. The weights are not divided by their sum, as printed.
+        middle = (depth[:, 1:] + depth[:, :-1]) / 2     # (R, S + S' - 1)
         r_hat = (w * middle).sum(1)                     # (R,): r~ = sum w_n r_n
         if not colour:
             return r_hat, None
         direction = direction.repeat_interleave(depth.shape[1], 0)
         c = self.rgb(torch.cat([feature, geometry, direction], 1))
-        c = c.view(*depth.shape, 3)                     # (R, N, 3)
-        ends = c[:, 1:] + c[:, :-1]                     # (R, N - 1, 3)
-        c_hat = (w[..., None] * ends / 2).sum(1)        # (R, 3): c~ = sum w_n c_n
+        c = c.view(*depth.shape, 3)                     # (R, S + S', 3)
+        c_middle = (c[:, 1:] + c[:, :-1]) / 2           # D5: the field is not asked again there
+        c_hat = (w[..., None] * c_middle).sum(1)        # (R, 3): c~ = sum w_n c_n
         return r_hat, c_hat
 
 
@@ -469,19 +486,19 @@ class Field(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Codes Q: exp(S / epsilon), scaled to equal shares of all prototypes and rows of sum 1.
+    """Codes Q: exp(S / epsilon), its columns scaled to equal sums, then its rows to 1, in turn.
 
     The order is SwAV's. scores (N, N_K) -> (N, N_K).
     """
-    # D8: exp(S / 0.05) overflows, so everything is a logarithm. The shares of prototypes
-    # count the rows of every rank, which may have none.
+    # D8: in logarithms, since exp(S / 0.05) overflows. A prototype's share is over the cells
+    # of all ranks; the padded row gives a rank without cells a maximum.
     log_q = scores / epsilon
     for _ in range(iterations):
         padded = F.pad(log_q, (0, 0, 0, 1), value=-1e9)
         top = all_reduce(padded.amax(0), torch.distributed.ReduceOp.MAX)  # (N_K,)
-        share = all_reduce((log_q - top).exp().sum(0))
-        log_q = log_q - (share.log() + top)             # prototypes; a constant cancels
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)  # rows
+        share = all_reduce((log_q - top).exp().sum(0))  # (N_K,), times exp(-top)
+        log_q = log_q - (share.log() + top)             # equal shares, up to a constant
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)  # rows of sum 1: it cancels here
     return log_q.exp()
 
 
@@ -497,9 +514,9 @@ class Prototypes(nn.Module):
     def __init__(self, cfg, lidar_width, image_width):
         super().__init__()
         self.cfg = cfg
-        # not normalised: with unit prototypes and tau = 1, L_EM would be inert
+        # random, not normalised [ours]: with unit prototypes and tau = 1, L_EM would be inert
         self.K = nn.Parameter(torch.randn(cfg.prototypes, cfg.dims))
-        # D12: the heads are SwAV's; the paper does not describe them
+        # D12: SwAV's heads, as wide inside as the LiDAR volume [ours]; the paper has no details
         self.head_lidar = mlp(lidar_width, lidar_width, cfg.dims)
         self.head_image = mlp(image_width, lidar_width, cfg.dims)
 
@@ -515,14 +532,16 @@ class Prototypes(nn.Module):
         S_I = F.normalize(self.head_image(image), dim=1) @ K.t()  # (N, N_K) Eq. 14
         Q_P = sinkhorn(S_P, cfg.epsilon, cfg.sinkhorn)  # (N, N_K), no gradient
         Q_I = sinkhorn(S_I, cfg.epsilon, cfg.sinkhorn)
-        # D6: as printed, tau stands outside the exponential, where it cancels. The two
-        # readings agree at the paper's tau = 1.
-        log_P = F.log_softmax(S_P / cfg.tau, 1)         # (N, N_K)
-        log_I = F.log_softmax(S_I / cfg.tau, 1)
-        swapped = Q_I * log_P + Q_P * log_I             # (N, N_K)
+        # D6: as printed, tau stands outside the exponential, where it cancels; L_EM's softmax
+        # is printed without tau. At the paper's tau = 1 all readings agree.
+        log_p_P = F.log_softmax(S_P / cfg.tau, 1)       # (N, N_K)
+        log_p_I = F.log_softmax(S_I / cfg.tau, 1)
+        swapped = Q_I * log_p_P + Q_P * log_p_I         # (N, N_K)
+        # mean_rows is over the rows of all ranks, and sums the other axes
         L_SwAV = -mean_rows(swapped) / N_K              # [paper, swapped prediction]
         L_EM = mean_rows(entropy(S_P) + entropy(S_I)) / N_K  # [paper, EM]
         G = K @ K.t()                                   # (N_K, N_K)
+        # D8: the sum is signed, so it has no lower bound: prototypes may grow (prototype_norm)
         off_diagonal = G.sum() - G.diagonal().sum()
         L_GMM = off_diagonal / (N_K * (N_K - 1))        # [paper, Gram] D8
         return L_SwAV, L_EM, L_GMM, self.monitors(S_P, S_I, Q_P)
@@ -551,17 +570,20 @@ class CLAP(nn.Module):
         self.cfg = cfg
         self.grid = grid
         width = cfg.width
-        # D2: the paper has Swin and a lift through T. Here masked pixels take the mean
-        # colour (there is no mask token), and the lift pulls: depth probability times the
-        # number of bins, nothing beyond the last. nuScenes' volume is 5 x 180 x 180.
-        # D10: the fusion ends with 4 times the first width; the paper does not say.
-        # D12: on CUDA these three run in bfloat16, everything below in float32.
+        # D2: the paper has Swin and a lift through T. ResNet is the image network of
+        # all methods here. It has no mask token: masked pixels take the mean colour.
+        # The lift pulls: each cell asks its pixels for the feature, times the
+        # probability of the cell's depth, times the number of bins. Nothing is lifted
+        # beyond the last bin. D10: the paper does not say. Ours is the detector's, so
+        # that fine-tuning loads it. On nuScenes the volume is 5 x 180 x 180.
+        # D12: on CUDA the convolutions of these three run in bfloat16, but for the one that
+        # reads coordinates; everything else runs in float32.
         self.lidar, self.camera, self.fuse = trunk(grid, cfg.resnet, width, cfg.bins)
-        self.shallow = conv3d(4 * width, 2 * width, 3)  # f^3D
-        # D11: the largest x or y becomes 1 (UniPAD). In metres L_range alone would weigh 54
+        self.shallow = conv3d(4 * width, 2 * width, 3)  # f^3D [paper]; its shape [code UniPAD]
+        # D11: the largest x or y becomes 1 [code UniPAD]. In metres L_range alone would weigh 54
         # times as much on nuScenes. The paper does not say.
-        corners = *grid.low[:2], *grid.high[:2]
-        extent = max(map(abs, corners))                 # m
+        faces = *grid.low[:2], *grid.high[:2]
+        extent = max(map(abs, faces))                   # m
         self.field = Field(2 * width, self.lidar.cells[-1], 1 / extent)
         self.proto = None
         if cfg.without != "prototypes":
@@ -596,13 +618,14 @@ class CLAP(nn.Module):
         return table, lidar, image, seen
 
     def targets(self, batch):
-        """Keyframe points in the box and not too close.
+        """Keyframe points in the box, over CLOSE from the LiDAR, masked or not.
 
         -> rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's place.
         """
-        # D4: older sweeps were shot from elsewhere. Rays start where the LiDAR stands at
-        # the frame's time, also to points that a reader has moved to it. (The paper draws
-        # about one point in a hundred, which fits all ten sweeps better than one.)
+        # D4: older sweeps, and Waymo's four other lasers (1 ms of age), were shot from
+        # elsewhere. All rays of a sweep start where the LiDAR stands at the frame's
+        # time, although it moves while it scans. (The paper draws about one point in a
+        # hundred, which fits all ten sweeps better than one.)
         away = batch.points[:, :3] - batch.origin[batch.b_points]  # (N, 3)
         r = away.norm(dim=1)                            # (N,)
         keyframe = batch.points[:, 4] == 0
@@ -620,8 +643,8 @@ class CLAP(nn.Module):
         xyz = batch.points[rows, :3]
         b = batch.b_points[rows]
         pca = batch.extra["points_curvature"][rows] if sampler == "pca" else None
-        cell = self.lidar.cells[-1].step[0]             # m
-        step = cell / 2                                 # of the differences [ours]
+        size = self.lidar.cells[-1].step[0]             # m, of a cell
+        step = size / 2                                 # of the differences [ours]
         omega = SAMPLERS[sampler](xyz, b, pca, sdf, step)
         cleaned = torch.empty_like(omega)
         for frame in b.unique().tolist():
@@ -636,7 +659,7 @@ class CLAP(nn.Module):
         return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
 
     def ray_noise(self, b, rngs):
-        """Random numbers for rays in frame order, of each frame's own. (R,) -> (R, S + S')"""
+        """Random numbers of rays in frame order, from their frame's stream. (R,) -> (R, S + S')"""
         width = self.cfg.samples + self.cfg.importance_samples
         counts = torch.bincount(b, minlength=len(rngs)).tolist()  # rays of each frame
         return torch.cat([torch.rand(n, width, generator=rng, device=b.device)
@@ -645,7 +668,7 @@ class CLAP(nn.Module):
     def render(self, table, origin, direction, b, rngs, colour):
         """Range and, if asked, colour along rays in frame order.
 
-        Rays that leave the box before NEAR are dropped. Without gradient 8192 at a time.
+        Rays that leave the box nearer than NEAR are dropped. Without gradient, 8192 at a time.
         origin, direction (R, 3), b (R,) -> range (R',) m, colour (R', 3) or None, and
         which rays remained: met (R,) bool with R' true.
         """
@@ -653,6 +676,7 @@ class CLAP(nn.Module):
         far = box_exit(origin, direction, self.grid.low, self.grid.high)  # (R,) m
         met = far > NEAR
         rows = met.nonzero()[:, 0]                      # (R',)
+        # split(0) would be an error
         chunk = max(len(rows), 1) if torch.is_grad_enabled() else 8192
         ranges = []
         colours = []
@@ -662,34 +686,36 @@ class CLAP(nn.Module):
                                      far[part], jitter, quantile, colour)
             ranges.append(r)
             colours.append(c)
-        return torch.cat(ranges), torch.cat(colours) if colour else None, met
+        if not colour:
+            return torch.cat(ranges), None, met
+        return torch.cat(ranges), torch.cat(colours), met
 
     def render_pixels(self, table, batch, view, v, u, rngs):
-        """Colour of pixels, true and rendered, where the ray meets the box.
+        """Colour of pixels, true and rendered, of rays that meet the box; others do not count.
 
-        view, v, u (R,) -> c, c_hat (R', 3).
+        view, v, u (Q,) -> c, c_hat (Q', 3).
         """
-        uv = torch.stack([u, v], 1) + 0.5               # (R, 2) px, pixel centres
+        uv = torch.stack([u, v], 1) + 0.5               # (Q, 2) px, pixel centres
         origin, direction = rays(uv, view, batch.lidar2img)
         b = view // batch.cameras
         _, c_hat, met = self.render(table, origin, direction, b, rngs, colour=True)
-        c = batch.images[view, :, v, u].float()         # (R, 3)
+        c = batch.images[view, :, v, u].float()         # (Q, 3)
         return c[met] / 255, c_hat
 
     @torch.no_grad()
     def shared_cells(self, lidar, seen, points, b_points, rngs, most=8192):
-        """Sparse sites whose own cell holds a visible point and that a camera sees. D7
+        """Sparse sites with a visible point in their own cell, which a camera sees. D7
 
         lidar a Level of V sites, seen (B, Z, Y, X) bool, points (N, 5), b_points (N,)
         -> rows (N_3D,) of the level, at most `most` random ones a frame [ours].
         """
-        # D7: the paper does not say which. The encoder's last sites are three to four times
-        # as many: strided convolutions spread each point over its neighbours.
+        # D7: the paper does not say which cells. All sites of the encoder would be three to
+        # four times as many: strided convolutions spread points over their neighbours.
         cells = lidar.cells
         inside = self.lidar.inside(points)
         zyx = cells.index(points[inside, :3]).round().long()
         last = zyx.new_tensor(cells.shape) - 1
-        zyx = zyx.clamp_min(0).minimum(last)            # the outer half of a border cell
+        zyx = zyx.clamp_min(0).minimum(last)            # border cells reach to the faces
         bzyx = torch.cat([b_points[inside, None], zyx], 1)
         occupied = torch.zeros_like(seen).flatten()     # (B Z Y X,)
         occupied[ravel(bzyx, cells.shape).long()] = True
@@ -704,7 +730,7 @@ class CLAP(nn.Module):
         return torch.cat(drawn)
 
     def forward(self, batch, uniform=False):
-        """-> L (), {term: ()}. uniform: sample uniformly for now, while the SDF is noise."""
+        """-> L (), {term: ()}. uniform: sample uniformly while the SDF is still noise."""
         cfg = self.cfg
         rngs = frame_rngs(batch.seeds, batch.points.device)
         sampler = "uniform" if uniform else cfg.sampler
@@ -719,14 +745,15 @@ class CLAP(nn.Module):
         omega = self.sampling_weights(table, batch, rows, sampler)  # (M,)
         maps = self.pixel_maps(omega, xyz, b, batch, sampler)   # (B K, H, W)
         drawn = draw_points(omega, b, cfg.rays, rngs)           # (R,), R <= B N_L
-        view, v, u = draw_pixels(maps, cfg.pixels, rngs)        # (R',), R' <= B N_C
-        xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]
+        view, v, u = draw_pixels(maps, cfg.pixels, rngs)        # (Q,), Q <= B N_C
+        xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]  # R rows now
 
         # 3 render range along LiDAR rays and colour along camera rays
+        # no LiDAR ray is dropped: its point lies in the box, farther than CLOSE > NEAR
         origin = batch.origin[b]                                # (R, 3)
         r_hat, _, _ = self.render(table, origin, direction, b, rngs, colour=False)
         s, _, _ = self.field.sdf(table, xyz, b)                 # (R,), 0 on a surface
-        c, c_hat = self.render_pixels(table, batch, view, v, u, rngs)  # (R'', 3)
+        c, c_hat = self.render_pixels(table, batch, view, v, u, rngs)  # (Q', 3)
         L_range = mean_rows((r - r_hat).abs()) * self.field.scale  # [paper, rendering] D11
         L_surface = mean_rows(s.abs())                          # [paper, rendering]
         L_colour = mean_rows((c - c_hat).abs()) / 3             # [paper, rendering]
@@ -783,8 +810,8 @@ def held_out_errors(model, batches, device):
         table = model.encode(batch, masked, masked_px)[0]
         ray_table.append(val_rays(model, table, batch, masked, rngs))
         view, v, u = val_pixels(model, table, batch, rngs)
-        noise = frame_rngs(batch.seeds, device)
-        c, c_hat = model.render_pixels(table, batch, view, v, u, noise)
+        fresh = frame_rngs(batch.seeds, device)
+        c, c_hat = model.render_pixels(table, batch, view, v, u, fresh)
         colour_errors.append((c - c_hat).abs().mean(1))
     model.train()
     elevation, r, hidden, error, error_near = torch.cat(ray_table).cpu().double().unbind(1)
@@ -950,11 +977,10 @@ def train(rank, world, cfg):
                             weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        tool = load_tool("profiling")
-        return tool.profile(cfg, net, loader, [opt], device, rank,
-                            lidar=(model.lidar, "forward"),
-                            camera=(model.camera, "forward"),
-                            render=(model, "render"))
+        return load_tool("profiling").profile(
+            cfg, net, loader, [opt], device, rank,
+            lidar=(model.lidar, "forward"), camera=(model.camera, "forward"),
+            render=(model, "render"))
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
@@ -999,12 +1025,12 @@ def train(rank, world, cfg):
         if tool:
             metrics |= tool.clap_diagnostics(model, val_batches, device)
         write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
-        example = first_with_targets(model, val_batches, device)
-        if example:
-            save_figure(model, example, cfg.out)
+        shown = first_with_targets(model, val_batches, device)
+        if shown:
+            save_figure(model, shown, cfg.out)
         loss_curves(cfg.out)
-        if example and tool:
-            tool.clap_figures(model, example, cfg.out)
+        if shown and tool:
+            tool.clap_figures(model, shown, cfg.out)
         print(json.dumps(metrics))
         print(f"{cfg.out}: val range error {metrics['range_hidden']} m where points were "
               f"masked (beam mean {metrics['beam_mean']}, nearest visible ray "

@@ -1,56 +1,64 @@
 """CMCR (Zhang and Hou, IJCV 2026, arXiv 2412.08973): image-to-LiDAR distillation beyond contrast.
 
-The LiDAR network learns by contrast what it shares with an image network. What contrast
-alone would lose it learns by rebuilding masked pixels and by estimating occupancy.
+Contrast teaches the LiDAR network what it shares with an image network. Rebuilding
+masked pixels and estimating occupancy teach it what contrast alone would lose.
 
     python cmcr.py --data /nuscenes --gpus 6   # the released code's sizes, MoCo-v2 teacher
     python cmcr.py                             # the embedded world, minutes on two CPU cores
 
-Read with: common.py geometry (project, sample_image), contrast (info_nce, perplexity),
-networks (VoxelResNet.point_features, ResNet); data.py Batch, crop_images.
-Each loss in plain loops: tests/test_cmcr.py, test_every_loss_matches_plain_loops.
-What is kept is the point network: finetune.py --init RUN --modality lidar.
+Read with: common.py geometry (project, sample_image), contrast (info_nce), networks
+(VoxelResNet.point_features, ResNet.stages), processes (mean_over_ranks, AllReduceSum);
+data.py Frame, Batch, augment_cloud, crop_images.
+Begin at CMCR.forward. Each loss in plain loops: tests/test_cmcr.py,
+test_every_loss_matches_plain_loops; the codebook's step: test_codes_follow_the_closed_form.
+What is kept is the LiDAR network: finetune.py --init RUN --modality lidar.
 
-Why contrast alone is not enough (our paraphrase of the paper's Theorems 1 and 2, which
-follow FactorCL, Liang et al., NeurIPS 2023): The best contrastive features hold what
-point cloud and image have in common. What only one of them knows about the task is
-lost, and the error stays above what the cloud itself allows (1). CMCR adds specific
-features G next to the shared features F. They explain the rest of their own modality and
-bring the lost part back, if F and G do not repeat each other (2).
+Why contrast alone is not enough (Theorems 1 and 2 as far as we can reconstruct them
+from FactorCL, Liang et al., NeurIPS 2023, which they follow): the best contrastive
+features hold what point cloud and image have in common. What only one of them knows
+about the task is lost, so the error stays above what the cloud itself allows (1). CMCR
+adds specific features G to the shared features F. G explains the rest of its own
+modality and brings the lost part back, if F and G do not repeat each other (2).
 
-[figure] is the paper's overview figure, [code] the release of March 2026, [ours] what
-neither says. We could not read the paper's equations: tags name the figure or the code.
-The release lacks the replacement (D2) and collapses the point-pixel pairs to two a
-camera (D3). Here is what the figure shows.
+[figure] is the paper's overview figure (for the codebook also its Fig. 4), [code] the
+release of March 2026, [ours] what neither says. We could not read the paper's
+equations. The release lacks the replacement (D2) and repeats two point-pixel pairs for
+each camera (D3), so this file follows the figure and takes sizes and weights from the
+release. "The release" is always that code; a "code" is a row of the codebook. ALSO is
+Boulch et al., CVPR 2023.
 
-    paper              here                    meaning
-    F^3D, G^3D         shared_3d, specific_3d  heads on a point's features of all levels
-    F^2D, G^2D         shared_2d, specific_2d  heads on C5 (stride 32)
-    F-bar              Codebook.quantise(F)    nearest code, gradient straight through
-    Z^2D, Z^3D         Z                       G + F-bar, what both decoders read
-    L_NCE, L_c, L_rec  the same                contrast, commitment, masked pixels
-    L_occ, L_orth      the same                occupancy (ALSO), F, G unlike each other
-    -                  L_int                   intensity at a query (ALSO), [code] only
-    -                  p, q                    features of paired points and pixels
-    -                  a, b                    their nearest codes
+    paper              here                meaning
+    F^3D, G^3D         F_3D, G_3D          heads shared_3d, specific_3d of a point's features
+    F^2D, G^2D         F_2D, G_2D          heads shared_2d, specific_2d of a cell's C5, the
+                                           ResNet's last stage (stride 32)
+    F-bar              quantise(F)         nearest code, gradient straight through
+    Z^3D, Z^2D         Z_3D, Z             F-bar + G, what the two decoders read
+    L_NCE              L_NCE               contrast: points are queries, pixels are keys
+    L_c                L_c2D, L_c3D        commitment to codes; L_c3D is [code] only
+    L_rec, L_occ       L_rec, L_occ        masked pixels; occupancy (ALSO)
+    L_orth             L_orth              F and G unlike each other
+    -                  L_int               intensity at a query (ALSO), [code] only
+    -                  p, q                F^3D and F^2D of the drawn pairs
+    -                  a, b                rows of their nearest codes
 
 F, p, q and the codes have unit length. Shapes: B frames, K cameras, N points, P pairs
-of a point and an image that shows it, M of them drawn, E edges from a point to a query
-near it, D = --dims, H x W pixels, h x w cells of 32 x 32 pixels.
+of a point and an image that shows it, M of them drawn, Q occupancy queries, E edges
+from a point to a query near it, D = --dims, H x W pixels of a crop, h x w cells of 32 x
+32 pixels, n masked images.
 
 Departures (the reasons stand where the code departs):
-  D1  Masks are exactly half of the 32-px cells of a crop; code: 16-px squares of the full image.
-  D2  A masked cell gets the code of its points' mean, or a token; the code lacks this.
-  D3  Pairs are distinct, visible, shared by contrast and codebook; cells, not pixels, are decoded.
-  D4  One symmetric codebook step, with sums over all processes and without counts.
+  D1  Exactly half of a crop's 32-px cells are masked; release: 16-px squares of the full image.
+  D2  A masked cell gets the code of its points' mean, or a token; the release lacks this.
+  D3  Pairs are distinct, visible, shared by contrast and codebook; cells, not pixels, get codes.
+  D4  One codebook step for both modalities, of sums over all processes, without counts.
   D5  L_rec is of masked pixels only; L_orth is of both modalities, divided by the number of rows.
   D6  Neighbours are the nearest 32 within 1 m; queries are drawn after the augmentation.
   D7  The trunk is the detector's VoxelResNet, not a MinkUNet; bfloat16 on CUDA.
-  D8  The code's cross-modal code matching is left out: it is constant within 0.04 nats.
-  D9  --teacher none trains a random ResNet along; moco is frozen, as published.
-  D10  Crops come from the resized image, 12 to 48 % of a nuScenes one; code: 30 to 100 %.
-  D11  The figure's L_kl on G^3D is left out: the code has no trace of it.
-  D12  All 700 training scenes of nuScenes are seen; the code keeps 100 for choosing parameters.
+  D8  The release's cross-modal code matching is left out: it is constant within 0.04 nats.
+  D9  --teacher none trains a random ResNet too; any other teacher is frozen, as in the release.
+  D10  Crops come from the resized image, 12 to 48 % of a nuScenes one; release: 30 to 100 %.
+  D11  The figure's L_kl on G^3D is left out: the release has no trace of it.
+  D12  All 700 training scenes of nuScenes are seen; the release keeps 100 to choose parameters.
 """
 import hashlib
 import json
@@ -76,9 +84,9 @@ from common import (
     load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool, write_text,
 )
 
-UNITS = "lidar",               # what backbones.safetensors holds
-STRIDE = 32                    # px, of C5: one cell
-VAL_BATCHES = 3                # batches of val frames that are looked at [ours]
+UNITS = ("lidar",)             # what backbones.safetensors holds
+STRIDE = 32                    # px, side of a cell: the stride of C5 [code]
+VAL_BATCHES = 3                # batches of two val frames that are evaluated [ours]
 MOCO = (
     "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
     "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
@@ -108,17 +116,17 @@ class Config:
     weight_decay: float = 0.01  # [code: the library's default]
 
     # augmentation
-    rotation: float = 3.1416   # rad, about z [code]; a quarter if all x > 0 [ours]
+    rotation: float = 3.1416   # rad, about z [code]; a quarter of it on KITTI [ours]
     crop_h: int = 224          # px, a camera image is cropped and resized to it [code]
     crop_w: int = 416          # px [code]
     image_scale: float = 1.0   # of the data set's image size, before crops [ours]  D10
     crop_min_area: float = 0.3  # share of the largest crop [code: of the image]  D10
-    crop_points: int = 1024    # least points in a crop, or 3/4 of the image's [code]
+    crop_points: int = 1024    # a crop shows this many points, or 3/4 of its image's [code]
 
     # networks
-    teacher: str = ""          # moco, none or WEIGHTS; '' is moco if --data --resnet 50, else none
+    teacher: str = ""          # moco [code], none or WEIGHTS; "": moco if --data and ResNet-50
     resnet: Literal[18, 50] = 50  # depth of the teacher [code]
-    width: int = 16            # of the first sparse level, then 2, 4, 8 times this [code OpenPCDet]
+    width: int = 16            # of the first sparse level, then 2, 4, 8 times [code of OpenPCDet]
     dims: int = 64             # of F and G [code]
 
     # contrast and codebook
@@ -129,18 +137,18 @@ class Config:
     beta: float = 0.25         # of the commitment [code]
 
     # masked image modelling
-    mask_cells: float = 0.5    # share of the cells of a masked image [code]
-    mask_images: float = 0.5   # share of the images that are masked [code]
+    mask_cells: float = 0.5    # share of the cells of a masked image [figure], [code]
+    mask_images: float = 0.5   # probability that an image is masked [code]
 
     # occupancy
     queries: int = 2048        # of a frame, in equal thirds: see occupancy_queries [code]
-    depth: float = 0.1         # m, behind and just before [code]
+    depth: float = 0.1         # m, most that a query lies behind or just before its point [code]
     query_radius: float = 1.0  # m, to the neighbours of a query [code]
     neighbours: int = 32       # most of a query [code]  D6
 
     # total loss
-    w_orth: float = 1.2        # of L_orth: the code's gradient at first [ours]  D5
-    without: Literal["", "replacement", "codebook", "specific"] = ""  # ablations [ours]
+    w_orth: float = 1.2        # of L_orth; the release's 0.1 at 50,000 voxels [ours]  D5
+    without: Literal["", "replacement", "codebook", "specific"] = ""  # ablation [ours]
 
 
 SMALL = dict(                  # --preset small: minutes on two CPU cores; all [ours]
@@ -185,30 +193,31 @@ def check(cfg):
             "--eval-every and --save-every start at 1")
 
 
-# ---- what a frame gives --------------------------------------------------------------
+# ---- crops and queries of one frame, in the loader -----------------------------------
 
 def random_crop(rng, size, uv, aspect, cfg):
     """A random part of an image. size (H, W) -> top, left, height, width, whole px.
 
-    Its aspect (width / height) is within 10 % of `aspect`; its area is U(crop_min_area, 1)
-    of the largest part with that aspect. It is redrawn at most 50 times while it shows
-    too few of the points at uv (n, 2) px, then it is the middle.
+    Its aspect (width / height) is within 10 % of `aspect` [ours]; its area is
+    U(crop_min_area, 1) of the largest part with that aspect. At most 50 are drawn [ours],
+    until one shows enough of the points at uv (n, 2) px; after that it is the middle.
     """
-    # D10: Images have the data set's size in data.py times --image-scale. They show
-    # less height than those on disk, and the area is a share of the largest part: 12 to
-    # 48 % of a nuScenes image. The code keeps 30 to 100 %, of any aspect from 14/9 to
-    # 17/9. Crops are shrunk by area, in the code without antialiasing.
+    # D10: The loader gives images of one size to all methods, data.Grid.image times
+    # --image-scale; they show less height than those on disk. Shares are of the largest
+    # part of them: 12 to 48 % of a nuScenes image on disk. The release keeps 30 to
+    # 100 %, with an aspect from 14/9 to 17/9. Where a crop is shrunk its pixels are
+    # averaged; the release does not antialias.
     H, W = size
     enough = min(cfg.crop_points, 0.75 * len(uv))
     for attempt in range(51):
         middle = attempt == 50
-        shape = aspect * rng.uniform(0.9, 1.1)
+        ratio = aspect * rng.uniform(0.9, 1.1)
         share = rng.uniform(cfg.crop_min_area, 1)
-        height = min(H, W / shape)
+        height = min(H, W / ratio)                  # of the largest part
         if not middle:
             height = height * share ** 0.5
         h = max(int(height), 1)
-        w = max(int(height * shape), 1)
+        w = max(int(height * ratio), 1)
         top = (H - h) // 2 if middle else rng.integers(H - h + 1)
         left = (W - w) // 2 if middle else rng.integers(W - w + 1)
         within = ((uv >= (left, top)) & (uv < (left + w, top + h))).all(1)
@@ -226,17 +235,18 @@ def occupancy_queries(xyz, intensity, origin, n, depth, rng):
     -> place (n, 3) m, occupied (n,), intensity (n,) of the point, -1 if far; float32.
     """
     if len(xyz) == 0:
-        return np.zeros((0, 3), np.float32), *np.zeros((2, 0), np.float32)
+        return np.zeros((0, 3), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32)
     counts = (n - 2 * (n // 3), n // 3, n // 3)                 # behind, before, far
     kind = np.repeat(["behind", "before", "far"], counts)       # (n,)
+    # each kind has points of its own permutation; they repeat where there are too few
     rows = [np.resize(rng.permutation(len(xyz)), count) for count in counts]
     rows = np.concatenate(rows)                                 # (n,) into the points
     u = rng.random((n, 1))
     ray = xyz[rows] - origin                                    # (n, 3)
-    away = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-6)
+    direction = ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-6)
     step = np.where(kind == "behind", depth, -depth)[:, None]   # (n, 1) m
     far = kind == "far"
-    place = np.where(far[:, None], origin + u * ray, xyz[rows] + step * u * away)
+    place = np.where(far[:, None], origin + u * ray, xyz[rows] + step * u * direction)
     occupied = kind == "behind"
     target = np.where(far, -1, intensity[rows])
     return tuple(x.astype(np.float32) for x in (place, occupied, target))
@@ -247,19 +257,22 @@ def nearest_points(queries, xyz, n, radius):
 
     queries (Q, 3), xyz (N, 3) m -> (Q, n) rows of xyz, nearest first, -1 for none.
     """
-    # D6: the code's library takes some n of those within the radius
+    # D6: the release's library takes any n of those within the radius, other ones on a
+    # GPU than on a CPU
     if len(xyz) == 0:
         return np.full((len(queries), n), -1, np.int64)
     _, rows = cKDTree(xyz).query(queries, n, distance_upper_bound=radius)
-    rows = rows.reshape(len(queries), n)                        # (Q,) if n = 1
-    return np.where(rows < len(xyz), rows, -1).astype(np.int64)  # and N for none
+    rows = rows.reshape(len(queries), n)                        # scipy gives (Q,) if n = 1
+    return np.where(rows < len(xyz), rows, -1).astype(np.int64)  # and row N for none
 
 
 @dataclass(frozen=True)
 class Views:
-    """data.loader's augment: the keyframe sweep's points in range, crops, and queries.
+    """data.loader's augment: it turns the cloud, crops images and draws queries.
 
-    The cloud is rotated and mirrored. Each image is cropped, and mirrored by its own coin.
+    Only points of the keyframe sweep that lie in the range are kept. The cloud is
+    rotated and mirrored; each image is cropped, and mirrored or not whatever the cloud
+    was.
     Frame -> Frame with extra: queries (Q, 3) m, occupied (Q,), intensity (Q,), and
     neighbours (Q, n), rows of its points, nearest first, -1 for none.
     """
@@ -275,8 +288,9 @@ class Views:
         frame = data.select(frame, in_range.all(1) & data.is_keyframe(frame.points))
         frame = self.crop(frame, rng)
 
-        # D6: queries are drawn here, anew each epoch. D7: points of all of Waymo's lasers
-        # go in, but only TOP's (age 0) lie on rays from the origin.
+        # D6: The release draws them before it turns the cloud. Rays and distances turn
+        # with the cloud, so this is the same, but for the range. Waymo: the points of
+        # all lasers go in, but only TOP's (age 0) lie on rays from the origin.
         xyz = frame.points[:, :3]
         ray = frame.points[:, 4] == 0
         queries, occupied, intensity = occupancy_queries(
@@ -300,21 +314,22 @@ class Views:
         return data.crop_images(frame, boxes, [size] * len(boxes), mirrored)
 
 
-# ---- masks and cells ------------------------------------------------------------------
+# ---- masks and cells -----------------------------------------------------------------
 
 def mask_cells(cameras, shape, cfg, rngs):
-    """Which cells of C5 are masked: exactly a share of them, in a share of the images.
+    """Which cells are masked. An image is, with p = mask_images: mask_cells of its cells.
 
-    shape (h, w), rngs one a frame -> (B K, h, w) bool, True = masked.
+    cameras K, shape (h, w), rngs: one for each frame -> (B K, h, w) bool, True = masked.
     """
-    # D1: as in the figure; the release masks 16-px squares of the full image
+    # D1: As in the figure. The release masks 16-px squares of the full image, 4 to 7 px
+    # of a crop, so that every cell keeps half of its pixels.
     n = shape[0] * shape[1]
     masked = []
     for rng in rngs:
         noise = torch.rand(cameras, n, generator=rng, device=rng.device)
-        order = noise.argsort(1).argsort(1)                     # (K, n), a permutation
+        place = noise.argsort(1).argsort(1)                     # (K, n), ranks
         chosen = torch.rand(cameras, 1, generator=rng, device=rng.device) < cfg.mask_images
-        masked.append((order < round(cfg.mask_cells * n)) & chosen)
+        masked.append((place < round(cfg.mask_cells * n)) & chosen)
     return torch.cat(masked).view(-1, *shape)
 
 
@@ -336,47 +351,52 @@ class Codebook(nn.Module):
     def __init__(self, codes, dims, momentum):
         super().__init__()
         self.momentum = momentum
-        initial = F.normalize(torch.rand(codes, dims) * 2 - 1, dim=1)
+        initial = F.normalize(torch.rand(codes, dims) * 2 - 1, dim=1)  # [code]
         self.register_buffer("codes", initial)              # (codes, D)
         self.register_buffer("total", initial.clone())      # (codes, D) decayed sums
 
     def nearest(self, x):
-        """x (N, D) of unit length -> (N,) its nearest code, by the greatest cosine."""
+        """x (N, D) of unit length -> (N,) row of its nearest code, of greatest cosine [code]."""
         return (x.detach() @ self.codes.t()).argmax(1)
 
     def quantise(self, x):
-        """x (N, D) -> its nearest code (N, D), with the gradient straight through."""
+        """x (N, D) -> F-bar (N, D): its nearest code, gradient straight through [figure]."""
         return x + (self.codes[self.nearest(x)] - x).detach()
 
     def commitment(self, x, own, other, beta):
         """Pull x (M, D) to its own code, half as much to its partner's. -> (M,)"""
-        # [figure, code]
+        # [code]; the figure pulls pixels to their partner's code
         to_own = (x - self.codes[own]).square().mean(1)
         to_other = (x - self.codes[other]).square().mean(1)
         return beta * (2 * to_own + to_other)
 
     @torch.no_grad()
     def update(self, p, q, a, b):
-        """Move each code towards the pairs that either modality assigned to it.
+        """Move each code towards the pairs that either modality assigned to it [figure 4].
 
-        total <- momentum total + (1 - momentum) (sum of (p + q) / 2). p, q (M, D), a, b (M,)
-        A total begins with length 1, so a code with many pairs goes to their mean within
-        a few steps. Later it moves by about 1 - momentum.
+        total_k <- momentum total_k + (1 - momentum) sum_k, where sum_k is of
+        (p_i + q_i) / 2 over the pairs with a_i = k and over those with b_i = k.
+        p, q (M, D), a, b (M,).
+        A total begins with length 1, so a code that n pairs a step choose turns to their
+        mean in about 1 / (n (1 - momentum)) steps. Later, each step takes it 1 - momentum
+        of the way to the mean of the step.
         """
-        # D4: The code makes a step for each modality. It averages over processes, so
-        # with six of them its first steps are a sixth of these. It divides by counts,
-        # which cancel, since codes have unit length.
+        # D4: The release makes a step for each modality, and decays twice: its codes
+        # forget twice as fast. It averages over processes, so that with six of them its
+        # first steps are a sixth of these. Its division by counts cancels at unit
+        # length.
         mean = (p + q) / 2
-        total = torch.zeros_like(self.total)
-        total.index_add_(0, torch.cat([a, b]), torch.cat([mean, mean]))
-        self.total.mul_(self.momentum).add_(all_reduce(total), alpha=1 - self.momentum)
+        sums = torch.zeros_like(self.total)
+        sums.index_add_(0, torch.cat([a, b]), torch.cat([mean, mean]))
+        self.total.mul_(self.momentum).add_(all_reduce(sums), alpha=1 - self.momentum)
         self.codes.copy_(F.normalize(self.total, dim=1))
 
 
 # ---- losses --------------------------------------------------------------------------
-# Two are left out. D8: the code matches soft codes across modalities, but over 400 codes
-# of unit length that loss is a constant within 0.04 nats. D11: the figure's L_kl needs
-# classes of an image model, which the method does not have.
+# L_NCE is common.info_nce, L_occ and L_int stand in CMCR.forward. Two are left out. D8:
+# the release also matches soft codes across modalities, but over 400 codes of unit
+# length that loss is constant within 0.04 nats. D11: the figure's L_kl is probably left
+# over from OLIVINE, where it needs classes of an image model, which CMCR does not have.
 
 def masked_error(x, truth, pixels):
     """Mean squared error over the masked pixels of all processes and three colours.
@@ -384,7 +404,7 @@ def masked_error(x, truth, pixels):
     x (n, 3, H, W) or (n, 3, 1, 1), truth (n, 3, H, W), pixels (n, 1, H, W) bool, True =
     masked -> ().
     """
-    # D5: the code's mean is over all pixels
+    # D5: the figure shows visible pixels as they are; the release's mean is over all pixels
     total = ((x - truth).square() * pixels).sum() / 3
     return mean_over_ranks(total, int(pixels.sum()))
 
@@ -392,10 +412,11 @@ def masked_error(x, truth, pixels):
 def orthogonality(shared, specific):
     """|| F^T G ||_Frobenius / N, over the unit rows (N, D) of every process -> ().
 
-    It is 0 if no column of one goes with a column of the other, and at most 1.
+    It is 0 if every column of F is orthogonal to every column of G, and at most 1.
     """
-    # D5: The code has it for voxels alone; here rows are points and visible cells. It
-    # does not divide by N, so there it grows with the batch.
+    # D5: The release has it for voxels alone; here rows are points and visible cells.
+    # It divides by D^2 instead of N, so there it grows with the batch. Its weight is
+    # 0.1: with 50,000 voxels, 0.1 x 50,000 / 64^2 = 1.2 of this.
     product = F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1)
     product = AllReduceSum.apply(product)                       # (D, D)
     N = all_reduce(product.new_tensor(float(len(shared))))
@@ -413,14 +434,17 @@ class CMCR(nn.Module):
         self.frozen = frozen
         self.cells = cfg.crop_h // STRIDE, cfg.crop_w // STRIDE  # h, w
         D = cfg.dims
-        # D7: This trunk has the data set's range and voxels. It takes the mean of all
-        # five point features in a voxel; the age is 0, since only the keyframe sweep is
-        # read. The code's MinkUNet takes the intensity of one point in a voxel of 0.1 m.
+        # D7: What fine-tuning loads, so with the data set's range and voxels. It reads
+        # the mean of all five point features in a voxel (the age is 0 or, for Waymo's
+        # other lasers, 0.001 s), and a point has the features of its site on all four
+        # levels. The release's MinkUNet has no range; it reads the intensity of one
+        # point in a voxel of 0.1 m and decodes to these voxels. bfloat16: for speed,
+        # losses are in float32.
         self.lidar = VoxelResNet(grid.low, grid.high, grid.voxel, cfg.width)
         self.teacher = ResNet(cfg.resnet).requires_grad_(not frozen)
-        C_3D = 15 * cfg.width
+        C_3D = 15 * cfg.width       # of four levels: 1 + 2 + 4 + 8
         C_2D = self.teacher.widths[-1]
-        self.shared_3d = nn.Linear(C_3D, D)
+        self.shared_3d = nn.Linear(C_3D, D)                     # one layer for each [code]
         self.shared_2d = nn.Conv2d(C_2D, D, 1)
         if cfg.without != "specific":
             self.specific_3d = nn.Linear(C_3D, D)
@@ -428,7 +452,7 @@ class CMCR(nn.Module):
         if cfg.without != "codebook":
             self.codebook = Codebook(cfg.codes, D, cfg.momentum)
         if cfg.without != "replacement":
-            self.token = nn.Parameter(torch.randn(D) * D ** -0.5)
+            self.token = nn.Parameter(torch.randn(D) * D ** -0.5)  # length about 1 [ours]
         self.paint = nn.Sequential(                             # [code]
             nn.Conv2d(D, 32, 3, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(inplace=True),
@@ -436,7 +460,7 @@ class CMCR(nn.Module):
         self.occupancy = nn.Sequential(                         # [code; ALSO]
             nn.Linear(D + 3, 128), nn.ReLU(inplace=True),
             nn.Linear(128, 128), nn.ReLU(inplace=True),
-            nn.Linear(128, 128), nn.Linear(128, 2))             # no ReLU between the two
+            nn.Linear(128, 128), nn.Linear(128, 2))             # no ReLU before the last
         self.train()                # which puts a frozen teacher into eval mode
 
     def train(self, mode=True):
@@ -460,37 +484,41 @@ class CMCR(nn.Module):
         """Features of images whose masked cells are black [code].
 
         images (B K, 3, H, W) uint8, masked (B K, h, w) bool, True = masked
-        -> the shared head's map (B K, D, h, w), its unit cells F^2D (B K h w, D), and
-        G^2D (B K h w, D) or None.
+        -> the shared head's map (B K, D, h, w), F^2D (B K h w, D): its cells at unit length,
+        and G^2D (B K h w, D) or None.
         """
         black = images.masked_fill(pixels_of(masked), 0)
         learn = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learn), bf16_autocast(images.device):
             c5 = self.teacher.stages(black)[-1].float()         # (B K, C, h, w)
-        shared = self.shared_2d(c5)
+        shared_map = self.shared_2d(c5)
         G_2D = None if self.cfg.without == "specific" else rows_of(self.specific_2d(c5))
-        return shared, F.normalize(rows_of(shared), dim=1), G_2D
+        return shared_map, F.normalize(rows_of(shared_map), dim=1), G_2D
 
     def quantise(self, x):
+        """F-bar of x (N, D); x itself without a codebook."""
         return x if self.cfg.without == "codebook" else self.codebook.quantise(x)
 
     def pairs(self, batch):
         """Every pair of a point and an image that shows it, deeper than 1 m [code].
 
-        -> point (P,), image (P,), uv (P, 2) px, cell (P,) into (B K h w).
+        -> point (P,), image (P,), uv (P, 2) px, cell (P,) row of F^2D.
         """
         xyz = batch.points[:, :3]
         point, image, uv, _ = project(
             xyz, batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
-        u, v = (uv / STRIDE).long().unbind(1)
+        column, row = (uv / STRIDE).long().unbind(1)
         h, w = self.cells
-        return point, image, uv, (image * h + v) * w + u
+        return point, image, uv, (image * h + row) * w + column
 
-    def pixel_features(self, shared, image, uv, batch):
-        """F^2D of pixels. shared (B K, D, h, w), image (M,), uv (M, 2) px -> (M, D)."""
-        # D3: It is read between cell centres, where the code aligns corners. So next to
-        # a masked cell it holds some of that cell.
-        q = sample_image(shared, image, uv, batch.images.shape[-2:])
+    def pixel_features(self, shared_map, image, uv, batch):
+        """F^2D at pixels. shared_map (B K, D, h, w), image (M,), uv (M, 2) px -> (M, D)."""
+        # D3: Only visible pixels come here: under a mask F^2D is a guess from what is
+        # around. Contrast and codebook share them; the release draws two samples, of
+        # pairs that a fault has reduced to two for each camera. Bilinear between the
+        # centres of cells, where the release enlarges the map with corners aligned.
+        # Either way, a pixel next to a masked cell holds some of that cell's feature.
+        q = sample_image(shared_map, image, uv, batch.images.shape[-2:])
         return F.normalize(q, dim=1)
 
     def rebuild(self, masked, F_2D, G_2D, F_3D, point, cell):
@@ -500,24 +528,26 @@ class CMCR(nn.Module):
         -> (n, 3, H, W) in [0, 1] for the n images with a masked cell,
         covered (): share of the masked cells that have a point.
         """
-        masked_cell = masked.flatten()                          # (B K h w,)
-        pair = masked_cell[cell].nonzero()[:, 0]                # pairs of masked cells
-        Z = self.quantise(F_2D)
-        count = torch.bincount(cell[pair], minlength=len(Z))[:, None]
+        hidden = masked.flatten()                               # (B K h w,) bool
+        pair = hidden[cell].nonzero()[:, 0]                     # rows of pairs in masked cells
+        F_bar = self.quantise(F_2D)
+        count = torch.bincount(cell[pair], minlength=len(F_bar))[:, None]  # (B K h w, 1)
         if self.cfg.without != "replacement":
-            # D2: the figure's replacement; the direction of the sum is that of the mean
-            total = segment_sum(F_3D.index_select(0, point[pair]), cell[pair], len(Z))
-            code = self.quantise(F.normalize(total, dim=1))
+            # D2: The figure puts codes of points into the masked area; one code for a cell,
+            # of the mean of its points, and a token where there is none are [ours].
+            total = segment_sum(F_3D.index_select(0, point[pair]), cell[pair], len(F_bar))
+            code = self.quantise(F.normalize(total, dim=1))     # a sum points where the mean does
             replaced = torch.where(count > 0, code, self.token)
-            Z = torch.where(masked_cell[:, None], replaced, Z)
-        if G_2D is not None:
-            Z = Z + G_2D
-        # D3: the code quantises and decodes a million pixels that interpolate these cells
+            F_bar = torch.where(hidden[:, None], replaced, F_bar)
+        Z = F_bar if G_2D is None else F_bar + G_2D
+        # D3: The release enlarges F and G to the crop's size first and finds a code for
+        # each of a million pixels. It decodes all images; those without a mask have no
+        # L_rec here.
         maps = Z.view(*masked.shape, -1).permute(0, 3, 1, 2)    # (B K, D, h, w)
         maps = maps[masked.flatten(1).any(1)]                   # (n, D, h, w)
         maps = F.interpolate(maps, scale_factor=STRIDE, mode="bilinear")
-        covered = (count[masked_cell] > 0).float()
-        return self.paint(maps), covered.sum() / masked_cell.sum().clamp_min(1)
+        has_point = (count[hidden] > 0).float()
+        return self.paint(maps), has_point.sum() / hidden.sum().clamp_min(1)
 
     def decode_queries(self, Z, batch):
         """The decoder on every edge from a point to a query near it.
@@ -525,7 +555,7 @@ class CMCR(nn.Module):
         Z (N, D) -> (E, 2) occupancy logit and intensity, query (E,).
         """
         count = torch.bincount(batch.b_points, minlength=batch.size)
-        first = count.cumsum(0) - count                         # (B,) first rows
+        first = count.cumsum(0) - count                         # (B,) row of its first point
         neighbours = batch.extra["neighbours"]                  # (Q, n)
         query, k = (neighbours >= 0).nonzero(as_tuple=True)     # (E,) each
         point = neighbours[query, k] + first[batch.extra["b_neighbours"][query]]
@@ -541,15 +571,15 @@ class CMCR(nn.Module):
         masked = mask_cells(batch.cameras, self.cells, cfg, rngs)  # (B K, h, w) bool  D1
         visible = ~masked.flatten()                             # (B K h w,)
         F_3D, Z_3D, G_3D = self.points_3d(batch)                # (N, D) each
-        shared, F_2D, G_2D = self.images_2d(batch.images, masked)  # map, (B K h w, D) x 2
+        shared_map, F_2D, G_2D = self.images_2d(batch.images, masked)  # F, G (B K h w, D)
 
         # 2 what points and visible pixels share: contrast, codebook
         point, image, uv, cell = self.pairs(batch)              # (P,) each, uv (P, 2) px
         i = random_subset(cfg.pairs, visible[cell].nonzero()[:, 0], rngs[0])  # (M,)  D3
         # index_select, not F_3D[...]: its gradient is repeatable on a CPU
         p = F_3D.index_select(0, point[i])                      # (M, D)
-        q = self.pixel_features(shared, image[i], uv[i], batch)  # (M, D)
-        L_NCE = mean_rows(info_nce(p, q, cfg.tau))              # [code], points ask
+        q = self.pixel_features(shared_map, image[i], uv[i], batch)
+        L_NCE = mean_rows(info_nce(p, q, cfg.tau))              # one direction [code]
         L = L_NCE                                               # [figure]
         terms = dict(L_NCE=L_NCE, **pair_monitors(point[i], image[i]))
         if cfg.without != "codebook":
@@ -560,17 +590,17 @@ class CMCR(nn.Module):
             L = L + L_c3D + L_c2D                               # [figure: L_c2D], [code]
             terms |= dict(L_c3D=L_c3D, L_c2D=L_c2D, **code_monitors(a, b, cfg.codes))
 
-        # 3a what images know alone: masked pixels, rebuilt with codes of points
+        # 3a the rest of the images: masked pixels, rebuilt with the help of points' codes
         rebuilt, covered = self.rebuild(masked, F_2D, G_2D, F_3D, point, cell)  # D2
-        some = masked.flatten(1).any(1)                         # (B K,), n are true
-        truth = batch.images[some].float() / 255                # (n, 3, H, W)
-        pixels = pixels_of(masked[some])                        # (n, 1, H, W) bool
+        has_mask = masked.flatten(1).any(1)                     # (B K,) bool, True for n images
+        truth = batch.images[has_mask].float() / 255            # (n, 3, H, W)
+        pixels = pixels_of(masked[has_mask])                    # (n, 1, H, W) bool
         L_rec = masked_error(rebuilt, truth, pixels)            # [figure]  D5
         guess = masked_error(visible_mean(truth, pixels), truth, pixels)
 
-        # 3b what points know alone: occupancy and intensity at queries near them
+        # 3b the rest of the points: occupancy and intensity at queries near them
         out, query = self.decode_queries(Z_3D, batch)           # (E, 2), (E,)  D6
-        occupied = batch.extra["occupied"][query]               # (E,) 1 or 0, free
+        occupied = batch.extra["occupied"][query]               # (E,) 1, or 0: free
         intensity = batch.extra["intensity"][query]             # (E,), -1: unknown
         known = intensity >= 0
         bce = F.binary_cross_entropy_with_logits(out[:, 0], occupied, reduction="none")
@@ -587,7 +617,7 @@ class CMCR(nn.Module):
                       + orthogonality(F_2D[visible], G_2D[visible]))
             L = L + cfg.w_orth * L_orth                         # [figure], weight [ours]
             terms["L_orth"] = L_orth
-        if self.training and cfg.without != "codebook":
+        if self.training and cfg.without != "codebook":         # after all have read the codes
             self.codebook.update(p.detach(), q.detach(), a, b)
         return L, terms
 
@@ -595,14 +625,20 @@ class CMCR(nn.Module):
 # ---- monitors ------------------------------------------------------------------------
 
 def pair_monitors(point, image):
-    """L_NCE of features that are all alike; share of the pairs (M,) that are distinct."""
+    """chance: L_NCE if all features are alike; distinct: share of distinct pairs, 1 by D3.
+
+    point, image (M,)
+    """
     M = max(len(point), 1)
     distinct = torch.unique(torch.stack([point, image]), dim=1)
     return dict(chance=math.log(M), distinct=distinct.shape[1] / M)
 
 
 def code_monitors(a, b, codes):
-    """How many codes are in use; share of pairs with one code for both. a, b (M,)"""
+    """How many codes are in use; share of pairs whose point and pixel have the same code.
+
+    a, b (M,)
+    """
     return dict(perplexity_3D=perplexity(a, codes), perplexity_2D=perplexity(b, codes),
                 agreement=(a == b).float().sum() / max(len(a), 1))
 
@@ -625,7 +661,7 @@ def share_entropy(occupied):
 # ---- the teacher's weights -----------------------------------------------------------
 
 def load_teacher(name, resnet, rank, cache):
-    """Load moco, or a file or run folder with torchvision's names.
+    """Load into `resnet` the weights of moco, or of a file or run folder.
 
     moco is the published file, fetched once into cache / teachers; its MD5 is checked.
     """
@@ -684,12 +720,14 @@ def train(rank, world, cfg):
     check(cfg)
 
     # data
-    dataset = data.open_dataset(cfg.data, cfg.preset)           # D12
-    dataset.grid = replace(dataset.grid, sweeps=1)              # all that Views keeps  D7
+    # D12: as OLIVINE does; sizes are the release's, so no scenes are needed to choose them
+    dataset = data.open_dataset(cfg.data, cfg.preset)
+    dataset.grid = replace(dataset.grid, sweeps=1)              # Views keeps no other [code]
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
                          workers=cfg.workers, augment=views, image=size)
+    # val frames are augmented too, always in the same way
     val_loader = data.loader(dataset, "val", 2, augment=views, image=size)
 
     # model, optimiser
@@ -710,11 +748,11 @@ def train(rank, world, cfg):
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
-    first = resume(cfg.out, model, opt)         # 0 when there is nothing to resume
+    first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     run = Run(cfg, rank, world, first, steps, device,
               f"lr {cfg.lr:g} not rescaled, teacher {cfg.teacher}")
-    val_batches = val_loader.first(VAL_BATCHES)     # the same for every rank and seed
+    val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed
 
     # train
     for step, batch in run.batches(loader, first):
@@ -727,7 +765,7 @@ def train(rank, world, cfg):
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # raises before the update if one of them is not finite
+        # raises if a term is not finite, before the update
         run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
@@ -738,22 +776,22 @@ def train(rank, world, cfg):
 
     # results
     run.close()
-    metrics = evaluate(model, val_batches, device)  # by all ranks: means are over them
+    metrics = evaluate(model, val_batches, device)  # on every rank: mean_rows is a collective
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
-        batch = val_batches[0].to(device)
-        save_figure(model, batch, cfg.out)
+        shown = val_batches[0].to(device)
+        save_figure(model, shown, cfg.out)
         loss_curves(cfg.out, {"L_NCE": (metrics["chance"],),
                               "L_rec": (metrics["guess_rec"],),
                               "L_occ": (metrics["chance_occ"],)})
         tool = load_tool("figures")
         if tool:
-            tool.cmcr_figures(model, batch, cfg.out)
+            tool.cmcr_figures(model, shown, cfg.out)
         print(json.dumps(metrics))
         print(f"{cfg.out}: val L_NCE {metrics['L_NCE']} (chance {metrics['chance']}), "
-              f"L_rec {metrics['L_rec']} (the image's mean {metrics['guess_rec']}), "
+              f"L_rec {metrics['L_rec']} (the visible mean {metrics['guess_rec']}), "
               f"L_occ {metrics['L_occ']} (chance {metrics['chance_occ']})")
 
 

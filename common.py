@@ -1328,6 +1328,7 @@ def parse(config, small):
 
     Defaults are those of the class (the paper's), or `small`'s values where --preset is small.
     The preset's own default is that of --init's run, else small without --data, else paper.
+    --help shows the paper's values, which the sources next to them belong to.
     """
     import argparse
 
@@ -1341,8 +1342,10 @@ def parse(config, small):
         preset = flags.preset
     elif (Path(flags.init) / "config.json").is_file():
         preset = run_config(flags.init)["preset"]
+    elif flags.data or {"-h", "--help"} & set(sys.argv):
+        preset = "paper"
     else:
-        preset = "paper" if flags.data else "small"
+        preset = "small"
     changes = small if preset == "small" else {}
     default = dataclasses.replace(config(), preset=preset, **changes)
     doc = sys.modules["__main__"].__doc__
@@ -1615,18 +1618,18 @@ def read_units(run):
                          "bytes; copy it again or repeat the pre-training") from error
 
 
-def load_units(run, model, wanted, possible, grid, rank):
+def load_units(run, model, names, possible, grid, rank):
     """Copy units of a run's backbones.safetensors into the model, strictly.
 
-    wanted: the units' names, or () for all of `possible` that the run holds
+    names: of the units, or () for all of `possible` that the run holds
     -> the names of the tensors, a set.
     """
     path, header, stored = read_units(run)
     stored_units = header["units"].split(",")
     config = json.loads(header["config"])
-    units = wanted or [unit for unit in possible if unit in stored_units]
+    units = names or [unit for unit in possible if unit in stored_units]
     require(units and set(units) <= set(stored_units),
-            f"{path} holds {', '.join(stored_units)}; asked for {', '.join(wanted or possible)}")
+            f"{path} holds {', '.join(stored_units)}; asked for {', '.join(names or possible)}")
     state = model.state_dict()
     loaded = {}
     counts = []

@@ -539,7 +539,7 @@ def train(rank, world, cfg):
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
-    first = resume(cfg.out, model, opt)
+    first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     record_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     counts = count_boxes(dataset, drawn[rank::world], device)
     if rank == 0:
@@ -557,7 +557,7 @@ def train(rank, world, cfg):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         lr = cfg.lr * rate
-        # raises if one of these is not finite
+        # raises if a term is not finite, before the update
         run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()

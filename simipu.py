@@ -7,48 +7,57 @@ network learns to give a pixel the feature that the point network gives its poin
     python simipu.py                           # the embedded world, minutes on two cores
 
 Read with: common.py geometry (project, valid_pixels, sample_image), matching
-(pair_points), contrast (info_nce), the trunk (ResNet, BatchNorm, mlp); data.py Batch,
-crop_images.
+(pair_points), contrast (info_nce), networks (ResNet, BatchNorm, mlp); data.py Frame,
+Batch, crop_images.
 Each loss in plain loops: tests/test_simipu.py, test_both_losses_match_plain_loops.
+To fork this file, change the three places that say FORK.
 
-What is kept is the image network. finetune.py --init RUN --modality camera loads it,
-and so does any torchvision ResNet (keys of camera.resnet, without fc).
+What is kept is the image network. finetune.py --init RUN --modality camera loads it, and
+so does torchvision's ResNet of the same depth (keys of camera.resnet, without fc).
 
-[paper] is the paper; [code] is the released inter_intro_decorator_moco_better.py and
-simipu_kitti.py; [ours] is what neither says.
+[paper] is the paper; [code] is the release (github.com/zhyever/SimIPU at 5b346e3), mostly
+its inter_intro_decorator_moco_better.py and simipu_kitti.py; [ours] is what neither says.
 
     paper            here                    meaning
-    p^alpha, p^beta  alpha, beta             the cloud as recorded, and moved by T;
+    p^alpha, p^beta  alpha, beta             the cloud as recorded; the same points
+                                             moved by T, in another order;
                                              (B, n, 4) x, y, z, intensity
     T                T; a2b in the batch     turn, scale, mirror; (4, 4)          Eq. 1
     F_P; l, f        points; l_*, f_*        point network; places (B, p, 3) and  Eq. 2
                                              features (B, p, C) of p = n / 16 points
     M_1              i, j                    pairs of T(l_alpha) and l_beta       Eq. 3
     F_I              camera.resnet           ResNet, last stage (C5)              Eq. 5
-    M_2; f^gamma     k, image, uv; f_image   points an image shows; C5 at these   Eq. 6
+    M_2; f^gamma     point, image, uv;       points that an image shows; C5 at    Eq. 6
+                     f_image                 these pixels
     lambda, mu       w_intra, w_inter        weights of the two losses            Eq. 8
     tau              tau                     temperature                          Eq. 4
+    -                head_*; z_*             projection heads; what is contrasted
+
+Shapes: B frames, K cameras, n points drawn of a cloud, p of them with features; M pairs
+in L_intra, M' in L_inter. (B p) stands for rows, frame after frame.
 
 Without the inter-modal loss the image network learns nothing: the paper's row "w/o
 inter" is its row "scratch". Without the intra-modal loss it matches a random, frozen
-point network.
-The points of a frame fall on few cells of stride 32. cell_inter, the mean log of the
-number of pairs in one cell, is where L_inter would stop if features were read from the
-nearest cell. They are interpolated, so L_inter can go below it, but the network has no
-more than those cells to say it with.
+point network. The points of a frame fall on few cells of stride 32. If each point took
+the feature of its nearest cell, L_inter could not fall below cell_inter, the mean over
+pairs of the log of the number of pairs in the same cell. Features are interpolated, so
+it can.
 
-Departures; the reasons stand where the code departs.
-  D1  Points ask and images answer, as Eq. 7 is printed; f_alpha is cut before its head.
-  D2  beta is a constant in Eq. 4, as in the code (the paper is silent); losses are means.
-  D3  Relative coordinates go into every set abstraction; the release leaves them out.
-  D4  The last sampling takes half of its points from each block, split at their border.
-  D5  C5 is sampled by the padded batch's size; a point that no camera sees has no pair.
-  D6  Normalisation, initial weights and precision are not those of the code's mmcv.
-  D7  A point's pair is in the first camera that sees it; clouds are keyframe sweeps.
-  D8  At most 4096 pairs a rank; negatives are those of the same rank.
-  D9  Images have the data set's size in data.py, not that on disk, before the resize.
-  D10  Every fifth frame of Waymo and KITTI's 3,712 training frames, as in the release.
+Departures from the paper or the code; the reasons stand in the code, at the same numbers:
+  D1  Eq. 7 as printed: points are queries, images keys. f_alpha is cut before its head.
+      The code: images are queries, the cut is after the head.
+  D2  The keys of Eq. 4 have no gradient, as in the code; the losses are means, not sums.
+  D3  Relative coordinates go into every set abstraction; the code leaves them out.
+  D4  The last sampling splits its points at 1024, where D-FPS begins; the code at 512.
+  D5  Pixels become cells of C5 by the padded batch's size; the code takes each image's own.
+  D6  Normalisation, initial weights and precision are not the code's.
+  D7  All cameras are used, a point in the first that sees it; a cloud is one sweep.
+  D8  At most 4096 pairs a rank, at random; the code takes all. Negatives are of the rank.
+  D9  Images are brought to the data set's size in data.py before the random resize.
+  D10  Every fifth frame of Waymo and KITTI's 3,712 training frames, as in the code.
   D11  The small preset trains the image network and the heads with AdamW, not SGD.
+  D12  T has no translation and mirrors y, as in the code; the paper has a translation.
+  D13  A frame that shows fewer than n / 64 points has no pair; the code repeats points.
 """
 import json
 import math
@@ -71,12 +80,12 @@ from common import (
     ResNet, BatchNorm, mlp, bf16_autocast,  # networks
     mean_rows,  # processes
     frame_rngs, random_subset,  # random streams
-    parse, require, launch, start, wrap, resume, save, record_frames,  # runs: skip
+    parse, require, launch, start, wrap, resume, save, record_frames,  # runs
     load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
     load_tool, write_text,
 )
 
-UNITS = ("camera.resnet",)     # FORK 3: what backbones.safetensors holds
+UNITS = ("camera.resnet",)     # FORK: what backbones.safetensors holds
 RADII = (                      # m, outer radii of the shells of each abstraction [code]
     (0.2, 0.4, 0.8),
     (0.4, 0.8, 1.6),
@@ -89,8 +98,8 @@ NEIGHBOURS = (                 # most points in each shell [code]
 )
 # D10: the release's README says every fifth frame of Waymo, its configuration has KITTI's
 # training split. The paper counts all of Waymo's, and KITTI's test frames too (11,230).
-WAYMO_EVERY = 5                # of Waymo's frames every n-th is seen [code]
-VAL_BATCHES = 3                # val batches that are looked at [ours]
+WAYMO_EVERY = 5                # train on every fifth frame of Waymo [code]
+VAL_BATCHES = 3                # of two val frames each, for evaluation [ours]
 
 
 @dataclass
@@ -101,59 +110,61 @@ class Config:
     out: str = "runs/simipu"   # run folder; the same command again resumes it
     gpus: int | None = None    # processes on this machine; 0: CPU; default 1 with CUDA, else 0
     workers: int = 4           # loader processes for each rank [ours]
-    seed: int = 0              # of order, augmentation, masks, draws and initial weights
+    seed: int = 0              # of order, augmentation, draws and initial weights
     eval_every: int = 500      # steps between the losses on val frames [ours]
     save_every: int = 500      # steps between checkpoints [ours]
     profile: int = 0           # steps to time instead of training; 0: train [ours]
 
-    # initial weights of the image network: a weight file or a run
-    image_init: str = ""       # the paper's "double fine-tuning"; empty: random
+    # initial weights of the image network
+    image_init: str = ""       # weight file or run, for "double fine-tuning"; empty: random [paper]
 
     # optimisation
-    epochs: int = 50           # of 100: all published weights are of epoch 50 [code]
-    steps: int = 0             # of training; 0: epochs decide [ours]
-    batch: int = 4             # frames a rank, on 8 ranks [code]
-    lr_points: float = 1e-3    # of the point network, AdamW [code]
-    optimiser: Literal["sgd", "adamw"] = "sgd"  # of the rest, heads included [code] D11
+    epochs: int = 50           # 0: steps decide; published weights are of 50 of 100 [code]
+    steps: int = 0             # 0: epochs decide [ours]
+    batch: int = 4             # frames for each rank [code, on 8 ranks]
+    lr_points: float = 1e-3    # of the point network, always AdamW [code]
+    optimiser: Literal["sgd", "adamw"] = "sgd"  # of image network and heads [code] D11
     lr: float = 0.03           # of image network and heads [code]
-    decay: float = 0.99        # of both learning rates, an epoch [code]
+    decay: float = 0.99        # factor on both learning rates after each epoch [code]
 
     # the two views
-    points: int = 16384        # drawn of a cloud; a sixteenth of them is matched [code]
+    points: int = 16384        # n, drawn of a cloud; a sixteenth of them is matched [code]
     rotation: float = 1.5708   # rad, T turns by U(-rotation, rotation) about z [code]
     scale: float = 0.25        # T scales by U(1 - scale, 1 + scale) [code]
-    zoom_low: float = 0.515    # least factor by which images are resized [code]
-    zoom_high: float = 1.92    # greatest; the factor is the lower of two draws [code]
+    # images are resized by the lower of two draws of U(zoom_low, zoom_high)
+    zoom_low: float = 0.515    # 640 of 1242 px; the code's height: 192 of 375, 0.512 [code]
+    zoom_high: float = 1.92    # 720 of 375 px; the code's width: 2400 of 1242, 1.932 [code]
 
     # networks
     resnet: Literal[18, 50] = 50  # depth of the image network [paper]
-    width: int = 32            # of the point network's first layers; 1/32 of C [code]
-    radius_scale: float = 1.0  # factor of RADII [code]
-    dims: int = 128            # of what is compared [paper]
+    width: int = 32            # channels of the point network's first layers; C = 32 width [code]
+    radius_scale: float = 1.0  # factor on RADII [code]
+    dims: int = 128            # channels of the contrasted features z [paper]
 
     # losses
-    match: Literal["hungarian", "greedy"] = "hungarian"  # greedy: Table 5 [paper]
+    match: Literal["hungarian", "greedy"] = "hungarian"  # [paper]; greedy: the code's [code]
     pairs: int = 4096          # most pairs of either loss, a rank [paper] D8
     tau: float = 0.07          # temperature [code]
-    w_intra: float = 1.0       # lambda; 0, an ablation: the points' weights stay random [code]
-    w_inter: float = 1.0       # mu [code]
+    w_intra: float = 1.0       # lambda; 0: the point network stays random (Table 5) [code]
+    w_inter: float = 1.0       # mu; 0: the image network stays random (Table 5) [code]
 
 
 SMALL = dict(                  # --preset small: minutes on two CPU cores; all [ours]
     workers=0, eval_every=50, save_every=100,
     epochs=0, steps=300, batch=2,
-    # D11: with the code's SGD at 0.03 and two frames a step, the first layer became a
-    # blur of brightness within ten steps (`stem` 45 to 2), while L_inter fell as if all
-    # were well. Whether that happens at the code's batch of 32 is not known: look at `stem`
+    # D11: with the code's SGD at 0.03 and two frames a step, all filters of the first
+    # layer became alike within ten steps (`stem`, their effective rank, fell from 45 to
+    # 2), and L_inter fell all the same. We do not know what happens at the code's batch
+    # of 32
     optimiser="adamw", lr=1e-3,
     points=4096, zoom_low=0.75, zoom_high=1.5,
     resnet=18, width=16,
-    radius_scale=2.0,          # the embedded LiDAR is a third as dense
+    radius_scale=2.0,          # the points drawn are about three times as far apart as KITTI's
 )
 
 
 def check(cfg):
-    """What the flags must satisfy, before anything is written."""
+    """Refuse flags that contradict each other, before anything is written."""
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
             "one of them must be 0, the other positive")
@@ -177,14 +188,14 @@ def check(cfg):
             f"--save-every {cfg.save_every}: these start at 1")
 
 
-# ---- two views of a cloud: FORK 1, what a frame gives --------------------------------
+# ---- two views of a cloud: FORK, what a frame gives ----------------------------------
 
 def random_transform(rng, centre, rotation, scale):
-    """T: turn about the vertical through `centre` (3,), then scale about the origin,
-    then mirror y half of the time; no translation is drawn [code].
-
-    -> (4, 4) float64, mirrored bool.
+    """T: turn about the vertical through `centre` (3,), then scale about the origin, then
+    mirror y half of the time [code]. -> (4, 4) float64, mirrored bool.
     """
+    # D12: the paper lists rotation, translation and scaling and calls T rigid; the code's
+    # translation has deviation 0, and its mirroring is not in the paper
     angle = rng.uniform(-rotation, rotation)
     size = rng.uniform(1 - scale, 1 + scale)
     mirrored = bool(rng.random() < 0.5)
@@ -202,8 +213,8 @@ def farthest_points(xyz, count):
     """D-FPS: from row 0 on, always the point farthest from those chosen.
 
     xyz (n, 3) m -> (count,) int64. In the loader's workers: numpy in, numpy out.
-    Rotation, mirroring and scaling of the cloud do not change the choice. It is greedy:
-    a choice begins with every shorter one, of the cloud or of any longer choice of it.
+    T does not change the choice. The first k chosen are the choice of k; and applied to its
+    own result, in that order, the sampling takes the first rows.
     """
     planes = np.ascontiguousarray(xyz.T, np.float32)        # (3, n)
     parts = np.empty_like(planes)
@@ -222,15 +233,15 @@ def farthest_points(xyz, count):
 
 @dataclass(frozen=True)
 class TwoViews:
-    """data.loader's augment: draws the points, T, and the size and side of the images.
+    """data.loader's augment: draws points and T; resizes the images and mirrors them.
 
     The sampling that needs no features is done here too, in the worker. -> Frame with
     points (n, 5), the same for both views, in the order of view alpha; and with extra
         a2b (4, 4)                        T
         order (n,)                        rows of alpha in the order of beta
         first_alpha, first_beta (n / 4,)  D-FPS of each view
-        seen (1,)                         number of points of the frame to draw from
-    A frame that shows fewer than n / 64 counts as empty: n points far apart, seen 0.
+        seen (1,)                         how many points there were to draw from
+    D13: fewer than n / 64 count as none: seen is 0 and n points far apart stand in.
     """
     grid: data.Grid
     points: int
@@ -244,7 +255,7 @@ class TwoViews:
         T, mirrored = random_transform(rng, centre, self.rotation, self.scale)
         frame = self.resized(frame, mirrored, rng)
         if len(rows):
-            # in random order; with repetition if there are too few
+            # in random order; if there are fewer than n, all with repetition [code]
             drawn = rng.choice(rows, self.points, replace=len(rows) < self.points)
             frame = data.select(frame, drawn)
         else:
@@ -257,29 +268,35 @@ class TwoViews:
             a2b=T.astype(np.float32),
             order=order,
             first_alpha=farthest_points(xyz, self.points // 4),
-            first_beta=farthest_points(xyz[order], self.points // 4),
+            first_beta=farthest_points(xyz[order], self.points // 4),   # T changes nothing
             seen=np.array([len(rows)]),
         )
         return replace(frame, extra=extra)
 
     def usable(self, frame):
-        """Rows of the points to draw from: in range, of the keyframe sweep, seen."""
+        """Rows of the points to draw from: in range, keyframe sweep, seen by a camera."""
         xyz = frame.points[:, :3]
         low = np.array(self.grid.low)
         high = np.array(self.grid.high)
         hw = [image.shape[1:] for image in frame.images]
-        # D7: what some camera sees; the paper's clouds are cut to the one it uses. Of Waymo
-        # all five cameras are used (the paper: the front one)
+        # D7: what some camera sees. The paper has one camera, on Waymo the front one,
+        # and cuts the clouds to it; here a data set's cameras are all used, as by the
+        # detector
         rows = ((xyz > low) & (xyz < high)).all(1)
         rows &= data.is_keyframe(frame.points)
         rows &= data.visible_points(frame.points, frame.lidar2img, hw).any(0)
         if rows.sum() < self.points / 64:
-            # copies of so few points would be neighbours of each other by the million
+            # D13 [ours]: every copy is a neighbour of every other: millions of pairs
             return np.zeros(0, np.int64)
         return rows.nonzero()[0]
 
     def resized(self, frame, mirrored, rng):
-        """D9: the frame with its images resized by a random factor, mirrored like y."""
+        """The frame with its images resized by a random factor, and mirrored if beta is.
+
+        The code mirrors with one coin, too [code]; lidar2img follows, so alpha stays.
+        """
+        # D9: as for the detector, whose readers resize; KITTI's change by 0.5 and 2.4
+        # %, Waymo's shrink to a quarter
         factor = min(rng.uniform(*self.zoom, 2))
         boxes = []
         sizes = []
@@ -325,15 +342,15 @@ def farthest_features(x, count):
 
 @torch.no_grad()
 def ball_query(centres, sources, radii, most):
-    """The neighbours of each centre in spherical shells: the first sources, in order.
+    """The first `most` neighbours of each centre in each shell, in the order of sources.
 
-    A shell holds r_in <= d < r_out; a source at distance 0 is in every shell. Fewer than
-    `most` neighbours are filled up with the first. centres (B, m, 3) m are among sources
-    (B, n, 3) m; radii m increase, most has a number for each
-    -> [(B m, most) int64 rows of the (B n) sources].
+    A shell holds r_in <= d < r_out; a source at distance 0 is in every shell. Where there
+    are fewer, the first is repeated. In metres: centres (B, m, 3), all among sources
+    (B, n, 3); radii, increasing. most: one number for each radius.
+    -> for each radius (B m, most) int64, rows of the (B n) sources.
     """
     (B, m, _), n = centres.shape, sources.shape[1]
-    centre, source = nearby(centres, sources, 1.001 * radii[-1])
+    centre, source = nearby(centres, sources, 1.001 * radii[-1])    # cells are rounded
     offset = sources.flatten(0, 1)[source] - centres.flatten(0, 1)[centre]
     square = offset.square().sum(1)                         # (P,) m^2
     near = (square < radii[-1] ** 2).nonzero()[:, 0]
@@ -391,9 +408,10 @@ def nearby(centres, sources, width):
 
 def layers(*widths):
     """Linear, batch norm, ReLU between each two widths."""
-    # D6: initial weights are torch's (the code: mmcv's), eps is 1e-3 throughout (the
-    # code: 1e-5 where shells are joined). Batch norms over points and pairs count the
-    # rows of every rank (the code: only their own)
+    # D6: plain torch. Initial weights are its own (the code: mmcv's Kaiming-normal);
+    # eps is 1e-3 in the whole point network (the code: 1e-5 where shells are joined).
+    # Batch norms over points and pairs count the rows of every rank, so that a rank
+    # without points does no harm (the code: only their own)
     modules = []
     for inputs, outputs in zip(widths, widths[1:]):
         modules.append(nn.Linear(inputs, outputs, bias=False))
@@ -424,8 +442,10 @@ class SetAbstraction(nn.Module):
             # index_select, not x[rows]: its backward is deterministic on a CPU
             x = sources.index_select(0, rows.flatten())     # (B m most, 3 + C)
             x = x.view(*rows.shape, -1)                     # (B m, most, 3 + C)
-            # D3: so do the two works that the paper cites; in the released configuration
-            # the intensity goes in alone
+            # D3: as in PointNet++ and 3DSSD, which the paper cites. The released
+            # configuration has use_xyz=False: features alone go in, in the first
+            # abstraction the intensity. Then turning or mirroring a cloud hardly
+            # changes a feature: L_intra asks little
             relative = x[..., :3] - centres.flatten(0, 1)[:, None]
             x = torch.cat([relative, x[..., 3:]], 2)
             x = network(x.flatten(0, 1)).view(*rows.shape, -1)  # (B m, most, C'')
@@ -436,7 +456,7 @@ class SetAbstraction(nn.Module):
 class PointEncoder(nn.Module):
     """F_P: three set abstractions, n -> n/4 -> n/8 -> n/16 points. Source: 3DSSD.
 
-    Their features are 4, 8 and 32 times `width`; of 32: 128, 256, 1024 [code].
+    They give 4, 8 and 32 times `width` channels: 128, 256 and 1024 [code].
     """
 
     def __init__(self, width, radius_scale):
@@ -447,7 +467,7 @@ class PointEncoder(nn.Module):
         self.stage3 = self.stage(2, 8 * width, 4 * width, 32 * width, radius_scale)
 
     def stage(self, level, inputs, width, outputs, radius_scale):
-        """A set abstraction of RADII[level]; `width` is that of its first layers."""
+        """A set abstraction from `inputs` to `outputs` channels; `width`: of its first layers."""
         radii = tuple(radius_scale * radius for radius in RADII[level])
         narrow = (width, width, 2 * width)
         wide = (2 * width, 2 * width, 4 * width)
@@ -465,8 +485,8 @@ class PointEncoder(nn.Module):
         distinct = farthest_features(torch.cat([l, f], 2), p)
         fused = torch.cat([distinct, spread], 1)            # FS: F-FPS and D-FPS of all
         l, f = self.stage2(l, f, fused)
-        # D4: a half of each block, as 3DSSD means it. The code's split is not at their
-        # border: it is a left-over of other sizes
+        # D4: F-FPS of the first p (F-FPS's), D-FPS of the last p (D-FPS's), as in 3DSSD. The
+        # code has twice 3DSSD's points but still splits at its 512: F-FPS takes all of those
         distinct = farthest_features(torch.cat([l, f], 2)[:, :p], p // 2)
         chosen = torch.cat([distinct, p + spread[:, :p // 2]], 1)
         l, f = self.stage3(l, f, chosen)
@@ -478,8 +498,8 @@ class PointEncoder(nn.Module):
 def greedy_pairs(a, b, *_):
     """Row by row the nearest that is still free. a, b (n, 3) arrays -> (n,) rows of b.
 
-    The code has it, each partner taken once, and never calls it [code]. Table 5 of the
-    paper takes the nearest "and repeats".
+    The code defines this and never calls it [code]. The greedy row of the paper's Table 5
+    takes the nearest option "and repeats"; whether a partner may be taken twice is not said.
     """
     cost = cdist(a, b)
     pairs = np.zeros(len(a), np.int64)
@@ -489,7 +509,7 @@ def greedy_pairs(a, b, *_):
     return pairs
 
 
-# ---- the method: FORK 2, the losses --------------------------------------------------
+# ---- the method: FORK, the losses ----------------------------------------------------
 
 def head(inputs, outputs):
     """Three layers between features and contrast, each with a batch norm [code]."""
@@ -504,15 +524,16 @@ class SimIPU(nn.Module):
         self.cfg = cfg
         self.points = PointEncoder(cfg.width, cfg.radius_scale)
         # D6: images are RGB with ImageNet's mean and deviation, batch norms are
-        # torchvision's, so that weights go in and out without a change; residual blocks
-        # begin as identities
+        # torchvision's, so that weights go in and out without a change. Initial weights
+        # are torchvision's too, but residual blocks begin as identities (the code: torch's
+        # default for each layer)
         self.camera = ResNet(cfg.resnet)
         self.head_intra = head(self.points.channels, cfg.dims)
         # D1: here this head learns. In the code image features are the queries and the
         # cut is after this head, which therefore keeps its random initial weights
         self.head_point = head(self.points.channels, cfg.dims)
         self.head_image = head(self.camera.widths[-1], cfg.dims)
-        # a loss of weight 0 trains nothing
+        # a loss of weight 0 trains nothing, not even by weight decay
         for part in (self.points, self.head_intra):
             part.requires_grad_(cfg.w_intra > 0)
         for part in (self.camera, self.head_point, self.head_image):
@@ -527,11 +548,11 @@ class SimIPU(nn.Module):
         order = per_frame(batch, "order")[..., None].expand(-1, -1, 4)
         return alpha, moved.gather(1, order), T
 
-    def matches(self, moved, l_beta, id_alpha, id_beta, batch):
-        """M_1, the pairs of Eq. 4. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
+    def intra_pairs(self, moved, l_beta, id_alpha, id_beta, batch):
+        """M_1, the pairs of Eq. 3. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
         j = self.pair(moved, l_beta, id_alpha, id_beta)
         frame = torch.arange(len(j), device=j.device) // moved.shape[1]
-        i = self.capped(frame, batch)
+        i = self.draw_pairs(frame, batch)
         return i, j[i]
 
     @torch.no_grad()
@@ -543,19 +564,21 @@ class SimIPU(nn.Module):
         """
         match = pair_points if self.cfg.match == "hungarian" else greedy_pairs
         arrays = [part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta)]
-        # scipy releases Python's lock: a batch takes as long as its slowest frame
+        # scipy releases the GIL: with enough cores a batch takes as long as its slowest frame
         with ThreadPoolExecutor() as threads:
             partners = list(threads.map(match, *arrays))    # B x (p,)
         p = moved.shape[1]
         j = np.concatenate([rows + frame * p for frame, rows in enumerate(partners)])
         return torch.as_tensor(j, device=moved.device)
 
-    def capped(self, frame, batch):
-        """A random cfg.pairs of these rows, or all if they are fewer; none of empty frames.
+    def draw_pairs(self, frame, batch):
+        """Which rows become pairs: cfg.pairs at random, or all; none of empty frames.
 
-        frame (N,): which frame each row is of -> (M,) rows.
+        frame (N,): the frame of each row -> (M,) row numbers.
         """
-        # D8: the paper's number of pairs, 4096, is the code's 4 frames of 1024
+        # D8: the paper's 4096 pairs are the code's 4 frames of 1024; the cap keeps
+        # that, and the size of the logits, at a larger batch. One stream, that of the
+        # first frame, so both losses draw the same points
         rows = (batch.extra["seen"] > 0)[frame].nonzero()[:, 0]
         rng = frame_rngs(batch.seeds[:1], rows.device)[0]
         return random_subset(self.cfg.pairs, rows, rng)
@@ -563,34 +586,37 @@ class SimIPU(nn.Module):
     def image_features(self, images, hw):
         """images (B K, 3, H, W) uint8, hw (B K, 2) px -> C5 (B K, C, h, w), size (2,) px.
 
-        D5: size is what C5 covers, the batch's H, W up to whole cells of stride 32.
-        sample_image divides by it, in the area convention; the code by each image's own.
+        size: the pixels that C5 covers, the batch's H, W rounded up to multiples of 32.
         """
+        # D5: sample_image divides by it. The code divides by each image's own padded size,
+        # though the batch is padded to the largest, so smaller images are read in the wrong
+        # place; and it has align_corners=True, off by half a cell, 16 px, at the edges
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % 32, 0, -H % 32))
         size = images.shape[-2:]
         padding = ~valid_pixels(hw, size)
-        with bf16_autocast(images.device):                  # D6: bfloat16 on CUDA
+        with bf16_autocast(images.device):      # D6: bfloat16 on CUDA, for speed
             c5 = self.camera.stages(images, padding)[-1]
         return c5.float(), size
 
-    def seen_points(self, l, batch):
-        """M_2, the pairs of Eq. 7. -> k (M',) rows of (B p), image (M',), uv (M', 2) px."""
-        k, image, uv = self.in_images(l, batch)
-        rows = self.capped(k // l.shape[1], batch)
-        return k[rows], image[rows], uv[rows]
+    def inter_pairs(self, l, batch):
+        """M_2, the pairs of Eq. 6. -> point (M',) of (B p), image (M',), uv (M', 2) px."""
+        point, image, uv = self.in_images(l, batch)
+        rows = self.draw_pairs(point // l.shape[1], batch)
+        return point[rows], image[rows], uv[rows]
 
     @torch.no_grad()
     def in_images(self, l, batch):
         """Where each point lands, in the first of its frame's images that shows it.
 
-        l (B, p, 3) m -> row (N,) of (B p), image (N,), uv (N, 2) px. D5: a point that no
-        camera sees is left out; in the code it reads zeros.
+        l (B, p, 3) m -> point (N,) row of (B p), image (N,), uv (N, 2) px. TwoViews draws
+        only points that a camera sees; one lost by rounding at an edge has no pair.
         """
         xyz = l.flatten(0, 1)
         frame = torch.arange(len(xyz), device=l.device) // l.shape[1]
         point, image, uv, _ = project(xyz, frame, batch.lidar2img, batch.hw, batch.size)
-        # D7: the first row of each point, which is that of its first image
+        # D7: one pair a point, as with one camera. Rows come image by image, so a point's
+        # first row is in its first image
         row = torch.arange(len(point), device=l.device)
         first = torch.full_like(frame, len(point))
         first.scatter_reduce_(0, point, row, "amin")
@@ -601,26 +627,26 @@ class SimIPU(nn.Module):
         """-> L (), {term: ()}."""
         cfg = self.cfg
 
-        # 1 two views (B, n, 4) of each cloud -> l (B, p, 3) m, f (B, p, C), id (B, p) of each
+        # 1 two views (B, n, 4) -> of each l (B, p, 3) m, f (B, p, C), id (B, p) row of alpha
         alpha, beta, T = self.views(batch)                              # Eq. 1
         l_alpha, f_alpha, id_alpha = self.points(alpha, per_frame(batch, "first_alpha"))  # Eq. 2
-        with torch.no_grad():                               # beta is a constant  D2
+        with torch.no_grad():       # D2: keys get no gradient, as in the code; half the memory
             l_beta, f_beta, row_beta = self.points(beta, per_frame(batch, "first_beta"))
-            id_beta = per_frame(batch, "order").gather(1, row_beta)     # rows of alpha, too
+            id_beta = per_frame(batch, "order").gather(1, row_beta)
 
         # 2 intra-modal: pair the points of the views one to one, contrast the pairs
         moved = transform_points(T, l_alpha)                # (B, p, 3) m
-        i, j = self.matches(moved, l_beta, id_alpha, id_beta, batch)    # (M,)  Eq. 3
+        i, j = self.intra_pairs(moved, l_beta, id_alpha, id_beta, batch)    # (M,)  Eq. 3
         z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))     # (M, 128)
         with torch.no_grad():
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j])           # (M, 128)
-        L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))         # Eq. 4
+        L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))         # Eq. 4, as a mean  D2
 
-        # 3 inter-modal: what the image says where a point lands; only the image side learns
+        # 3 inter-modal: contrast a point with C5 where it lands; F_P gets no gradient here
         c5, size = self.image_features(batch.images, batch.hw)          # (B K, C, h, w)  Eq. 5
-        k, image, uv = self.seen_points(l_alpha, batch)     # (M',), (M',), (M', 2) px  Eq. 6
+        point, image, uv = self.inter_pairs(l_alpha, batch)     # (M',), (M',), (M', 2)  Eq. 6
         f_image = sample_image(c5, image, uv, size)         # (M', C)  Eq. 6, D5
-        z_point = self.head_point(f_alpha.detach().flatten(0, 1)[k])    # (M', 128)  D1
+        z_point = self.head_point(f_alpha.detach().flatten(0, 1)[point])    # (M', 128)  D1
         z_image = self.head_image(f_image)                  # (M', 128)
         L_inter = mean_rows(info_nce(z_point, z_image, cfg.tau))        # Eq. 7
 
@@ -667,7 +693,7 @@ def log_multiplicity(ids):
 
 
 def effective_rank(weight):
-    """How many directions the filters of a layer share evenly. weight (N, ...) -> ().
+    """Effective number of directions of a layer's filters. weight (N, ...) -> ().
 
     (sum of e)^2 / sum of e^2 over the eigenvalues e of their Gram matrix: N if filters
     are orthogonal and of one length, 1 if they are multiples of one.
@@ -691,11 +717,11 @@ def feature_std(z):
 
 @torch.no_grad()
 def save_figure(model, batch, out):
-    """figures/similarity.png: C5's similarity to three points of each image."""
+    """figures/similarity.png: where in an image z_image is like z_point, for three points."""
     model.eval()
     alpha, _, _ = model.views(batch)
     l, f, _ = model.points(alpha, per_frame(batch, "first_alpha"))
-    k, image, uv = model.in_images(l, batch)
+    point, image, uv = model.in_images(l, batch)
     panels = []
     for camera in range(min(batch.cameras, 3)):             # of the first frame
         one = slice(camera, camera + 1)
@@ -704,9 +730,11 @@ def save_figure(model, batch, out):
         z_image = model.head_image(c5[0].flatten(1).t())    # (cells, 128)
         rows = (image == camera).nonzero()[:, 0]
         rows = rows[uv[rows, 0].argsort()]                  # from left to right
-        for share in (0.15, 0.5, 0.85) if len(rows) else ():
+        if not len(rows):
+            continue
+        for share in (0.15, 0.5, 0.85):
             row = rows[int(len(rows) * share)]
-            z_point = model.head_point(f[0, k[row], None])  # (1, 128)
+            z_point = model.head_point(f[0, point[row], None])  # (1, 128), a row of frame 0
             heat = F.cosine_similarity(z_point, z_image).view(1, 1, *c5.shape[-2:])
             heat = F.interpolate(heat, size=size, mode="bilinear")[0, 0, :h, :w]
             picture = tinted(batch.images[camera, :, :h, :w], heat)
@@ -732,7 +760,7 @@ def train(rank, world, cfg):
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset)
-    dataset.grid = replace(dataset.grid, sweeps=1)          # D7: no older sweeps
+    dataset.grid = replace(dataset.grid, sweeps=1)          # D7: as the data sets of the paper
     zoom = (cfg.zoom_low, cfg.zoom_high)
     augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, zoom)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1   # D10
@@ -762,35 +790,34 @@ def train(rank, world, cfg):
     if cfg.profile:
         return load_tool("profiling").profile(
             cfg, net, loader, opts, device, rank, 1 / every,
-            points=(model.points, "forward"),
-            camera=(model.camera, "stages"),
+            points=(model.points, "forward"), camera=(model.camera, "stages"),
             matching=(model, "pair"))
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
-    first = resume(cfg.out, model, *opts)                   # 0 without a checkpoint
-    # for fine-tuning: what was seen
+    first = resume(cfg.out, model, *opts)  # 0 when there is nothing to resume
     record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     about = f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled"
     run = Run(cfg, rank, world, first, steps, device, about)
-    val_batches = val_loader.first(VAL_BATCHES)             # the same for every rank and seed
+    val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed
 
     # train
     for step, batch in run.batches(loader, first):
         if step % cfg.eval_every == 0:
             run.log(step, ["val frames"], prefix="val_", **evaluate(model, val_batches, device))
         factor = cfg.decay ** (step // loader.steps_per_epoch)
-        for opt, lr in zip(opts, (cfg.lr_points, cfg.lr)):
+        for opt, base in zip(opts, (cfg.lr_points, cfg.lr)):
             for group in opt.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = base * factor
         loss, terms = net(batch)
         for opt in opts:
             opt.zero_grad()
         loss.backward()
+        # a loss of weight 0 leaves no gradient
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)           # none of a loss of weight 0
+        norm = nn.utils.get_total_norm(gradients)
         lr = cfg.lr * factor
-        # raises if a number is not finite
+        # raises if a term is not finite, before the update
         run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
         for opt in opts:
             opt.step()
@@ -802,13 +829,14 @@ def train(rank, world, cfg):
 
     # results
     run.close()
-    metrics = evaluate(model, val_batches, device)          # by every rank: means are of all
+    metrics = evaluate(model, val_batches, device)  # on every rank: mean_rows is a collective
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     destroy_group()
     if rank == 0:
         write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
         shown = val_batches[0].to(device)
         save_figure(model, shown, cfg.out)
+        # lines at val's levels; training has more pairs a rank if --batch is above 2
         loss_curves(cfg.out, {
             "L_intra": (metrics["chance_intra"], metrics["floor_intra"]),
             "L_inter": (metrics["chance_inter"], metrics["cell_inter"]),

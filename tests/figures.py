@@ -1,4 +1,4 @@
-"""Figures and diagnostics of finished runs on val frames that a method's reader may skip.
+"""What a method's reader may skip: figures and diagnostics of finished runs, on val frames.
 
 The scripts load this file through common.load_tool at the end of a run.
 """
@@ -22,10 +22,11 @@ from common import bird_eye, figure, frame_rngs, overlay
 def clap_diagnostics(model, batches, device):
     """What the volume knows of val frames: errors with the wrong cloud, and without any pixel.
 
-    range_swapped: the same rays, rendered from another frame's cloud (the next of its batch, in
-    the embedded world often one of the same scene). range_all is over the same rays, with their
-    own cloud. colour_blind: the pixels of `colour` with every pixel masked. colour_mean: one
-    constant colour, their mean. Absolute errors, ranges in m, colours in [0, 1].
+    range_swapped: the same rays, rendered from the cloud of the other frame of a batch of two
+    (in the embedded world often of the same scene) and their own images. range_all is over the
+    same rays, with their own cloud. colour_blind: the pixels of `colour` with every pixel
+    masked. colour_mean: one constant colour, their mean. Absolute errors, ranges in m, colours
+    in [0, 1].
     -> {name: float or None}
     """
     import clap
@@ -151,10 +152,11 @@ def cmcr_figures(model, batch, out):
 
 
 def cmcr_codes(model, batch, F_3D, path):
-    """Codes as colours: of the points from above and in the images, of the images' cells."""
+    """Codes as colours: of points from above and in images, of cells; how often each is used."""
     from cmcr import mask_cells
     K, codes = batch.cameras, model.cfg.codes
     style = dict(cmap="gist_rainbow", vmin=0, vmax=codes)
+    # neighbouring codes get unlike colours
     shuffled = torch.as_tensor(np.random.default_rng(0).permutation(codes))
     rngs = frame_rngs(batch.seeds, batch.points.device)
     masked = mask_cells(K, model.cells, model.cfg, rngs)
@@ -177,11 +179,11 @@ def cmcr_codes(model, batch, F_3D, path):
         ("how often each code is taken: points blue, cells orange", histogram),
     ]
     for k in range(min(K, 3)):
-        pairs = image == k
+        on_image = image == k
         pale = batch.images[k].permute(1, 2, 0).cpu() // 2 + 100
-        colour = shuffled[point_codes[point[pairs].cpu()]]
+        colour = shuffled[point_codes[point[on_image].cpu()]]
         panels += [
-            (f"image {k}: codes of its points", overlay(pale, uv[pairs].cpu(), colour, **style)),
+            (f"image {k}: codes of its points", overlay(pale, uv[on_image].cpu(), colour, **style)),
             ("codes of its cells, some masked", shuffled[cell_codes[k]].numpy(), style),
         ]
     figure(path, panels, 2, (5.0, 3.4))
@@ -194,7 +196,7 @@ def cmcr_occupancy(model, batch, Z_3D, path):
     Z_3D = Z_3D[first]
     origin = batch.origin[0].cpu().numpy()
     along = np.linspace(-0.8, 0.8, 33)
-    # Waymo's other lasers shot from elsewhere
+    # Waymo's other lasers stand elsewhere
     is_ray = batch.points[first, 4].cpu().numpy() == 0
     is_ray &= np.linalg.norm(xyz - origin, axis=1) > 0
     rows = np.random.default_rng(0).permutation(np.flatnonzero(is_ray))[:200]
@@ -208,12 +210,13 @@ def cmcr_occupancy(model, batch, Z_3D, path):
         ax.axvline(0, color="0.4", ls="--")
         ax.set_ylim(0, 1)
 
-    title = "occupied? against metres behind the ray's point; 30 rays in grey, mean of 200 in blue"
+    title = ("occupied? against metres behind the ray's point; up to 30 rays in grey, "
+             f"mean of {len(rows)} in blue")
     figure(path, [(title, plot)], 1, (6.0, 4.0))
 
 
 def occupied_along_ray(model, xyz, Z_3D, origin, n, along):
-    """The mean over the points near each place on the ray of point n -> (len(along),).
+    """Mean probability of "occupied" at places along the ray of point n -> (len(along),).
 
     It is NaN where no point is near.
     """
@@ -227,9 +230,9 @@ def occupied_along_ray(model, xyz, Z_3D, origin, n, along):
     point = near[place, k]
     offset = torch.as_tensor(places[place] - xyz[point], device=Z_3D.device)
     Z = Z_3D[torch.as_tensor(point, device=Z_3D.device)]
-    chance = model.occupancy(torch.cat([Z, offset], 1))[:, 0].sigmoid().cpu().numpy()
+    occupied = model.occupancy(torch.cat([Z, offset], 1))[:, 0].sigmoid().cpu().numpy()
     count = np.bincount(place, minlength=len(along))
-    mean = np.bincount(place, chance, len(along)) / np.maximum(count, 1)
+    mean = np.bincount(place, occupied, len(along)) / np.maximum(count, 1)
     return np.where(count > 0, mean, np.nan)
 
 
@@ -247,8 +250,8 @@ def simipu_figures(model, batch, out):
     l_alpha, _, id_alpha = model.points(alpha, per_frame(batch, "first_alpha"))
     l_beta, _, row_beta = model.points(beta, per_frame(batch, "first_beta"))
     id_beta = per_frame(batch, "order").gather(1, row_beta)
-    model.train()
     j = model.pair(transform_points(T, l_alpha), l_beta, id_alpha, id_beta)
+    model.train()
     points = l_alpha[0].cpu()                               # (p, 3) m
     beta_in_alpha = transform_points(torch.linalg.inv(T), l_beta)[0]
     partners = beta_in_alpha[j[:len(points)]].cpu()         # (p, 3) m, where each was in view alpha
@@ -260,6 +263,7 @@ def simipu_figures(model, batch, out):
     def pairs_panel(ax):
         cloud_panel(ax)
         for a, b, colour in zip(points, partners, colours):
+            # as in bird_eye: x up, y to the left
             ax.plot([-a[1], -b[1]], [a[0], b[0]], "-", color=colour, lw=1.2)
         points_panel(ax)
 

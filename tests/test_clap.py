@@ -526,7 +526,7 @@ def plain_ray(field, volume, origin, direction, far, jitter, quantile):
     return r, c
 
 
-def test_render_matches_neus(model):
+def test_render_in_plain_loops(model):
     """Field.render is plain_ray, ray by ray."""
     torch.manual_seed(3)
     field = model.field.double()

@@ -63,7 +63,7 @@ def masked_of(batch, cfg=TINY):
 # edge at a time. test_every_loss_matches_plain_loops holds CMCR.forward to them.
 
 def nearest_code(x, codes):
-    """The code with the greatest cosine to the unit feature x (D,) -> its row."""
+    """The code with the greatest cosine to the feature x (D,), of any length -> its row."""
     return int((codes @ x).argmax())
 
 
@@ -115,7 +115,7 @@ def cell_window(r, c):
 
 
 def reconstruction(masked, images, Z, paint):
-    """L_rec = mean over the masked pixels of (rebuilt - truth)^2; the same of the visible mean."""
+    """L_rec = mean over masked pixels of (rebuilt - truth)^2; guess_rec: of the visible mean."""
     error = 0.0
     guess = 0.0
     count = 0

@@ -1,7 +1,8 @@
 """simipu.py: geometry, samplings, matching and losses against slow transcriptions and closed
 forms; which loss trains which part; the script as it is run.
 
-Next to the paper read test_both_losses_match_plain_loops: Eq. 1 to 8, one after the other.
+Next to the paper read test_both_losses_match_plain_loops: Eq. 1 and 3 to 8 in loops. F_P of
+Eq. 2 is the model's own there; its parts are in the tests of sampling and neighbours.
 """
 import copy
 import itertools
@@ -469,11 +470,13 @@ def first_pixel(xyz, b, batch):
 
 def test_both_losses_match_plain_loops(batch, model):
     """Eq. 1 to 8 once more: scipy's Hungarian method with T undone instead of applied, torch's
-    grid_sample, and loops over frames, points and pairs.
+    grid_sample, and loops over frames, points and pairs. The networks are the model's.
     """
     model = copy.deepcopy(model)
-    for module in model.modules():                          # statistics of this very batch:
-        if hasattr(module, "momentum"):                     # features that differ, as later on
+    # with momentum 1 one training pass sets the running statistics to this batch's, so that
+    # points differ in their features, as those of a trained network do
+    for module in model.modules():
+        if hasattr(module, "momentum"):
             module.momentum = 1.
     with torch.no_grad():
         model.train()(batch)
@@ -483,7 +486,7 @@ def test_both_losses_match_plain_loops(batch, model):
         z_alpha, z_beta = [], []                            # queries and keys of Eq. 4
         z_point, z_image = [], []                           # queries and keys of Eq. 7
         distances = []
-        c5 = plain_c5(model, batch)                                             # Eq. 5
+        c5 = plain_c5(model, batch)                         # Eq. 5, for all images at once
         H, W = 32 * c5.shape[2], 32 * c5.shape[3]           # px that C5 covers
         for b in range(2):
             # Eq. 1: beta is alpha moved by T, in an order of its own
