@@ -24,6 +24,7 @@ Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit d
 import argparse
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ import re
 import secrets
 import shutil
 import signal
+import threading
 import warnings
 import zipfile
 import zlib
@@ -40,6 +42,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from time import monotonic, sleep, time as now
 from typing import NamedTuple
 
 import cv2
@@ -605,6 +609,7 @@ class Loader:
             source = repr((VERSION, dataset.root, self.grid, self.image))
             digest = hashlib.sha256(source.encode()).hexdigest()[:16]
             self.folder = cache_dir() / "prepared" / digest / prepare.key
+            remove_leftovers(self.folder, "*.part", age=3600)  # a live one is there for an instant
 
     @property
     def steps_per_epoch(self):
@@ -688,28 +693,35 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+LARGEST_EXTRA = 2 ** 30  # bytes; what prepare returns for a frame is thousands of times smaller
+
+
 def cached_extra(frame, prepare, folder):
     """What prepare(frame) returns, as arrays, from its file in `folder`.
 
-    It is computed and written there if the file is missing, damaged or made from other
-    points. Where the file cannot be written, the arrays are computed each time, with a
-    warning.
+    It is computed and written there if the file is missing or made from other points,
+    and also, with a warning, if it is damaged. Where the file cannot be written, the
+    arrays are computed each time, with a warning.
     """
     path = folder / f"{frame.name.replace('/', '_')}.npz"
     stamp = zlib.crc32(frame.points)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            extra = dict(stored)
-        if extra.pop("stamp") == stamp:
+        extra = read_extra(path, stamp, len(frame.points))
+        if extra is not None:
             return extra
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError):
-        pass  # not written yet, or truncated or garbled
+    except FileNotFoundError:
+        pass  # not written yet
+    except Exception as error:  # whatever numpy and zipfile make of bytes that are not theirs
+        warnings.warn(f"{path} cannot be used ({error}): what it should hold is computed again",
+                      stacklevel=1)
     extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
     # in memory first: on a full disk a ZipFile complains once more when it is forgotten
     archive = io.BytesIO()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(archive, **extra, stamp=stamp)
+        with zipfile.ZipFile(archive, "a") as file:
+            file.comment = extra_digest(extra, stamp)
         part = temp_path(path)
         try:
             part.write_bytes(archive.getbuffer())
@@ -722,6 +734,37 @@ def cached_extra(frame, prepare, folder):
                       "computed anew for every frame. Make room there, or name another folder as "
                       "LIDAR_CAMERA_CACHE", stacklevel=1)
     return extra
+
+
+def read_extra(path, stamp, N):
+    """The arrays of a prepared file of N points; None if they were made from other points.
+
+    Raises an error of any kind if the file is damaged. Files without a digest are from
+    before there was one.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        size = sum(member.file_size for member in stored.zip.infolist())
+        if size > LARGEST_EXTRA:
+            raise ValueError(f"it unpacks to {size} bytes")
+        if int(stored["stamp"]) != stamp:
+            return None
+        extra = {name: stored[name] for name in stored.files if name != "stamp"}
+        digest = stored.zip.comment
+    if digest and digest != extra_digest(extra, stamp):
+        raise ValueError("its digest is of other arrays")
+    for name, array in extra.items():
+        if name.startswith("points_") and len(array) != N:
+            raise ValueError(f"{name} has {len(array)} rows for {N} points")
+    return extra
+
+
+def extra_digest(extra, stamp):
+    """Hash of prepared arrays and the stamp of their points -> bytes, the zip file's comment."""
+    digest = hashlib.sha256(str(stamp).encode())
+    for name, array in sorted(extra.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest().encode()
 
 
 # ======================================================================================
@@ -738,9 +781,14 @@ def cache_dir():
     It is $LIDAR_CAMERA_CACHE, else lidar-camera-pretraining under $XDG_CACHE_HOME or
     ~/.cache.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    default = Path(home) / "lidar-camera-pretraining"
-    folder = Path(os.environ.get("LIDAR_CAMERA_CACHE") or default)
+    folder = os.environ.get("LIDAR_CAMERA_CACHE")
+    if not folder:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.path.join(home, "lidar-camera-pretraining")
+    folder = Path(os.path.expanduser(folder))
+    if str(folder).startswith("~"):  # a user that the system does not know
+        raise DataError(f"{folder}: there is no such home folder to hold the cache; "
+                        "name a folder for it as LIDAR_CAMERA_CACHE")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -750,7 +798,8 @@ def cache_dir():
 
 def not_writable(folder, error):
     """The DataError for an OSError on something in the cache."""
-    return DataError(f"{folder}: this part of the cache cannot be written ({error.strerror}); "
+    reason = error.strerror or error
+    return DataError(f"{folder}: this part of the cache cannot be written ({reason}); "
                      "make room there, or point LIDAR_CAMERA_CACHE to another folder")
 
 
@@ -765,19 +814,53 @@ def temp_path(path):
 
 @contextmanager
 def locked(folder):
-    """One process at a time builds `folder`: other ranks wait and do not repeat the work."""
+    """One process at a time builds `folder`: other ranks wait and do not repeat the work.
+
+    Whoever has the lock is the only builder, and removes what killed ones have left.
+    """
+    folder = Path(folder)
     try:
         lock = open(f"{folder}.lock", "a")
     except OSError as error:
-        raise not_writable(Path(folder), error) from error
+        raise not_writable(folder, error) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock, folder)
+            name = glob.escape(folder.name)
+            remove_leftovers(folder.parent, f"{name}.*.part*")  # temp_path's and torch.hub's
+            remove_leftovers(folder.parent, f".{name}-*")       # synthetic.write's
         except OSError:
             # a file system without locks: builders race, and the rename that publishes the
             # folder decides
             pass
         yield
+
+
+def wait_for_lock(lock, folder):
+    """Lock an open file; whoever waits for longer than a few seconds is told for what."""
+    deadline = monotonic() + 3
+    while monotonic() < deadline:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sleep(0.05)
+    print_once(f"{folder}: another process is writing it; waiting until it is done or ends. "
+               f"It holds {lock.name}")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def remove_leftovers(folder, pattern, age=0):
+    """Remove what killed processes were writing, if nothing has changed it for `age` seconds."""
+    for path in folder.glob(pattern):
+        try:
+            if now() - path.stat().st_mtime < age:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        except OSError:
+            pass  # renamed by its writer meanwhile, or another user's
 
 
 @functools.cache
@@ -797,7 +880,19 @@ def path_inside(root, file, owner):
         raise DataError(f"{owner}: {file} leads to {path}, expected a place inside {root}; "
                         "correct the table, or put the files themselves (no links to elsewhere) "
                         "under the root")
+    refuse_special(path, owner)
     return path
+
+
+def refuse_special(path, owner):
+    """DataError for a pipe or a device: reading one would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # absent, which its reader says
+    if not (S_ISREG(mode) or S_ISDIR(mode)):
+        raise DataError(f"{owner}: {path} is a pipe or a device, expected a file; "
+                        "put the file itself there")
 
 
 def split_frames(dataset, split_of, name):
@@ -840,6 +935,39 @@ REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
 LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # neither occurs within compressed data
 
 
+DECODING = threading.Lock()  # stderr belongs to the whole process
+
+
+def imdecode(raw, flags):
+    """cv2.imdecode -> pixels (H, W, 3) uint8 or None, and what libjpeg finds damaged, or "".
+
+    libjpeg goes on with grey or shifted pixels, and says so to stderr alone: a file in
+    memory takes the place of stderr meanwhile. That costs 3 us of an image's 2 ms or
+    more. A flipped bit after which the file is still a valid JPEG cannot be found.
+    """
+    encoded = np.frombuffer(raw, np.uint8)
+    with DECODING:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            return cv2.imdecode(encoded, flags), ""
+        messages = os.memfd_create("stderr")
+        os.dup2(messages, 2)
+        try:
+            pixels = cv2.imdecode(encoded, flags)
+        finally:
+            os.dup2(stderr, 2)
+            text = os.pread(messages, 4096, 0)
+            os.close(messages)
+            os.close(stderr)
+    complaint = re.search(rb"Corrupt JPEG data.*|Premature end of JPEG.*", text)
+    if complaint:
+        return pixels, complaint[0].decode(errors="replace")
+    if text:  # somebody else's
+        os.write(2, text)
+    return pixels, ""
+
+
 def read_image(file, size, name, expected=None):
     """Image on disk -> as decode."""
     try:
@@ -871,16 +999,19 @@ def decode(raw, file, size, name, expected=None):
                         f"expected {expected[0]} x {expected[1]}, the size that the calibration "
                         "is for: extract the original file again")
 
+    # the decoder fills up what a cut file lacks
+    if LAST_BYTES[kind] not in raw[-1024:]:
+        raise DataError(f"{name}: {file} is not a whole {kind}: its end is missing, "
+                        f"{len(raw)} bytes; extract it again")
+
     height, width = size
     scale = max(height / full_height, width / full_width)
     shrink = 1
     if kind == "JPEG":
         shrink = max(factor for factor in REDUCED if factor == 1 or factor * scale <= 1)
-    encoded = np.frombuffer(raw, np.uint8)
-    decoded = cv2.imdecode(encoded, REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
-    # the decoder fills up what a cut file lacks
-    if decoded is None or LAST_BYTES[kind] not in raw[-1024:]:
-        raise DataError(f"{name}: {file} is not a whole {kind}: its end is missing, "
+    decoded, complaint = imdecode(raw, REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
+    if decoded is None or complaint:
+        raise DataError(f"{name}: {file} is a damaged {kind} ({complaint or 'no decoder reads it'}), "
                         f"{len(raw)} bytes; extract it again")
 
     columns = min(max(round(width / scale / shrink), 1), full_width // shrink)
@@ -896,6 +1027,18 @@ def decode(raw, file, size, name, expected=None):
     y = height / rows
     matrix = np.array([[x / shrink, 0, -left * x], [0, y / shrink, -top * y], [0, 0, 1]])
     return planes, matrix
+
+
+def projections(lidar2img, cameras, name, files):
+    """lidar2img (K, 4, 4) as Frame has it, float32; DataError if one is no camera's.
+
+    cameras are their names; name of the frame; files say where the cameras are.
+    """
+    for camera, matrix in zip(cameras, lidar2img, strict=True):
+        if not abs(np.linalg.det(matrix[:3, :3])) > 1e-6:  # NaN is not
+            raise DataError(f"{name}: {camera}: its projection matrix is singular or not finite, "
+                            f"{np.round(matrix[:3], 3).tolist()}; check {files}")
+    return lidar2img.astype(np.float32)
 
 
 def pad_to_4x4(matrix):
@@ -1354,6 +1497,19 @@ def find_version(root, version):
                     f"give the folder of the one that is meant{example}")
 
 
+INDEX = ("frames", "sensors", "boxes", "counts")  # the arrays of an index, each in its file
+
+
+def index_digest(folder, key):
+    """Hash of an index's key and files -> str. It differs if they are damaged or another's."""
+    digest = hashlib.sha256(key.encode())
+    for name in INDEX:
+        with open(folder / f"{name}.npy", "rb") as file:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 class NuScenes:
     """Reader of nuScenes, as it is downloaded.
 
@@ -1423,8 +1579,9 @@ class NuScenes:
             try:
                 shutil.rmtree(folder, ignore_errors=True)
                 part.mkdir()
-                for name, array in index.items():
-                    np.save(part / f"{name}.npy", array, allow_pickle=False)
+                for name in INDEX:
+                    np.save(part / f"{name}.npy", index[name], allow_pickle=False)
+                (part / "digest").write_text(index_digest(part, self.key))
             except OSError as error:
                 shutil.rmtree(part, ignore_errors=True)
                 raise not_writable(folder, error) from error
@@ -1437,18 +1594,25 @@ class NuScenes:
                                 "point LIDAR_CAMERA_CACHE to another folder")
 
     def map_index(self, folder):
-        """Map the index if it is there and whole -> whether it is."""
+        """Map the index if it is there and whole -> whether it is.
+
+        Its digest is compared first, 0.3 s for all of nuScenes. An index without one is
+        from before there was any.
+        """
+        digest = folder / "digest"
         try:
+            if digest.exists() and digest.read_text() != index_digest(folder, self.key):
+                raise ValueError("its digest is of other bytes")
             self.frames, self.sensors, self.boxes, self.counts = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("frames", "sensors", "boxes", "counts"))
+                for name in INDEX)
             return True
         except FileNotFoundError:
             return False  # not built yet
         except PermissionError as error:
             raise DataError(f"{folder}: this index of another user cannot be read; let its owner "
                             "open it, or point LIDAR_CAMERA_CACHE to another folder") from error
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever numpy makes of bytes that are not its own
             print_once(f"{folder}: damaged ({error}), built again")
             return False
 
@@ -1497,7 +1661,8 @@ class NuScenes:
             points=points,
             origin=np.zeros(3, np.float32),
             images=images,
-            lidar2img=(world2img @ lidar2world).astype(np.float32),
+            lidar2img=projections(world2img @ lidar2world, self.grid.cameras, name,
+                                  self.calibration_files(i)),
             lidar2world=lidar2world,
             time=row["time"] * 1e-6,
             boxes=boxes,
@@ -1864,7 +2029,8 @@ class Kitti:
             points=np.pad(scan, ((0, 0), (0, 1))),  # one sweep: 0 s before itself
             origin=np.zeros(3, np.float32),
             images=[pixels],
-            lidar2img=lidar2img[None].astype(np.float32),
+            lidar2img=projections(lidar2img[None], self.grid.cameras, frame.name,
+                                  self.calibration_files(i)),
             lidar2world=np.eye(4),
             time=time,
             boxes=boxes,
@@ -1911,7 +2077,13 @@ class Kitti:
             P, R = read_calibration(paths[0], keys, frame.name)
             T = read_calibration(paths[1], {"R": (3, 3), "T": (3, 1)}, frame.name)
             T = np.concatenate(T, 1)
-        return pad_to_4x4(R) @ pad_to_4x4(T), pad_to_4x4(P)
+        lidar2rect = pad_to_4x4(R) @ pad_to_4x4(T)
+        turn = lidar2rect[:3, :3]
+        if not np.allclose(turn @ turn.T, np.eye(3), atol=0.05):
+            raise DataError(f"{frame.name}: {' and '.join(paths)}: the rectification times the "
+                            f"rotation from the LiDAR is {turn.round(3).tolist()}, expected a "
+                            "rotation; extract the calibration files again")
+        return lidar2rect, pad_to_4x4(P)
 
     def annotations(self, i):
         """Label rows of frame i as they are on disk, "DontCare" included.
@@ -2357,7 +2529,8 @@ class Waymo:
             points=points,
             origin=origin,
             images=images,
-            lidar2img=lidar2img.astype(np.float32),
+            lidar2img=projections(lidar2img, self.grid.cameras, self.name_of(frame),
+                                  self.calibration_files(i)),
             lidar2world=vehicle2world,
             time=frame.time * 1e-6,
             boxes=boxes,
