@@ -712,7 +712,7 @@ def cached_extra(frame, prepare, folder):
         extra = read_extra(path, stamp, len(frame.points))
         if extra is not None:
             return extra
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass  # not written yet
     except Exception as error:  # whatever numpy and zipfile make of bytes that are not theirs
         warnings.warn(f"{path} cannot be used ({error}): what it should hold is computed again",
