@@ -684,8 +684,8 @@ def train(rank, world, cfg):
     check(cfg)
 
     # data
-    dataset = data.open_dataset(cfg.data, cfg.preset)           # D12
-    dataset.grid = replace(dataset.grid, sweeps=1)              # all that Views keeps  D7
+    # D7: one sweep is all that Views keeps.  D12
+    dataset = data.open_dataset(cfg.data, cfg.preset, sweeps=1, labels=False)
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
