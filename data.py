@@ -960,7 +960,7 @@ def imdecode(raw, flags):
             pixels = cv2.imdecode(encoded, flags)
         finally:
             os.dup2(stderr, 2)
-            text = os.pread(messages, 4096, 0)
+            text = os.pread(messages, 2 ** 16, 0)
             os.close(messages)
             os.close(stderr)
     complaint = re.search(rb"Corrupt JPEG data.*|Premature end of JPEG.*", text)
@@ -1037,7 +1037,7 @@ def projections(lidar2img, cameras, name, files):
 
     cameras are their names; name of the frame; files say where the cameras are.
     """
-    for camera, matrix in zip(cameras, lidar2img, strict=True):
+    for camera, matrix in zip(cameras, lidar2img):
         if not abs(np.linalg.det(matrix[:3, :3])) > 1e-6:  # NaN is not
             raise DataError(f"{name}: {camera}: its projection matrix is singular or not finite, "
                             f"{np.round(matrix[:3], 3).tolist()}; check {files}")
