@@ -959,7 +959,7 @@ def train(rank, world, cfg):
     check(cfg)
 
     # data
-    dataset = data.open_dataset(cfg.data, cfg.preset)
+    dataset = data.open_dataset(cfg.data, cfg.preset, labels=False)
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)

@@ -721,8 +721,8 @@ def train(rank, world, cfg):
 
     # data
     # D12: as OLIVINE does; sizes are the release's, so no scenes are needed to choose them
-    dataset = data.open_dataset(cfg.data, cfg.preset)
-    dataset.grid = replace(dataset.grid, sweeps=1)              # Views keeps no other [code]
+    # Views keeps one sweep [code]
+    dataset = data.open_dataset(cfg.data, cfg.preset, sweeps=1, labels=False)
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,

@@ -24,6 +24,7 @@ Frames hold numpy arrays, batches hold tensors. Tags: [devkit] nuscenes-devkit d
 import argparse
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ import re
 import secrets
 import shutil
 import signal
+import threading
 import warnings
 import zipfile
 import zlib
@@ -40,6 +42,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from time import monotonic, sleep, time as now
 from typing import NamedTuple
 
 import cv2
@@ -54,7 +58,7 @@ from tqdm import tqdm
 cv2.setNumThreads(0)
 
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
-VERSION = 3
+VERSION = 4
 
 
 class DataError(ValueError):
@@ -159,6 +163,12 @@ GRIDS = {
 }
 
 
+def choose_grid(dataset, preset, sweeps=None):
+    """The Grid of a data set, of at most `sweeps` sweeps where that is given."""
+    grid = GRIDS[dataset, preset]
+    return replace(grid, sweeps=min(sweeps or grid.sweeps, grid.sweeps))
+
+
 @dataclass(frozen=True)
 class Frame:
     """One LiDAR sweep and the K camera images nearest to it in time.
@@ -171,7 +181,7 @@ class Frame:
     origin       (3,) float32          where the LiDAR stands in that frame (zero for nuScenes
                                        and KITTI)
     images       K x (3, H, W) uint8   RGB, after resize and crop; sizes may differ between
-                                       cameras
+                                       cameras. K = 0 where none is read (open_dataset)
     lidar2img    (K, 4, 4) float32     (u d, v d, d, 1) = lidar2img (x, y, z, 1); u right,
                                        v down, pixel centres at +0.5; d = depth, m
     lidar2world  (4, 4) float64        pose at the time of the keyframe sweep; the identity for
@@ -286,8 +296,9 @@ def frame_of_rows(arrays):
 def collate(frames, seeds):
     """Join frames (a list of Frame with the same K) and seeds (a list of int) into a Batch."""
     all_images = [image for frame in frames for image in frame.images]
-    hw = torch.tensor([image.shape[1:] for image in all_images])  # (B K, 2)
-    H, W = hw.amax(0).tolist()
+    hw = torch.tensor([image.shape[1:] for image in all_images], dtype=torch.int64)
+    hw = hw.reshape(-1, 2)  # (B K, 2), K may be 0
+    H, W = hw.amax(0).tolist() if len(hw) else (0, 0)
     images = torch.zeros(len(all_images), 3, H, W, dtype=torch.uint8)
     for padded, image in zip(images, all_images):
         h, w = image.shape[1:]
@@ -484,40 +495,90 @@ def inside_box(xyz, box):
 
 # ---- open: which data set a folder holds ---------------------------------------------
 
-def open_dataset(root, preset="paper"):
+def open_dataset(root, preset="paper", *, sweeps=None, images=True, labels=True):
     """The data set in folder `root`, recognised by its layout -> a NuScenes, Kitti or Waymo.
 
     "" is the embedded world, written under cache_dir() at first use. Where a nuScenes
     root has several versions, the folder of one's tables (ROOT/v1.0-mini) chooses that
     one.
 
-    A data set of your own is easiest written in nuScenes' layout. Otherwise it needs an
-    entry in GRIDS for each preset, a reader here (Kitti is the shortest), and its
-    cameras in CAMERA_YAW.
+    sweeps  at most so many LiDAR sweeps in a frame, default the grid's
+    images  False: no image is read, and none need be on disk
+    labels  False: labels may be absent or damaged; such a frame then has no boxes
+    Frames that lack a file of what is read are left out, and their number is printed.
+
+    A data set of your own is easiest written in nuScenes' layout. It may have fewer
+    cameras than nuScenes (with names out of CAMERAS) and up to 256 beams. Otherwise it
+    needs an entry in GRIDS for each preset, a reader here (Kitti is the shortest), and
+    its cameras in CAMERA_YAW.
     """
-    if root == "":
-        root = embedded_world()
-    root = Path(os.path.realpath(root))
+    embedded = root == ""
+    root = Path(os.path.realpath(embedded_world() if embedded else root))
+    try:
+        with reading(root, "look at what is mounted there"):
+            reader, place, *version = recognise(root)
+            dataset = reader(place, preset, *version, sweeps=sweeps, images=images,
+                             labels=labels)
+        damage = dataset.notes[0] if embedded and dataset.notes else ""
+    except DataError as error:
+        if not embedded:
+            raise
+        damage = str(error)
+    if damage:
+        raise DataError(f"{damage}. This is the embedded world: delete {root}, and the next "
+                        "start writes it again")
+    return dataset
+
+
+def recognise(root):
+    """What is in the folder `root` (a Path) -> (reader, its root) or (NuScenes, root, version)."""
     readers = NuScenes, Kitti, Waymo
     for reader in readers:
         if has_layout(root, reader):
-            return reader(root, preset)
+            return reader, root
     if root.match("v1.0-*") and has_layout(root.parent, NuScenes):
-        return NuScenes(root.parent, preset, root.name)
+        return NuScenes, root.parent, root.name
 
+    if root.is_file():
+        raise DataError(f"{root}: this is a file; if it is an archive, extract it, and give the "
+                        "folder that it was extracted into")
+    if not root.is_dir():
+        tilde = "; the shell has left ~ as it is: write $HOME" if "~" in root.parts else ""
+        raise DataError(f"{root}: no such folder; give the root folder of a data set{tilde}")
     # no data set: look one or two folders up, and one down, to name the right root
     children = sorted(path for path in root.glob("*") if path.is_dir())
+    for place in (root, *children):
+        if not os.access(place, os.R_OK | os.X_OK):
+            raise DataError(f"{place}: this folder cannot be read (Permission denied); "
+                            f"{ASK_OWNER}")
     for place in (root.parent, root.parent.parent, *children):
         for reader in readers:
             if has_layout(place, reader):
                 raise DataError(f"{root}: this is not the root of a data set, which holds "
                                 f"{reader.LAYOUT_HINT}; give {place}")
-    listing = "no such folder"
-    if root.is_dir():
-        listing = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
+    for pattern, message in ALMOST.items():
+        for path in root.glob(pattern):
+            raise DataError(f"{root}: {path.relative_to(root)} is here, but {message}")
+    listing = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
     raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.LAYOUT_HINT}), "
                     f"KITTI ({Kitti.LAYOUT_HINT}) and Waymo ({Waymo.LAYOUT_HINT}), "
                     f"found {listing}; give the folder that the archives were extracted into")
+
+
+# what is found where something else lacks, and what that is
+ALMOST = {
+    "samples": "no table (v1.0-*/*.json); extract the metadata archive of nuScenes here too",
+    "sweeps": "no table (v1.0-*/*.json); extract the metadata archive of nuScenes here too",
+    "*/*.tfrecord*": "version 2 of the Waymo Open Dataset is read, which is parquet; "
+                     "download waymo_open_dataset_v_2",
+    "*.tfrecord*": "version 2 of the Waymo Open Dataset is read, which is parquet; "
+                   "download waymo_open_dataset_v_2",
+    "*/camera_image/*.parquet": "no training/vehicle_pose; download the component vehicle_pose",
+    "*/lidar/*.parquet": "no training/vehicle_pose; download the component vehicle_pose",
+    "training/image_2": "no training/velodyne; extract the scans of KITTI's object frames",
+    "training/calib": "no training/velodyne; extract the scans of KITTI's object frames",
+    "*/*_sync": "no velodyne_points; extract the synced scans of KITTI's raw drives",
+}
 
 
 def has_layout(root, reader):
@@ -535,7 +596,10 @@ def embedded_world():
             if not root.exists():  # no other process was first
                 print_once(f"writing the embedded world to {root}, once; "
                            "this takes a few minutes")
-                synthetic.write(root)
+                try:
+                    synthetic.write(root)
+                except OSError as error:
+                    raise not_writable(root, error) from error
     return root
 
 
@@ -605,6 +669,7 @@ class Loader:
             source = repr((VERSION, dataset.root, self.grid, self.image))
             digest = hashlib.sha256(source.encode()).hexdigest()[:16]
             self.folder = cache_dir() / "prepared" / digest / prepare.key
+            remove_leftovers(self.folder, "*.part", age=3600)  # a live one is there for an instant
 
     @property
     def steps_per_epoch(self):
@@ -688,28 +753,35 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+LARGEST_EXTRA = 2 ** 30  # bytes; what prepare returns for a frame is thousands of times smaller
+
+
 def cached_extra(frame, prepare, folder):
     """What prepare(frame) returns, as arrays, from its file in `folder`.
 
-    It is computed and written there if the file is missing, damaged or made from other
-    points. Where the file cannot be written, the arrays are computed each time, with a
-    warning.
+    It is computed and written there if the file is missing or made from other points,
+    and also, with a warning, if it is damaged. Where the file cannot be written, the
+    arrays are computed each time, with a warning.
     """
     path = folder / f"{frame.name.replace('/', '_')}.npz"
     stamp = zlib.crc32(frame.points)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            extra = dict(stored)
-        if extra.pop("stamp") == stamp:
+        extra = read_extra(path, stamp, len(frame.points))
+        if extra is not None:
             return extra
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError):
-        pass  # not written yet, or truncated or garbled
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # not written yet
+    except Exception as error:  # whatever numpy and zipfile make of bytes that are not theirs
+        warnings.warn(f"{path} cannot be used ({error}): what it should hold is computed again",
+                      stacklevel=1)
     extra = {name: np.asarray(value) for name, value in prepare(frame).items()}
     # in memory first: on a full disk a ZipFile complains once more when it is forgotten
     archive = io.BytesIO()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(archive, **extra, stamp=stamp)
+        with zipfile.ZipFile(archive, "a") as file:
+            file.comment = extra_digest(extra, stamp)
         part = temp_path(path)
         try:
             part.write_bytes(archive.getbuffer())
@@ -722,6 +794,37 @@ def cached_extra(frame, prepare, folder):
                       "computed anew for every frame. Make room there, or name another folder as "
                       "LIDAR_CAMERA_CACHE", stacklevel=1)
     return extra
+
+
+def read_extra(path, stamp, N):
+    """The arrays of a prepared file of N points; None if they were made from other points.
+
+    Raises an error of any kind if the file is damaged. Files without a digest are from
+    before there was one.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        size = sum(member.file_size for member in stored.zip.infolist())
+        if size > LARGEST_EXTRA:
+            raise ValueError(f"it unpacks to {size} bytes")
+        if int(stored["stamp"]) != stamp:
+            return None
+        extra = {name: stored[name] for name in stored.files if name != "stamp"}
+        digest = stored.zip.comment
+    if digest and digest != extra_digest(extra, stamp):
+        raise ValueError("its digest is of other arrays")
+    for name, array in extra.items():
+        if name.startswith("points_") and len(array) != N:
+            raise ValueError(f"{name} has {len(array)} rows for {N} points")
+    return extra
+
+
+def extra_digest(extra, stamp):
+    """Hash of prepared arrays and the stamp of their points -> bytes, the zip file's comment."""
+    digest = hashlib.sha256(str(stamp).encode())
+    for name, array in sorted(extra.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest().encode()
 
 
 # ======================================================================================
@@ -738,9 +841,14 @@ def cache_dir():
     It is $LIDAR_CAMERA_CACHE, else lidar-camera-pretraining under $XDG_CACHE_HOME or
     ~/.cache.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    default = Path(home) / "lidar-camera-pretraining"
-    folder = Path(os.environ.get("LIDAR_CAMERA_CACHE") or default)
+    folder = os.environ.get("LIDAR_CAMERA_CACHE")
+    if not folder:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.path.join(base, "lidar-camera-pretraining")
+    folder = Path(os.path.expanduser(folder))
+    if folder.parts[0].startswith("~"):
+        raise DataError(f"{folder}: this user has no home folder; name a folder for the cache as "
+                        "LIDAR_CAMERA_CACHE")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -750,7 +858,8 @@ def cache_dir():
 
 def not_writable(folder, error):
     """The DataError for an OSError on something in the cache."""
-    return DataError(f"{folder}: this part of the cache cannot be written ({error.strerror}); "
+    reason = error.strerror or error
+    return DataError(f"{folder}: this part of the cache cannot be written ({reason}); "
                      "make room there, or point LIDAR_CAMERA_CACHE to another folder")
 
 
@@ -765,19 +874,53 @@ def temp_path(path):
 
 @contextmanager
 def locked(folder):
-    """One process at a time builds `folder`: other ranks wait and do not repeat the work."""
+    """One process at a time builds `folder`: other ranks wait and do not repeat the work.
+
+    Whoever has the lock is the only builder, and removes what killed ones have left.
+    """
+    folder = Path(folder)
     try:
         lock = open(f"{folder}.lock", "a")
     except OSError as error:
-        raise not_writable(Path(folder), error) from error
+        raise not_writable(folder, error) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock, folder)
+            name = glob.escape(folder.name)
+            remove_leftovers(folder.parent, f"{name}.*.part*")  # temp_path's and torch.hub's
+            remove_leftovers(folder.parent, f".{name}-*")       # synthetic.write's
         except OSError:
             # a file system without locks: builders race, and the rename that publishes the
             # folder decides
             pass
         yield
+
+
+def wait_for_lock(lock, folder):
+    """Lock an open file; whoever waits for longer than a few seconds is told for what."""
+    deadline = monotonic() + 3
+    while monotonic() < deadline:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sleep(0.05)
+    print_once(f"{folder}: another process is writing it; waiting until it is done or ends. "
+               f"It holds {lock.name}")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def remove_leftovers(folder, pattern, age=0):
+    """Remove what killed processes were writing, if nothing has changed it for `age` seconds."""
+    for path in folder.glob(pattern):
+        try:
+            if now() - path.stat().st_mtime < age:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        except OSError:
+            pass  # renamed by its writer meanwhile, or another user's
 
 
 @functools.cache
@@ -788,16 +931,75 @@ def print_once(text):
 
 
 def path_inside(root, file, owner):
-    """Path of `file` (relative, from a table) under root; DataError if it leads elsewhere.
+    """Path of `file`, which a table names, under root; DataError if it is absolute or goes up.
 
-    Tables are input and are not to be trusted. `owner` begins the message.
+    Tables are input and are not to be trusted. Links under the root are the user's own
+    and are followed. `owner` begins the message.
     """
-    path = os.path.realpath(os.path.join(root, file))
-    if not path.startswith(os.path.join(root, "")):
-        raise DataError(f"{owner}: {file} leads to {path}, expected a place inside {root}; "
-                        "correct the table, or put the files themselves (no links to elsewhere) "
-                        "under the root")
-    return path
+    if os.path.isabs(file) or ".." in file.split("/"):
+        raise DataError(f"{owner}: {file} is absolute or goes upwards, expected a path inside "
+                        f"{root}; correct the table")
+    return os.path.join(root, file)
+
+
+ASK_OWNER = "ask its owner for the right to read it (chmod), or run as a user who has it"
+
+
+@contextmanager
+def reading(owner, fix, file=None):
+    """An OSError in here becomes a DataError that says which file it is and why.
+
+    `owner` begins the message, `fix` is what to do where the file is missing. A `file`
+    that is a pipe or a device is refused: reading one would wait for ever.
+    """
+    try:
+        if file is not None:
+            mode = os.stat(file).st_mode
+            if not (S_ISREG(mode) or S_ISDIR(mode)):
+                raise DataError(f"{owner}: {file} is a pipe or a device, expected a file; {fix}")
+        yield
+    except OSError as error:
+        path = error.filename or ""
+        message = f"{owner}: {path} cannot be read ({error.strerror or error})"
+        if isinstance(error, FileNotFoundError):
+            message = f"{owner}: {path} is missing"
+        elif isinstance(error, PermissionError):
+            fix = ASK_OWNER
+        else:
+            fix = f"see to the disk that it lies on; {fix}"
+        raise DataError(f"{message}; {fix}") from error
+
+
+def files_in(folder):
+    """Names of the files in a folder -> set of str, empty where there is no such folder.
+
+    Links are followed. No file is opened, and only links are looked up one by one.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def describe_counts(counts):
+    """{"a": 2, "b": 1} -> "a 2, b 1"; what counts 0 is left out."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+def frame_boxes(dataset, i):
+    """Boxes (M, 9) float32 of frame i that have a class of the grid, labels (M,) int64.
+
+    Where labels are not wanted (open_dataset), damaged ones are none.
+    """
+    try:
+        rows = dataset.annotations(i)
+    except DataError:
+        if dataset.labels:
+            raise
+        return np.zeros((0, 9), np.float32), np.zeros(0, np.int64)
+    rows = rows[rows["label"] >= 0]
+    return rows["box"].astype(np.float32), rows["label"].astype(np.int64)
 
 
 def split_frames(dataset, split_of, name):
@@ -840,13 +1042,43 @@ REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
 LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # neither occurs within compressed data
 
 
+DECODING = threading.Lock()  # stderr belongs to the whole process
+
+
+def imdecode(raw, flags):
+    """cv2.imdecode -> pixels (H, W, 3) uint8 or None, and what libjpeg finds damaged, or "".
+
+    libjpeg goes on with grey or shifted pixels, and says so to stderr alone: a file in
+    memory takes the place of stderr meanwhile. That costs 3 us of an image's 2 ms or
+    more. A flipped bit after which the file is still a valid JPEG cannot be found.
+    """
+    encoded = np.frombuffer(raw, np.uint8)
+    with DECODING:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            return cv2.imdecode(encoded, flags), ""
+        messages = os.memfd_create("stderr")
+        os.dup2(messages, 2)
+        try:
+            pixels = cv2.imdecode(encoded, flags)
+        finally:
+            os.dup2(stderr, 2)
+            text = os.pread(messages, 2 ** 16, 0)
+            os.close(messages)
+            os.close(stderr)
+    complaint = re.search(rb"Corrupt JPEG data.*|Premature end of JPEG.*", text)
+    if complaint:
+        return pixels, complaint[0].decode(errors="replace")
+    if text:  # somebody else's
+        os.write(2, text)
+    return pixels, ""
+
+
 def read_image(file, size, name, expected=None):
     """Image on disk -> as decode."""
-    try:
+    with reading(name, "extract the camera files again", file):
         raw = Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: {file} cannot be read ({error.strerror}); "
-                        "extract the camera files again") from error
     return decode(raw, file, size, name, expected)
 
 
@@ -871,17 +1103,20 @@ def decode(raw, file, size, name, expected=None):
                         f"expected {expected[0]} x {expected[1]}, the size that the calibration "
                         "is for: extract the original file again")
 
+    # the decoder fills up what a cut file lacks
+    if LAST_BYTES[kind] not in raw[-1024:]:
+        raise DataError(f"{name}: {file} is not a whole {kind}: its end is missing, "
+                        f"{len(raw)} bytes; extract it again")
+
     height, width = size
     scale = max(height / full_height, width / full_width)
     shrink = 1
     if kind == "JPEG":
         shrink = max(factor for factor in REDUCED if factor == 1 or factor * scale <= 1)
-    encoded = np.frombuffer(raw, np.uint8)
-    decoded = cv2.imdecode(encoded, REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
-    # the decoder fills up what a cut file lacks
-    if decoded is None or LAST_BYTES[kind] not in raw[-1024:]:
-        raise DataError(f"{name}: {file} is not a whole {kind}: its end is missing, "
-                        f"{len(raw)} bytes; extract it again")
+    decoded, complaint = imdecode(raw, REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
+    if decoded is None or complaint:
+        raise DataError(f"{name}: {file} is a damaged {kind} ({complaint or 'it does not decode'}),"
+                        f" {len(raw)} bytes; extract it again")
 
     columns = min(max(round(width / scale / shrink), 1), full_width // shrink)
     rows = min(max(round(height / scale / shrink), 1), full_height // shrink)
@@ -896,6 +1131,18 @@ def decode(raw, file, size, name, expected=None):
     y = height / rows
     matrix = np.array([[x / shrink, 0, -left * x], [0, y / shrink, -top * y], [0, 0, 1]])
     return planes, matrix
+
+
+def projections(lidar2img, cameras, name, files):
+    """lidar2img (K, 4, 4) as Frame has it, float32; DataError if one is no camera's.
+
+    cameras are their names; name of the frame; files say where the cameras are.
+    """
+    for camera, matrix in zip(cameras, lidar2img):
+        if not abs(np.linalg.det(matrix[:3, :3])) > 1e-6:  # NaN is not
+            raise DataError(f"{name}: {camera}: its projection matrix is singular or not finite, "
+                            f"{np.round(matrix[:3], 3).tolist()}; check {files}")
+    return lidar2img.astype(np.float32)
 
 
 def pad_to_4x4(matrix):
@@ -957,8 +1204,10 @@ class Table:
 
         # rows become tuples as they are parsed: whole rows of the 2.6 million in sample_data would
         # need gigabytes
+        with reading(self.path, "extract the metadata archive again"):
+            text = self.path.read_bytes()
         try:
-            rows = json.loads(self.path.read_bytes(), object_hook=parse)
+            rows = json.loads(text, object_hook=parse)
         except DataError:  # from pick; a DataError is a ValueError
             raise
         except (ValueError, TypeError, RecursionError) as error:
@@ -1015,13 +1264,16 @@ class Table:
         return targets
 
     def numbers(self, column, *shape, rows=None):
-        """Finite numbers in `column` of these rows, or of all -> (len(rows), *shape) float64."""
+        """Finite numbers in `column` of these rows, or of all -> (len(rows), *shape) float64.
+
+        A text is none, whatever it reads.
+        """
         rows = range(len(self)) if rows is None else rows
         values = np.zeros((len(rows), *shape))
         for n, i in enumerate(rows):
             try:
                 values[n] = self[column][i]
-                valid = (abs(values[n]) < 2 ** 62).all()  # NaN is not
+                valid = (abs(values[n]) < 2 ** 62).all() and not has_text(self[column][i])
             except (ValueError, TypeError, OverflowError):
                 valid = False
             if not valid:
@@ -1050,6 +1302,11 @@ class Table:
             rotation = Rotation.from_quat(quaternion[:, [1, 2, 3, 0]])  # scipy has w last
             pose[:, :3, :3] = rotation.as_matrix()
         return pose
+
+
+def has_text(cell):
+    """Whether a cell of a table is a text, or a list with one."""
+    return str in map(type, cell) if type(cell) is list else type(cell) is str
 
 
 def check_time_order(table, time, link, column):
@@ -1103,7 +1360,7 @@ def official_splits(folder):
             own = json.loads(file.read_bytes())
             if not all(type(scene) is str for scenes in own.values() for scene in scenes):
                 raise TypeError("a name is not a text")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}: not a JSON list of scene names for each split ({error}); "
                             "get the file again") from error
 
@@ -1131,7 +1388,8 @@ class Samples(NamedTuple):
     table: Table
     time: np.ndarray     # (n,) int64, us
     scene: list          # (n,) name of its scene
-    sensors: np.ndarray  # (n, 1 + K) rows of sample_data, LiDAR first
+    channels: np.ndarray  # (1 + K,) those of CHANNELS that the tables have, LiDAR first
+    sensors: np.ndarray  # (n, 1 + K) rows of sample_data
     order: np.ndarray    # (m,) the rows that are frames: on disk; scenes by start, then by time
 
 
@@ -1141,11 +1399,13 @@ def build_index(root, version):
     -> {name: structured array}, without a Python object:
     frames  token, scene, split; time (us); sensors (1 + K,) rows of `sensors`, LiDAR first;
             boxes (2,) first and last + 1 row of `boxes`
-    sensors file; to_world (4, 4), of the LiDAR in our axes; intrinsic (3, 3); height, width;
-            time (us); prev, the sweep before or -1
+    sensors file; on_disk, whether it is there; to_world (4, 4), of the LiDAR in our axes;
+            intrinsic (3, 3); height, width; time (us); prev, the sweep before or -1
     boxes   box (9,) as Frame.boxes but in the world; category, token, instance; label or -1;
             lidar_points
-    counts  (2,) frames in the tables, frames left out because none of their files is on disk
+    counts  one row: frames in the tables; of them absent, without a keyframe sweep on disk,
+            which are not in `frames`; sweeps that are no keyframes' in the tables and
+            sweeps_on_disk; channels (7,) bool, which of CHANNELS the tables have
     """
     folder = Path(root) / version
     bar = tqdm(total=9, desc=f"{version}: reading the tables, once", unit=" tables",
@@ -1157,7 +1417,8 @@ def build_index(root, version):
         return table
 
     data, channel, sensors = index_sensors(read, root)
-    samples = index_samples(read, root, version, data, channel)
+    on_disk = sensors["on_disk"]
+    samples = index_samples(read, root, version, data, channel, on_disk)
     boxes, bounds = index_boxes(read, samples)
     split_of = official_splits(folder)
     bar.close()
@@ -1171,7 +1432,14 @@ def build_index(root, version):
         sensors=samples.sensors[order],
         boxes=bounds,
     )
-    counts = np.array([len(samples.table), len(samples.table) - len(order)])
+    older = (channel == 0) & ~np.array(data["is_key_frame"], bool)
+    counts = pack(
+        frames=np.array([len(samples.table)]),
+        absent=np.array([len(samples.table) - len(order)]),
+        sweeps=np.array([older.sum()]),
+        sweeps_on_disk=np.array([(older & on_disk).sum()]),
+        channels=np.isin(np.arange(len(CHANNELS)), samples.channels)[None],
+    )
     return dict(frames=frames, sensors=sensors, boxes=boxes, counts=counts)
 
 
@@ -1214,12 +1482,15 @@ def index_sensors(read, root):
     prev = np.full(len(data), -1)
     prev[sweeps] = data.link("prev", data, rows=sweeps, end=True)
     check_time_order(data, time, prev, "prev")
-    for token, file in zip(data["token"], data["filename"]):
-        if os.path.isabs(file) or ".." in file.split("/"):
-            raise DataError(f"{data.path}: row {token} has filename {file}, "
-                            f"expected a path inside {root}; correct the table")
+    for token, flag in zip(data["token"], data["is_key_frame"]):
+        if type(flag) is not bool:
+            raise DataError(f"{data.path}: row {token} has is_key_frame {str(flag)[:80]!r}, "
+                            "expected true or false; extract the metadata archive again")
+    files = [path_inside(root, file, f"{data.path}: row {token}")
+             for token, file in zip(data["token"], data["filename"])]
     sensors = pack(
         file=data["filename"],
+        on_disk=files_on_disk(files),
         to_world=to_world,
         intrinsic=intrinsic[calibration],
         height=data.numbers("height").astype(np.int64),
@@ -1230,10 +1501,11 @@ def index_sensors(read, root):
     return data, channel, sensors
 
 
-def index_samples(read, root, version, data, channel):
+def index_samples(read, root, version, data, channel, on_disk):
     """The keyframes, their sensors, and which of them are on disk -> Samples.
 
-    data is the table sample_data, channel (n,) that of each of its rows.
+    data is the table sample_data; channel (n,), that of each of its rows; on_disk (n,),
+    whether its file is there.
     """
     scene = read("scene", "name")
     sample = read("sample", "timestamp scene_token next")
@@ -1244,37 +1516,32 @@ def index_samples(read, root, version, data, channel):
     np.minimum.at(start, sample_scene, time)
 
     rows = np.flatnonzero(data["is_key_frame"])
-    sensors = np.full((len(sample), len(CHANNELS)), -1)
-    sensors[data.link("sample_token", sample, rows=rows), channel[rows]] = rows
+    # data of one's own may have fewer cameras, the same ones in every sample
+    channels = np.union1d(0, channel[rows])
+    sensors = np.full((len(sample), len(channels)), -1)
+    place = np.searchsorted(channels, channel[rows])
+    sensors[data.link("sample_token", sample, rows=rows), place] = rows
     for i, c in np.argwhere(sensors < 0)[:1]:
-        raise DataError(f"{data.path}: no key-frame row of {CHANNELS[c]} for sample "
-                        f"{sample['token'][i]}; the tables are incomplete: "
-                        "extract the metadata archive again")
+        raise DataError(f"{data.path}: no key-frame row of {CHANNELS[channels[c]]} for sample "
+                        f"{sample['token'][i]}, expected one of each sensor; "
+                        "the tables are incomplete: extract the metadata archive again")
     if len(rows) > sensors.size:
         raise DataError(f"{data.path}: {len(rows)} key-frame rows for {len(sample)} samples, "
-                        f"expected {len(CHANNELS)} each; extract the metadata archive again")
+                        f"expected {len(channels)} each; extract the metadata archive again")
 
-    files = [os.path.join(root, data["filename"][i]) for i in sensors.ravel()]
-    on_disk = files_on_disk(files).reshape(sensors.shape)
-    for i, c in np.argwhere(~on_disk & on_disk.any(1, keepdims=True))[:1]:
-        name = f"nuscenes/{scene['name'][sample_scene[i]]}/{sample['token'][i]}"
-        raise DataError(f"{name}: {files[i * len(CHANNELS) + c]} is missing, while other files "
-                        "of this frame are on disk; extract the file blobs again")
     order = np.lexsort((time, sample_scene, start[sample_scene]))
-    order = order[on_disk[order].all(1)]
+    order = order[on_disk[sensors[order, 0]]]
     if not len(order):
-        raise DataError(f"{root}: none of the {len(sample)} frames of {version} has its files "
-                        "under samples/; extract the file blobs there")
+        raise DataError(f"{root}: none of the {len(sample)} frames of {version} has its "
+                        "keyframe sweep under samples/LIDAR_TOP; extract the file blobs there")
     names = [scene["name"][s] for s in sample_scene]
-    return Samples(sample, time, names, sensors, order)
+    return Samples(sample, time, names, channels, sensors, order)
 
 
 def files_on_disk(files):
     """Which of the files (a list of paths) exist -> (n,) bool. Lists each folder once."""
     places = [os.path.split(file) for file in files]
-    listing = {}
-    for folder in {folder for folder, _ in places}:
-        listing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    listing = {folder: files_in(folder) for folder in {folder for folder, _ in places}}
     return np.array([name in listing[folder] for folder, name in places], bool)
 
 
@@ -1313,6 +1580,11 @@ def index_boxes(read, samples):
     rows = rows[frame[rows] >= 0]
     bounds = np.searchsorted(frame[rows], np.arange(len(samples.order) + 1))
 
+    lidar_points = annotation.numbers("num_lidar_pts").astype(np.int64)
+    for i in np.flatnonzero(lidar_points < 0)[:1]:
+        raise DataError(f"{annotation.path}: row {annotation['token'][i]} has num_lidar_pts "
+                        f"{lidar_points[i]}, expected 0 or more; "
+                        "extract the metadata archive again")
     category_of_instance = instance.link("category_token", category)
     categories = category_of_instance[annotation.link("instance_token", instance)]
     names = [category["name"][c] for c in categories]
@@ -1323,7 +1595,7 @@ def index_boxes(read, samples):
         token=[annotation["token"][i] for i in rows],
         instance=[annotation["instance_token"][i] for i in rows],
         label=np.array(labels, np.int64)[rows],
-        lidar_points=annotation.numbers("num_lidar_pts").astype(np.int64)[rows],
+        lidar_points=lidar_points[rows],
     )
     return boxes, np.stack([bounds[:-1], bounds[1:]], 1)
 
@@ -1354,28 +1626,43 @@ def find_version(root, version):
                     f"give the folder of the one that is meant{example}")
 
 
+INDEX = ("frames", "sensors", "boxes", "counts")  # the arrays of an index, each in its file
+
+
+def index_digest(folder, key):
+    """Hash of an index's key and files -> str. It differs if they are damaged or another's."""
+    digest = hashlib.sha256(key.encode())
+    for name in INDEX:
+        with open(folder / f"{name}.npy", "rb") as file:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 class NuScenes:
     """Reader of nuScenes, as it is downloaded.
 
     The root holds samples/, sweeps/ and v1.0-trainval, v1.0-mini, v1.0-test or other
     folders of tables. Scoring (finetune.py) also wants maps/. Of several versions one
     is taken, and printed: v1.0-trainval, else v1.0-mini. `--data ROOT/v1.0-mini` takes
-    that one. No link may lead out of the root, folders included: mount them, or link
-    the root.
+    that one. Folders and files may be links to elsewhere; what the tables name may not
+    be absolute or go upwards (path_inside).
 
     The official tables are read as they are. Opening parses them once, with a progress
     bar, into an index under cache_dir(), never inside the data set. The index is
     memory-mapped after that, so that reading a frame touches its own rows only.
 
-    A partial download works: keyframes of which no file is on disk are left out, and
-    their number is printed. If train or val has no frame on disk, both are cut 80/20 in
+    A partial download works: frames of which a file is missing are left out, and their
+    number is printed. Where no sweep but the keyframes' is on disk, each frame has that
+    one alone, which is printed too. If train or val has no frame on disk, both are cut 80/20 in
     order of time from the frames on disk (split_frames). Own lists of scenes go into
     splits.json next to the tables (official_splits).
 
     A frame has the keyframe sweep and up to Grid.sweeps - 1 sweeps before it, moved to
     its place. The LiDAR's axes on disk (x right, y forward) become ours, intensity
-    0..255 becomes 0..1, and the points on the car itself are taken off. The six images
-    are projected each from the car's pose at its own shutter. v1.0-test has no labels.
+    0..255 becomes 0..1, and the points on the car itself are taken off. The images (six,
+    or those of CAMERAS that the tables have) are projected each from the car's pose at
+    its own shutter. v1.0-test has no labels.
 
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names
     .split(name)  .load(i)
@@ -1384,21 +1671,79 @@ class NuScenes:
     LAYOUTS = {"nuScenes": ("v1.0-*/*.json",)}
     LAYOUT_HINT = "samples/ and v1.0-*/"
 
-    def __init__(self, root, preset="paper", version=None):
-        self.grid = GRIDS["nuscenes", preset]
+    def __init__(self, root, preset="paper", version=None, *, sweeps=None, images=True,
+                 labels=True):
+        self.grid = choose_grid("nuscenes", preset, sweeps)
+        self.sweeps = self.grid.sweeps  # of what is opened; a user may change .grid
         self.preset = preset
+        self.images = images
+        self.labels = labels
         self.root = os.path.realpath(root)
-        for folder in ("samples", "sweeps"):
-            # a link to elsewhere is refused now, not after the index is built
-            path_inside(self.root, folder, self.root)
         self.version = find_version(Path(self.root), version)
         self.what = f"{self.root}: nuScenes {self.version}"
         self.key = self.index_key()
         self.open_index()
-        total, left_out = self.counts
-        if left_out:
-            print_once(f"{self.root}: {left_out} of the {total} frames of {self.version} "
-                       "have no file on disk and are left out")
+        cameras = np.flatnonzero(self.counts["channels"][0, 1:])
+        self.grid = replace(self.grid, cameras=tuple(CAMERAS[c] for c in cameras))
+        self.notes = self.leave_out_frames()
+        for note in self.notes:
+            print_once(note)
+
+    def leave_out_frames(self):
+        """Leave out the frames that lack a file of what is read -> notes, which say so."""
+        counts = self.counts[0]
+        notes = []
+        if counts["absent"]:
+            notes.append(f"{self.root}: {counts['absent']} of the {counts['frames']} frames of "
+                         f"{self.version} have no keyframe sweep on disk and are left out")
+        if self.images:
+            notes += self.leave_out_without("images", self.frames["sensors"][:, 1:])
+            if not self.grid.cameras:
+                raise DataError(f"{self.what}: the tables have no camera; expected some of "
+                                f"{', '.join(CAMERAS)}. finetune.py --modality lidar reads none")
+        absent = counts["sweeps"] - counts["sweeps_on_disk"]
+        if absent and not counts["sweeps_on_disk"] and self.sweeps > 1:
+            notes.append(f"{self.root}: no sweep but the keyframes' is on disk: each frame has "
+                         f"that one alone, not up to {self.sweeps}; extract sweeps/ of the "
+                         "LiDAR blobs to have them (--preset small needs none)")
+        elif absent:
+            notes += self.leave_out_without("older sweeps", self.older_sweeps())
+        return notes
+
+    def leave_out_without(self, what, rows):
+        """Leave out frames of which a file is missing -> notes, none where all are there.
+
+        rows (n, files) of .sensors for each frame, -1 for none; what they are.
+        """
+        missing = (rows >= 0) & ~self.sensors["on_disk"][rows]
+        lacking = missing.any(1)
+        if not lacking.any():
+            return []
+        first = self.sensors["file"][rows[missing][0]].decode()
+        cameras = ""
+        if what == "images":
+            counts = dict(zip(self.grid.cameras, missing.sum(0)))
+            cameras = f" ({describe_counts(counts)})"
+        message = (f"{self.root}: {lacking.sum()} of the {len(lacking)} frames of {self.version} "
+                   f"lack {what}{cameras}, the first {first}")
+        if lacking.all():
+            hint = dict(images="finetune.py --modality lidar reads none")
+            raise DataError(f"{message}; extract these file blobs too. "
+                            f"{hint.get(what, '--preset small reads none')}")
+        self.frames = self.frames[~lacking]
+        return [f"{message}, and are left out; extract these file blobs too to have them"]
+
+    def older_sweeps(self):
+        """Rows of .sensors of the sweeps before each frame's own, -1 for none.
+
+        -> (n, sweeps - 1)
+        """
+        row = self.frames["sensors"][:, 0]
+        older = np.full((len(row), self.sweeps - 1), -1)
+        for n in range(self.sweeps - 1):
+            row = np.where(row < 0, -1, self.sensors["prev"][row])
+            older[:, n] = row
+        return older
 
     def index_key(self):
         """Names the index: changes with any table, and with the folders of the file blobs."""
@@ -1406,9 +1751,11 @@ class NuScenes:
         for path in Path(self.root, self.version).glob("*.json"):
             stat = path.stat()
             state.append((str(path), stat.st_size, stat.st_mtime_ns))
-        for path in Path(self.root, "samples").glob("*"):
-            # folders: more blobs may be extracted later
-            state.append((str(path), path.stat().st_mtime_ns))
+        for folder in ("samples", "sweeps"):
+            # the folders in them: more blobs may be extracted later
+            for path in Path(self.root, folder).glob("*"):
+                if path.exists():  # a link may lead nowhere
+                    state.append((str(path), path.stat().st_mtime_ns))
         return hashlib.sha256(repr((VERSION, sorted(state))).encode()).hexdigest()[:16]
 
     def open_index(self):
@@ -1423,8 +1770,9 @@ class NuScenes:
             try:
                 shutil.rmtree(folder, ignore_errors=True)
                 part.mkdir()
-                for name, array in index.items():
-                    np.save(part / f"{name}.npy", array, allow_pickle=False)
+                for name in INDEX:
+                    np.save(part / f"{name}.npy", index[name], allow_pickle=False)
+                (part / "digest").write_text(index_digest(part, self.key))
             except OSError as error:
                 shutil.rmtree(part, ignore_errors=True)
                 raise not_writable(folder, error) from error
@@ -1437,18 +1785,25 @@ class NuScenes:
                                 "point LIDAR_CAMERA_CACHE to another folder")
 
     def map_index(self, folder):
-        """Map the index if it is there and whole -> whether it is."""
+        """Map the index if it is there and whole -> whether it is.
+
+        Its digest is compared first, 0.3 s for all of nuScenes. An index without one is
+        from before there was any.
+        """
+        digest = folder / "digest"
         try:
+            if digest.exists() and digest.read_text() != index_digest(folder, self.key):
+                raise ValueError("its digest is of other bytes")
             self.frames, self.sensors, self.boxes, self.counts = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("frames", "sensors", "boxes", "counts"))
+                for name in INDEX)
             return True
         except FileNotFoundError:
             return False  # not built yet
         except PermissionError as error:
             raise DataError(f"{folder}: this index of another user cannot be read; let its owner "
                             "open it, or point LIDAR_CAMERA_CACHE to another folder") from error
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever numpy makes of bytes that are not its own
             print_once(f"{folder}: damaged ({error}), built again")
             return False
 
@@ -1460,6 +1815,7 @@ class NuScenes:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.open_index()
+        self.leave_out_frames()
 
     def __len__(self):
         return len(self.frames)
@@ -1486,7 +1842,10 @@ class NuScenes:
         lidar2world = np.array(lidar["to_world"])
         world2lidar = np.linalg.inv(lidar2world)
         points = self.merge_sweeps(lidar, world2lidar, name)
-        images, world2img = self.camera_images(row, image or self.grid.image, name)
+        images = []
+        world2img = np.zeros((0, 4, 4))
+        if self.images:
+            images, world2img = self.camera_images(row, image or self.grid.image, name)
         boxes = labels = None
         if len(self.boxes):  # v1.0-test has no annotation at all
             rows = self.annotations(i)
@@ -1497,7 +1856,8 @@ class NuScenes:
             points=points,
             origin=np.zeros(3, np.float32),
             images=images,
-            lidar2img=(world2img @ lidar2world).astype(np.float32),
+            lidar2img=projections(world2img @ lidar2world, self.grid.cameras, name,
+                                  self.calibration_files(i)),
             lidar2world=lidar2world,
             time=row["time"] * 1e-6,
             boxes=boxes,
@@ -1507,10 +1867,12 @@ class NuScenes:
         )
 
     def merge_sweeps(self, lidar, world2lidar, name):
-        """The keyframe sweep `lidar` and those before it, in its place -> points (N, 5) float32."""
+        """The keyframe sweep `lidar` and those before it, in its place -> points (N, 5) float32.
+
+        Those before it that are not on disk are passed over: see leave_out_frames.
+        """
         clouds = []
-        sensor = lidar
-        for _ in range(self.grid.sweeps):
+        for sensor in self.chain(lidar):
             points = self.read_sweep(sensor, name)
             x = points[:, 0]
             y = points[:, 1]
@@ -1524,10 +1886,18 @@ class NuScenes:
                 points[:, :3] = (move[:3, :3] @ points[:, :3].T + move[:3, 3:]).T
             points[:, 4] = (lidar["time"] - sensor["time"]) * 1e-6
             clouds.append(points)
-            if sensor["prev"] < 0:
-                break
-            sensor = self.sensors[sensor["prev"]]
         return np.concatenate(clouds)
+
+    def chain(self, lidar):
+        """The keyframe sweep `lidar`, then those of the Grid.sweeps - 1 before it on disk."""
+        yield lidar
+        sensor = lidar
+        for _ in range(self.grid.sweeps - 1):
+            if sensor["prev"] < 0:
+                return
+            sensor = self.sensors[sensor["prev"]]
+            if sensor["on_disk"]:
+                yield sensor
 
     def camera_images(self, row, size, name):
         """Images of a frame (a row of .frames) -> K x (3, H, W) uint8; world2img (K, 4, 4).
@@ -1557,11 +1927,8 @@ class NuScenes:
 
     def read_sweep(self, sensor, name):
         file = path_inside(self.root, sensor["file"].decode(), name)
-        try:
+        with reading(name, "extract the LiDAR blobs (samples and sweeps) again", file):
             raw = np.fromfile(file, np.uint8)
-        except OSError as error:
-            raise DataError(f"{name}: {file} cannot be read ({error.strerror}); "
-                            "extract the LiDAR blobs (samples and sweeps) again") from error
         if raw.size == 0 or raw.size % 20:
             raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 20 (five float32 "
                             "for each point, N > 0); the file is truncated: extract it again")
@@ -1573,11 +1940,12 @@ class NuScenes:
                 and low[3] >= 0 and high[3] <= 255):
             raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite "
                             "x, y, z within 300 m and intensity in 0..255; the file is damaged or "
-                            "not five float32 for each point: extract it again")
+                            "not five float32 for each point: extract it again. Of your own "
+                            "LiDAR, scale the intensity and leave out points that are not finite")
         # a file of 4 floats a point can pass for one of 5 by its size; its "rings" give it away
-        if not (low[4] >= 0 and high[4] <= 31) or (ring != np.rint(ring)).any():
+        if not (low[4] >= 0 and high[4] <= 255) or (ring != np.rint(ring)).any():
             raise DataError(f"{name}: {file} has rings from {low[4]:g} to {high[4]:g}, expected "
-                            "whole numbers in 0..31; is it written with another number of floats "
+                            "whole numbers in 0..255; is it written with another number of floats "
                             "for each point than 5?")
         return np.stack([y, -x, z, intensity / 255, ring], 1)  # NUSCENES_AXES
 
@@ -1589,6 +1957,20 @@ class NuScenes:
         sweep).
         """
         return self.boxes[slice(*self.frames["boxes"][i])]
+
+    def lacking_for_scoring(self):
+        """What nuscenes-devkit opens when it scores, and what is not there -> list of str."""
+        folder = Path(self.root, self.version)
+        try:
+            for name in ("attribute", "visibility", "log"):
+                Table(folder, name, "")
+            maps = Table(folder, "map", "filename")
+            files = [path_inside(self.root, file, maps.path) for file in maps["filename"]]
+        except DataError as error:
+            return [str(error)]
+        return [f"{file} is missing, which nuscenes-devkit opens before it scores; "
+                "extract the maps/ of the metadata archive too"
+                for file in files if not os.path.isfile(file)]
 
     def calibration_files(self, i):
         """Which files say where the cameras of frame i are: for messages."""
@@ -1646,10 +2028,8 @@ def read_calibration(path, keys, name):
     keys {key: shape} -> list of float64 arrays in their order.
     """
     try:
-        text = Path(path).read_text()
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: {path} is missing; "
-                        "extract the calibration files again") from error
+        with reading(name, "extract the calibration files again", path):
+            text = Path(path).read_text()
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {path} is not text ({error}); "
                         "extract the calibration files again") from error
@@ -1676,15 +2056,16 @@ class Kitti:
 
     The root holds object frames, training/ with testing/ and ImageSets/ where they are,
     or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do). A
-    root with both reads the object frames and prints how to take the drives. No link
-    may lead out of the root.
+    root with both reads the object frames and prints how to take the drives. Folders
+    and files may be links to elsewhere.
 
-    Object frames: velodyne/, image_2/ and calib/ are needed; label_2/ in training/ too,
-    or not at all. Splits are those of ImageSets/. Without ImageSets, or where no frame
-    of train or val is on disk, labelled frames are cut 80/20 in their order
-    (split_frames). train.txt without val.txt is an error, and the other way round.
-    Frames of ImageSets that are not on disk are left out, and their number is printed.
-    Object frames have no time.
+    Object frames: velodyne/ (else velodyne_reduced/), image_2/ (png or jpg) and calib/
+    are needed; label_2/ in training/ too, or not at all. Splits are those of
+    ImageSets/. Without ImageSets, or where no frame of train or val is on disk,
+    labelled frames are cut 80/20 in their order (split_frames). train.txt without
+    val.txt is an error, and the other way round. Frames that lack a file, and those of
+    ImageSets that are not on disk, are left out, and their number is printed. Object
+    frames have no time.
 
     Raw drives have no labels. Their frames have a time (10 Hz). Frames that lack a scan
     or an image are left out, and their number is printed.
@@ -1700,14 +2081,18 @@ class Kitti:
     """
 
     LAYOUTS = {
-        "object frames": ("training/velodyne", "testing/velodyne"),
+        "object frames": ("training/velodyne", "testing/velodyne",
+                          "training/velodyne_reduced", "testing/velodyne_reduced"),
         "raw drives": ("*_drive_*_sync/velodyne_points", "*/*_drive_*_sync/velodyne_points"),
     }
     LAYOUT_HINT = "training/velodyne, or <date>/<date>_drive_<n>_sync"
 
-    def __init__(self, root, preset="paper"):
-        self.grid = GRIDS["kitti", preset]
+    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True):
+        self.grid = choose_grid("kitti", preset, sweeps)
         self.preset = preset
+        self.images = images
+        self.labels = labels
+        self.notes = []
         self.root = os.path.realpath(root)
         places = {}  # layout -> its folders of scans
         for layout, patterns in self.LAYOUTS.items():
@@ -1728,22 +2113,27 @@ class Kitti:
         else:
             self.frames = self.find_raw_frames(places[self.layout])
         if not self.frames:
-            raise DataError(f"{self.root}: no frame among its {self.layout}; "
-                            "extract the scans (.bin) and left colour images (.png)")
-        # a link to elsewhere is refused before the first frame
-        files = {file for frame in self.frames
-                 for file in (frame.cloud, frame.image, *frame.calibration)}
-        for folder in sorted({os.path.dirname(file) for file in files}):
-            if folder:
-                path_inside(self.root, folder, self.root)
+            nested = [path for folder in places[self.layout] for path in folder.glob("0*/*.bin")]
+            hint = "extract the scans (.bin) and left colour images (.png)"
+            if nested:
+                hint = (f"{nested[0].relative_to(self.root)} is of the tracking set, whose layout "
+                        "is not read; extract the object frames, or raw drives")
+            raise DataError(f"{self.root}: no whole frame among its {self.layout}; "
+                            f"{' '.join([*self.notes, hint])}")
+        for note in self.notes:
+            print_once(note)
 
-    def stems(self, folder, ending):
-        """Names of the files in a folder under the root, without `ending`; none if it is absent."""
-        path = os.path.join(self.root, folder)
-        if not os.path.isdir(path):
-            return set()
-        return {file[:-len(ending)] for file in os.listdir(path)
-                if file.endswith(ending) and file[0] != "."}  # "._": a Mac's
+    def files(self, folder, *endings):
+        """{name without its ending: path under the root} of the files in a folder."""
+        files = {}
+        for file in sorted(files_in(os.path.join(self.root, folder))):
+            stem, ending = os.path.splitext(file)
+            if ending in endings and file[0] != ".":  # "._": a Mac's
+                if not file.isprintable():
+                    raise DataError(f"{self.root}: {folder} has a file {file!r}, whose name is "
+                                    "not text; rename it")
+                files[stem] = f"{folder}/{file}"
+        return files
 
     def read_image_sets(self):
         """{(folder, number): split} of the lists in ImageSets/."""
@@ -1757,12 +2147,14 @@ class Kitti:
         split_of = {}
         for split in ("train", "val", "test"):
             path = folder / f"{split}.txt"
-            entries = path.read_text(errors="replace").split() if path.is_file() else ()
+            entries = ()
+            if path.is_file():
+                entries = path.read_text("utf-8-sig", errors="replace").split()
             part = "testing" if split == "test" else "training"
             for number, entry in enumerate(entries, 1):
-                if not re.fullmatch(r"\d{6}", entry):
-                    raise DataError(f"{path}: entry {number} is {entry[:80]!r}, expected six "
-                                    "digits, the number of a frame; get the file again")
+                if not re.fullmatch(r"[0-9]+", entry):
+                    raise DataError(f"{path}: entry {number} is {entry[:80]!r}, expected digits "
+                                    "only, the number of a frame; correct it")
                 if split_of.setdefault((part, entry), split) != split:
                     raise DataError(f"{path}: frame {entry} is in {split_of[part, entry]}.txt too,"
                                     " expected one split for each frame; get the files again")
@@ -1772,34 +2164,47 @@ class Kitti:
         """Frames of training/ and testing/ by number; splits from ImageSets/ where it is."""
         split_of = self.read_image_sets()
         frames = []
+        on_disk = set()
+        lacking = Counter()  # kind of file: frames without it
+        missing = []
         for folder in ("training", "testing"):
-            kinds = {"velodyne": ".bin", "image_2": ".png", "calib": ".txt"}
-            if folder == "training" and os.path.isdir(os.path.join(self.root, folder, "label_2")):
-                kinds["label_2"] = ".txt"
-            stems = {kind: self.stems(f"{folder}/{kind}", ending)
-                     for kind, ending in kinds.items()}
+            is_there = {kind: os.path.isdir(os.path.join(self.root, folder, kind))
+                        for kind in ("velodyne", "velodyne_reduced", "label_2")}
+            reduced = is_there["velodyne_reduced"] and not is_there["velodyne"]
+            scans = "velodyne_reduced" if reduced else "velodyne"
+            files = {
+                scans: self.files(f"{folder}/{scans}", ".bin"),
+                "image_2": self.files(f"{folder}/image_2", ".png", ".jpg"),
+                "calib": self.files(f"{folder}/calib", ".txt"),
+                "label_2": self.files(f"{folder}/label_2", ".txt"),
+            }
+            labelled = folder == "training" and is_there["label_2"]
+            needed = [scans, "calib"]
+            needed += ["image_2"] * self.images + ["label_2"] * (labelled and self.labels)
             # all calibrations and labels next to a few scans are nothing unusual
-            for number in sorted(stems["velodyne"] | stems["image_2"]):
-                name = f"kitti/{folder}/{number}"
-                files = {kind: f"{folder}/{kind}/{number}{ending}"
-                         for kind, ending in kinds.items()}
-                for kind, file in files.items():
-                    if number not in stems[kind]:
-                        raise DataError(f"{name}: {os.path.join(self.root, file)} is missing, "
-                                        "while other files of this frame are on disk; "
-                                        "extract it again")
+            for number in sorted(files[scans].keys() | files["image_2"].keys()):
+                on_disk.add((folder, number))
+                absent = [kind for kind in needed if number not in files[kind]]
+                if absent:
+                    lacking.update(absent)
+                    missing.append(f"{folder}/{absent[0]} of {number}")
+                    continue
                 if folder == "testing":
                     split = "test"
                 else:
                     split = split_of.get((folder, number), "" if split_of else "train")
+                labels = f"{folder}/label_2/{number}.txt" if labelled else ""
                 frames.append(KittiFile(
-                    name, split, files["velodyne"], files["image_2"], (files["calib"],),
-                    files.get("label_2", "")))
-        on_disk = {tuple(frame.name.split("/")[1:]) for frame in frames}
+                    f"kitti/{folder}/{number}", split, files[scans][number],
+                    files["image_2"].get(number, ""), (files["calib"][number],), labels))
+        if missing:
+            self.notes.append(f"{self.root}: {len(missing)} of the {len(on_disk)} object frames "
+                              f"lack files ({describe_counts(lacking)}), the first {missing[0]}, "
+                              "and are left out; extract these files too to have them.")
         absent = len(split_of.keys() - on_disk)
         if absent:
-            print_once(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets have "
-                       "no scan or image on disk and are left out")
+            self.notes.append(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets "
+                              "have no scan or image on disk and are left out.")
         return frames
 
     def find_raw_frames(self, places):
@@ -1812,22 +2217,24 @@ class Kitti:
         left_out = 0
         for place in places:
             drive = place.parent.relative_to(self.root)
-            clouds = self.stems(drive / "velodyne_points/data", ".bin")
-            images = self.stems(drive / "image_02/data", ".png")
-            left_out += len(clouds ^ images)
+            clouds = self.files(drive / "velodyne_points/data", ".bin")
+            images = self.files(drive / "image_02/data", ".png", ".jpg")
             calibration = (str(drive.parent / "calib_cam_to_cam.txt"),
                            str(drive.parent / "calib_velo_to_cam.txt"))
-            for number in sorted(clouds & images):
+            numbers = clouds.keys() & images.keys() if self.images else clouds.keys()
+            numbers = {number for number in numbers if re.fullmatch(r"[0-9]+", number)}
+            left_out += len(clouds.keys() | images.keys()) - len(numbers)
+            for number in sorted(numbers):
                 frames.append(KittiFile(
                     name=f"kitti/{place.parent.name}/{number}",
                     split="",
-                    cloud=str(drive / f"velodyne_points/data/{number}.bin"),
-                    image=str(drive / f"image_02/data/{number}.png"),
+                    cloud=clouds[number],
+                    image=images.get(number, ""),
                     calibration=calibration,
                     labels=""))
         if left_out:
-            print_once(f"{self.root}: {left_out} raw frames have only a scan or only an image "
-                       "and are left out")
+            self.notes.append(f"{self.root}: {left_out} raw frames have only a scan or only an "
+                              "image, or no number for a name, and are left out.")
         return frames
 
     def __len__(self):
@@ -1847,24 +2254,26 @@ class Kitti:
         frame = self.frames[i]
         scan = self.sweep(i)
         lidar2rect, rect2img = self.calibration(i)
-        file = path_inside(self.root, frame.image, frame.name)
-        # no expected size: it varies between recording days
-        pixels, crop = read_image(file, image or self.grid.image, frame.name)
-        lidar2img = pad_to_4x4(crop) @ rect2img @ lidar2rect
+        images = []
+        lidar2img = np.zeros((0, 4, 4))
+        if self.images:
+            file = os.path.join(self.root, frame.image)
+            # no expected size: it varies between recording days
+            pixels, crop = read_image(file, image or self.grid.image, frame.name)
+            images = [pixels]
+            lidar2img = (pad_to_4x4(crop) @ rect2img @ lidar2rect)[None]
         boxes = labels = None
         if frame.labels:
-            rows = self.annotations(i)
-            rows = rows[rows["label"] >= 0]
-            boxes = rows["box"].astype(np.float32)
-            labels = rows["label"].astype(np.int64)
+            boxes, labels = frame_boxes(self, i)
         time = 0.
         if self.layout == "raw drives":
             time = 0.1 * int(frame.name.rsplit("/", 1)[1])  # 10 Hz
         return Frame(
             points=np.pad(scan, ((0, 0), (0, 1))),  # one sweep: 0 s before itself
             origin=np.zeros(3, np.float32),
-            images=[pixels],
-            lidar2img=lidar2img[None].astype(np.float32),
+            images=images,
+            lidar2img=projections(lidar2img, self.grid.cameras, frame.name,
+                                  self.calibration_files(i)),
             lidar2world=np.eye(4),
             time=time,
             boxes=boxes,
@@ -1879,20 +2288,22 @@ class Kitti:
         -> (N, 4) float32: x forward, y left, z up; reflectance 0..1.
         """
         name = self.frames[i].name
-        file = path_inside(self.root, self.frames[i].cloud, name)
-        size = os.path.getsize(file) if os.path.isfile(file) else 0
-        if size == 0 or size % 16:
-            raise DataError(f"{name}: {file} has {size} bytes, expected N x 16 (four float32 for "
-                            "each point, N > 0); the file is missing or truncated: "
-                            "extract it again")
-        points = np.fromfile(file, np.float32).reshape(-1, 4)
+        file = os.path.join(self.root, self.frames[i].cloud)
+        with reading(name, "extract it again", file):
+            raw = np.fromfile(file, np.uint8)
+        if raw.size == 0 or raw.size % 16:
+            raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 16 (four float32 "
+                            "for each point, N > 0); the file is truncated: extract it again")
+        points = raw.view(np.float32).reshape(-1, 4)
         low = points.min(0)
         high = points.max(0)  # NaN where any is
         if not ((low[:3] > -300).all() and (high[:3] < 300).all()
                 and low[3] >= 0 and high[3] <= 1):
             raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite "
                             "x, y, z within 300 m and reflectance in 0..1; the file is damaged or "
-                            "not four float32 for each point: extract it again")
+                            "not four float32 for each point: extract it again. Of your own "
+                            "LiDAR, scale the intensity to 0..1 and leave out points that are "
+                            "not finite")
         return points
 
     def calibration(self, i):
@@ -1902,7 +2313,7 @@ class Kitti:
         rect2img from there to the pixels on disk.
         """
         frame = self.frames[i]
-        paths = [path_inside(self.root, file, frame.name) for file in frame.calibration]
+        paths = [os.path.join(self.root, file) for file in frame.calibration]
         if self.layout == "object frames":
             keys = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
             P, R, T = read_calibration(paths[0], keys, frame.name)
@@ -1911,7 +2322,13 @@ class Kitti:
             P, R = read_calibration(paths[0], keys, frame.name)
             T = read_calibration(paths[1], {"R": (3, 3), "T": (3, 1)}, frame.name)
             T = np.concatenate(T, 1)
-        return pad_to_4x4(R) @ pad_to_4x4(T), pad_to_4x4(P)
+        lidar2rect = pad_to_4x4(R) @ pad_to_4x4(T)
+        turn = lidar2rect[:3, :3]
+        if not np.allclose(turn @ turn.T, np.eye(3), atol=0.05):
+            raise DataError(f"{frame.name}: {' and '.join(paths)}: the rectification times the "
+                            f"rotation from the LiDAR is {turn.round(3).tolist()}, expected a "
+                            "rotation; extract the calibration files again")
+        return lidar2rect, pad_to_4x4(P)
 
     def annotations(self, i):
         """Label rows of frame i as they are on disk, "DontCare" included.
@@ -1922,28 +2339,34 @@ class Kitti:
         frame = self.frames[i]
         if not frame.labels:
             return np.zeros(0, KITTI_LABEL)
-        path = Path(path_inside(self.root, frame.labels, frame.name))
+        path = Path(self.root, frame.labels)
         try:
-            lines = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            with reading(frame.name, "extract the labels again", path):
+                text = path.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
             raise DataError(f"{frame.name}: {path} cannot be read ({error}); "
                             "extract the labels again") from error
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = np.zeros(len(lines), KITTI_LABEL)
-        for n, line in enumerate(lines):
-            kind, *words = line.split() or [""]
+        for row, (n, line) in enumerate(lines):
+            kind, *words = line.split()
             try:
                 v = np.array(words, np.float64)
             except ValueError:
                 v = np.zeros(0)
-            valid = v.shape == (14,) and (abs(v) < 1e6).all()  # NaN is not
-            if kind not in KITTI_TYPES or not valid:
-                raise DataError(f"{frame.name}: {path}, line {n + 1} is {line[:200]!r}, expected "
-                                f"one of {', '.join(KITTI_TYPES)} and 14 finite numbers; "
-                                "extract the labels again")
+            valid = v.shape in ((14,), (15,)) and (abs(v) < 1e6).all()  # NaN is not; 15: a score
             label = self.grid.classes.index(kind) if kind in self.grid.classes else -1
+            if not valid or label >= 0 and not (0 < v[7:10].min() <= v[7:10].max() < 100):
+                raise DataError(f"{frame.name}: {path}, line {n} is {line[:200]!r}, expected a "
+                                "class and 14 finite numbers, with sides of the box between 0 and "
+                                "100 m; correct it, or extract the labels again")
+            if kind not in KITTI_TYPES:
+                print_once(f"{self.what}: objects of class {kind[:80]!r} count as none of "
+                           f"{', '.join(self.grid.classes)}; {path} has one")
+                kind = "Misc"
             truncated, occluded, alpha = v[:3]
-            rows[n] = (kind, truncated, occluded, alpha, v[3:7], v[7:10], v[10:13], v[13],
-                       np.nan, label)
+            rows[row] = (kind, truncated, occluded, alpha, v[3:7], v[7:10], v[10:13], v[13],
+                         np.nan, label)
 
         rect2lidar = np.linalg.inv(self.calibration(i)[0])
         turn = rect2lidar[:3, :3]
@@ -1964,10 +2387,17 @@ class Kitti:
         return rows
 
     def picture_size(self, i):
-        """Width and height of frame i's image as it is on disk, px: they vary."""
-        file = path_inside(self.root, self.frames[i].image, self.frames[i].name)
-        with Image.open(file) as image:
-            return image.size
+        """Width and height of frame i's image as it is on disk, px: they vary.
+
+        Where no image is on disk (see open_dataset), 1242 x 375, which most have.
+        """
+        frame = self.frames[i]
+        if not frame.image:
+            return 1242, 375
+        file = os.path.join(self.root, frame.image)
+        with reading(frame.name, "extract it again", file):
+            with Image.open(file) as image:
+                return image.size
 
     def image_shows(self, i, points):
         """Which points the image of frame i, as it is on disk, shows.
@@ -2025,9 +2455,24 @@ TOP = 1                       # the laser that stands at `origin`
 OTHER_LASER_AGE = 0.001       # s: the other lasers' points are no rays from `origin`
 TIME_KEY = "key.frame_timestamp_micros"
 RANGE_IMAGE = ["range_image_return1.values", "range_image_return1.shape"]
+# of camera_image: when its pose holds, when the shutter opened and the last column was read (s),
+# and the vehicle's motion (m/s in the world, rad/s around its own axes); may be absent
+SHUTTER = (
+    "pose_timestamp",
+    "rolling_shutter_params.camera_trigger_time",
+    "rolling_shutter_params.camera_readout_done_time",
+    *(f"velocity.linear_velocity.{axis}" for axis in "xyz"),
+    *(f"velocity.angular_velocity.{axis}" for axis in "xyz"),
+)
 
 # rows of a frame in the large components
 ROWS_A_FRAME = dict(lidar=5, lidar_pose=1, camera_image=5)
+# of them those that every frame needs: column, numbers in it
+NEEDED_ROWS = dict(
+    lidar=("key.laser_name", (TOP,)),
+    lidar_pose=("key.laser_name", (TOP,)),
+    camera_image=("key.camera_name", tuple(range(1, len(WAYMO_CAMERAS) + 1))),
+)
 # what is read here; testing has no lidar_box
 COMPONENTS = (*ROWS_A_FRAME, "lidar_calibration", "vehicle_pose", "lidar_box",
               "camera_calibration")
@@ -2106,10 +2551,10 @@ def take_rows(file, group, columns, rows, size):
         start = end
 
 
-def segment_files(path):
+def segment_files(path, components):
     """The files of the segment whose vehicle_pose file is `path`, one for each component."""
     folder = path.parents[1]
-    return [folder / component / path.name for component in COMPONENTS
+    return [folder / component / path.name for component in components
             if (component, folder.name) != ("lidar_box", "testing")]
 
 
@@ -2158,8 +2603,9 @@ class Waymo:
     The root holds training/, validation/ and, where it is, testing/, each with one
     folder of parquet files for each component. lidar, lidar_pose, lidar_calibration,
     vehicle_pose, lidar_box (not in testing), camera_image and camera_calibration are
-    needed. Segments that lack one are left out, and their number is printed. No link
-    may lead out of the root.
+    needed. Segments that lack one are left out, and so are frames that lack the picture
+    of a camera, as some of the official ones do; their number is printed. Folders and
+    files may be links to elsewhere.
 
     pyarrow reads a few rows at a time: no TensorFlow, no conversion. The official files
     have large row groups, of which everything before the wanted rows must be decoded
@@ -2174,9 +2620,13 @@ class Waymo:
     frame is the vehicle's: x forward, y left, z up from the road.
 
     Images are freed of their lens distortion after resizing, and each is projected from
-    the vehicle's pose at its own shutter, so that lidar2img is exact for a rigid world.
-    Testing has no labels. No real Waymo frame may be shared, so all this is tested on a
-    fabricated segment in the official column names and types.
+    the vehicle's pose when its middle column is exposed. That is exact in this column,
+    and everywhere for a vehicle at rest in a rigid world. The cameras read their columns
+    one after the other (rolling shutter), which no single matrix follows: at 3.7 m/s and
+    50 ms, the official projection differs by 5 of 1920 px in the median within 10 m and by
+    1 px at 20 to 40 m in the front image, by 17 and 4 px in a side image. Testing has no
+    labels. No real Waymo frame may be shared, so all this is tested on a fabricated
+    segment in the official column names and types.
 
     .grid  .root  .frames (list of WaymoFrame)  .names  .split(name)  .load(i)
     """
@@ -2189,39 +2639,75 @@ class Waymo:
     LAYOUT_HINT = "training/vehicle_pose/<segment>.parquet"
     SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 
-    def __init__(self, root, preset="paper"):
-        self.grid = GRIDS["waymo", preset]
+    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True):
+        self.grid = choose_grid("waymo", preset, sweeps)
         self.preset = preset
+        self.images = images
+        self.labels = labels
+        self.notes = []
         self.root = os.path.realpath(root)
         self.what = f"{self.root}: Waymo v2"
+        unread = ("camera_image", "camera_calibration") * (not images)
+        unread += ("lidar_box",) * (not labels)
+        components = [component for component in COMPONENTS if component not in unread]
         segments = []  # their vehicle_pose files
         for folder in self.SPLITS:
             segments += sorted(Path(self.root, folder, "vehicle_pose").glob("[!.]*.parquet"))
-        files = [file for path in segments for file in segment_files(path)]
-        listing = {}
-        for folder in {file.parent for file in files}:
-            listing[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        files = [file for path in segments for file in segment_files(path, components)]
+        listing = {folder: files_in(folder) for folder in {file.parent for file in files}}
         missing = [file for file in files if file.name not in listing[file.parent]]
         partial = {(file.parents[1].name, file.name) for file in missing}
         if len(partial) == len(segments):
             raise DataError(f"{self.what}: none of its {len(segments)} segments is whole, "
                             f"{missing[0]} is missing; download every component: "
-                            f"{', '.join(COMPONENTS)}")
+                            f"{', '.join(components)}")
         if partial:
-            print_once(f"{self.what}: {len(partial)} of its {len(segments)} segments lack files "
-                       f"and are left out; the first is {missing[0]}")
+            self.notes.append(f"{self.what}: {len(partial)} of its {len(segments)} segments lack "
+                              f"files and are left out; the first is {missing[0]}")
+        # pre-training may do without them
+        self.has_boxes = any(Path(self.root).glob("*/lidar_box/*.parquet"))
 
         self.frames = []
+        total = 0
+        lacking = Counter()  # component and sensor: frames without it
         for path in segments:
             folder = path.parents[1].name
             if (folder, path.name) in partial:
                 continue
             segment = WaymoFrame(folder, path.stem, time=0)
             (times,) = self.read(segment, "vehicle_pose", [TIME_KEY])
-            self.frames += [segment._replace(time=int(time)) for time in sorted(times)]
-        if not self.frames:
+            total += len(times)
+            for time in self.whole_times(segment, times, components, lacking):
+                self.frames.append(segment._replace(time=int(time)))
+        if not total:
             raise DataError(f"{self.what}: no frame in its vehicle_pose files; "
                             "download them again")
+        if lacking:
+            self.notes.append(f"{self.what}: {total - len(self.frames)} of its {total} frames "
+                              f"lack rows ({describe_counts(lacking)}) and are left out")
+        if not self.frames:
+            raise DataError(f"{self.notes[-1]}; none is left, download these components again")
+        for note in self.notes:
+            print_once(note)
+
+    def whole_times(self, segment, times, components, lacking):
+        """Those of the times of a segment's frames at which each sensor has its row, sorted.
+
+        lacking (a Counter) is told what is not there.
+        """
+        whole = set(times)
+        for component, (key, sensors) in NEEDED_ROWS.items():
+            if component not in components:
+                continue
+            if self.count_rows(segment, component) == ROWS_A_FRAME[component] * len(times):
+                continue  # the official number: no row need be read
+            present = set(zip(*self.read(segment, component, [key, TIME_KEY])))
+            for sensor in sensors:
+                without = {time for time in times if (sensor, time) not in present}
+                if without:
+                    lacking[f"{component} of {key[4:-5]} {sensor}:"] += len(without)
+                whole -= without
+        return sorted(whole)
 
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment -> a list of values for each column.
@@ -2230,45 +2716,66 @@ class Waymo:
         columns are "key.x", or "field.subfield" without the component's own prefix.
         Nothing is kept in memory.
         """
-        import pyarrow
-        import pyarrow.parquet as parquet
-        path = path_inside(self.root, f"{frame.folder}/{component}/{frame.segment}.parquet",
-                           self.what)
-        where = f"{self.name_of(frame)}: {path}"
         one_time = frame.time and not all_times
-        try:
-            # a buffer of so many bytes: without it a whole column of a row group is held
-            with parquet.ParquetFile(path, buffer_size=2**20) as file:
-                needed = [*columns, TIME_KEY] if one_time else columns
-                full = self.full_names(file.schema_arrow, needed, where)
-                selected = [full[column] for column in columns]
-                if one_time:
-                    table = rows_at_time(file, selected, full[TIME_KEY], frame.time)
-                else:
-                    table = file.read(selected, use_threads=False)
+        with self.open_file(frame, component) as (file, where):
+            needed = [*columns, TIME_KEY] if one_time else columns
+            full = self.full_names(file.schema_arrow, needed, where)
+            selected = [full[column] for column in columns if column in full]
+            if one_time:
+                table = rows_at_time(file, selected, full[TIME_KEY], frame.time)
+            else:
+                table = file.read(selected, use_threads=False)
             values = []
             for column in columns:
-                array = table[full[column]]
-                values.append(array if column.endswith("values") else array.to_pylist())
-        except FileNotFoundError as error:
-            raise DataError(f"{where} is missing; "
-                            f"download the component {component} of this segment") from error
+                if column in full:
+                    array = table[full[column]]
+                    values.append(array if column.endswith("values") else array.to_pylist())
+                else:
+                    values.append([None] * len(table))
+        may_be_null = ("beam_inclination", "difficulty", "num_lidar", "speed", *SHUTTER)
+        for column in columns:
+            if not column.startswith(may_be_null) and table[full[column]].null_count:
+                raise DataError(f"{where} has rows without {column}; download it again")
+        return values
+
+    def count_rows(self, frame, component):
+        """Rows of one component of a frame's segment, from the end of the file alone."""
+        with self.open_file(frame, component) as (file, _):
+            return file.metadata.num_rows
+
+    @contextmanager
+    def open_file(self, frame, component):
+        """The open parquet file of a component of a frame's segment, and where it is.
+
+        What pyarrow finds wrong with it meanwhile becomes a DataError.
+        """
+        import pyarrow
+        import pyarrow.parquet as parquet
+        path = os.path.join(self.root, frame.folder, component, f"{frame.segment}.parquet")
+        where = f"{self.name_of(frame)}: {path}"
+        try:
+            # a buffer of so many bytes: without it a whole column of a row group is held
+            with reading(self.name_of(frame),
+                         f"download the component {component} of this segment", path):
+                open(path, "rb").close()  # what the system says, before pyarrow
+            with parquet.ParquetFile(path, buffer_size=2**20) as file:
+                yield file, where
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             size = os.path.getsize(path)
             raise DataError(f"{where} is not a whole parquet file ({str(error)[:120]}), "
                             f"{size} bytes; download it again") from error
-        may_be_null = ("beam_inclination", "difficulty", "num_lidar", "speed")
-        for column in columns:
-            if table[full[column]].null_count and not column.startswith(may_be_null):
-                raise DataError(f"{where} has rows without {column}; download it again")
-        return values
 
     def full_names(self, schema, columns, where):
-        """{column: its name in the file}, each with a type that it may have."""
+        """{column: its name in the file}, each with a type that it may have.
+
+        Those of SHUTTER may be absent.
+        """
         full = {}
         for column in columns:
             names = [name for name in schema.names
                      if name == column or name.endswith("]." + column)]
+            if not names and column in SHUTTER:
+                continue
             if not names:
                 raise DataError(f"{where} has no column {column}, "
                                 f"only {', '.join(schema.names)[:200]}; "
@@ -2291,10 +2798,12 @@ class Waymo:
             if not hasattr(kind, "value_type"):
                 return False
             return types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
+        if types.is_dictionary(kind):  # as other programs write the same values
+            kind = kind.value_type
         if column == "image":
-            return types.is_binary(kind)
+            return types.is_binary(kind) or types.is_large_binary(kind)
         if column == "key.laser_object_id":
-            return types.is_string(kind)
+            return types.is_string(kind) or types.is_large_string(kind)
         if types.is_integer(kind):
             return True
         return types.is_floating(kind) and column != "type" and not column.startswith("key.")
@@ -2346,18 +2855,19 @@ class Waymo:
         vehicle2world = self.pose(frame)
         points, origin = self.points(frame, vehicle2world)
         size = image or self.grid.image
-        images, lidar2img = self.camera_images(frame, vehicle2world, size)
+        images = []
+        lidar2img = np.zeros((0, 4, 4))
+        if self.images:
+            images, lidar2img = self.camera_images(frame, vehicle2world, size)
         boxes = labels = None
-        if frame.folder != "testing":
-            rows = self.annotations(i)
-            rows = rows[rows["label"] >= 0]
-            boxes = rows["box"].astype(np.float32)
-            labels = rows["label"].astype(np.int64)
+        if frame.folder != "testing" and self.has_boxes:
+            boxes, labels = frame_boxes(self, i)
         return Frame(
             points=points,
             origin=origin,
             images=images,
-            lidar2img=lidar2img.astype(np.float32),
+            lidar2img=projections(lidar2img, self.grid.cameras, self.name_of(frame),
+                                  self.calibration_files(i)),
             lidar2world=vehicle2world,
             time=frame.time * 1e-6,
             boxes=boxes,
@@ -2449,7 +2959,7 @@ class Waymo:
         """
         name = self.name_of(frame)
         pictures = self.read_by(frame, "camera_image", "key.camera_name",
-                                ["image", "pose.transform"])
+                                ["image", "pose.transform", *SHUTTER])
         columns = ["extrinsic.transform", "width", "height"]
         lens = ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")
         columns += ["intrinsic." + part for part in lens]
@@ -2469,13 +2979,14 @@ class Waymo:
                 raise DataError(f"{name}: camera_calibration of {camera} has {lens}, expected "
                                 "finite numbers, of them a width, height and focal lengths above "
                                 "0; download it again")
-            raw, shutter_pose = pictures[number]
+            raw, shutter_pose, *shutter = pictures[number]
             image, intrinsic = straight_image(raw, f"picture of camera {number}", size, name, lens)
             images.append(image)
             owner = f"{name}: camera_calibration of {camera}"
             camera2vehicle = self.matrix(transform, owner)
             # the vehicle moved between scan and shutter
-            shutter2world = self.matrix(shutter_pose, f"{name}: camera_image pose of {camera}")
+            owner = f"{name}: camera_image pose of {camera}"
+            shutter2world = middle_pose(self.matrix(shutter_pose, owner), shutter, owner)
             vehicle2shutter = np.linalg.inv(shutter2world) @ vehicle2world
             matrices.append(pad_to_4x4(intrinsic) @ CAMERA_AXES @ np.linalg.inv(camera2vehicle)
                             @ vehicle2shutter)
@@ -2537,6 +3048,27 @@ def beam_inclinations(H, low, high, values):
     if values:
         return np.array(values, np.float64)
     return (np.arange(H) + 0.5) / H * (high - low) + low
+
+
+def middle_pose(pose, shutter, owner):
+    """The vehicle's pose when the middle column of an image is exposed.
+
+    pose (4, 4) float64, vehicle to world, as stored; shutter: the values of SHUTTER, of
+    which any may be None: the pose is taken as it is then. `owner` begins the message.
+    """
+    if None in shutter:
+        return pose
+    stated, opened, done = shutter[:3]
+    velocity, spin = np.reshape(shutter[3:], (2, 3))
+    delay = (opened + done) / 2 - stated
+    if not abs(delay) < 1 or not (abs(np.array(shutter[3:])) < 200).all():  # NaN is not
+        raise DataError(f"{owner} is of {stated} s, the image of {opened} to {done} s, with "
+                        f"velocities {shutter[3:]}; expected finite numbers and times within a "
+                        "second: download it again")
+    moved = pose.copy()
+    moved[:3, :3] = pose[:3, :3] @ Rotation.from_rotvec(delay * spin).as_matrix()
+    moved[:3, 3] += delay * velocity
+    return moved
 
 
 def straight_image(raw, file, front_size, name, lens):
@@ -2665,8 +3197,23 @@ class Checkup:
         elif intensity.min() == intensity.max():
             faults.append(f"{frame.name}: every point has intensity {intensity[0]:g}, "
                           "expected different ones; extract it again")
-        shares = visible_points(points, frame.lidar2img, hw).mean(1)
+        shares = visible_points(points, frame.lidar2img, hw).sum(1) / max(len(points), 1)
         return FrameReport(faults, len(points), shares, evidence)
+
+
+def merge_faults(faults):
+    """What several frames have in common is said once. faults [(frame name, str)] -> list of str.
+
+    Each message begins with the name of its frame.
+    """
+    frames = {}
+    for name, fault in faults:
+        frames.setdefault(fault.removeprefix(f"{name}: "), []).append(fault)
+    merged = []
+    for first, *others in frames.values():
+        more = f" (and of {len(others)} more frames)" if others else ""
+        merged.append(first + more)
+    return merged
 
 
 def unchanged(report):
@@ -2698,7 +3245,11 @@ def doctor(root, everything=False):
         Checkup(dataset), sampler=indices.tolist(), batch_size=None, collate_fn=unchanged,
         num_workers=workers)
     reports = list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
-    faults = [fault for report in reports for fault in report.faults]
+    names = dataset.names
+    faults = merge_faults([(names[i], fault) for i, report in zip(indices, reports)
+                           for fault in report.faults])
+    if dataset.grid.dataset == "nuscenes" and len(dataset.boxes):
+        faults += dataset.lacking_for_scoring()
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"
@@ -2740,6 +3291,7 @@ def main():
                         help="check nothing; copy a Waymo folder into this new one, which is read "
                              "many times faster")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
     if args.regroup:
         try:
             return regroup(args.root, args.regroup)

@@ -142,14 +142,8 @@ def check(cfg, dataset):
 
 def check_devkit_files(dataset):
     """Refuse a root without the files that only nuscenes-devkit opens, when it scores."""
-    tables = Path(dataset.root, dataset.version)
-    for name in ("attribute", "visibility", "log"):
-        data.Table(tables, name, "")
-    for file in data.Table(tables, "map", "filename")["filename"]:
-        path = Path(dataset.root, file)
-        require(path.is_file(),
-                f"{path} is missing, which nuscenes-devkit opens before it scores; "
-                "extract the maps/ of the metadata archive too")
+    for message in dataset.lacking_for_scoring():
+        require(False, message)
 
 
 def asked_units(cfg):
@@ -499,7 +493,7 @@ def train(rank, world, cfg):
         return rescore(rank, world, cfg)
 
     # data
-    dataset = data.open_dataset(cfg.data, cfg.preset)
+    dataset = data.open_dataset(cfg.data, cfg.preset, images=cfg.modality != "lidar")
     check(cfg, dataset)
     asked, possible = asked_units(cfg)
     # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
@@ -594,7 +588,8 @@ def rescore(rank, world, cfg):
     trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
                       workers=cfg.workers, eval_only="")
     device = init_process(cfg, world)
-    dataset = data.open_dataset(trained.data, trained.preset)
+    dataset = data.open_dataset(trained.data, trained.preset,
+                                images=trained.modality != "lidar")
     model = Detector(trained, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)
     require(step > 0,
@@ -1311,7 +1306,7 @@ def save_figures(val_loader, frames, out):
         panels.append((title, partial(birds_eye, frame=frame, shown=boxes, grid=grid)))
     figure(out / "figures" / "bev.png", panels, 2, (5.0, 5.0))
     tool = load_tool("figures")
-    if tool:
+    if tool and val_loader.dataset.images:
         tool.finetune_figures(shown, grid, out)
 
 

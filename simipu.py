@@ -759,8 +759,8 @@ def train(rank, world, cfg):
     check(cfg)
 
     # data
-    dataset = data.open_dataset(cfg.data, cfg.preset)
-    dataset.grid = replace(dataset.grid, sweeps=1)          # D7: as the data sets of the paper
+    # D7: no older sweeps, as the data sets of the paper
+    dataset = data.open_dataset(cfg.data, cfg.preset, sweeps=1, labels=False)
     zoom = (cfg.zoom_low, cfg.zoom_high)
     augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, zoom)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1   # D10

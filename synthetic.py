@@ -38,11 +38,14 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time as clock
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -2107,18 +2110,20 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360,
 
     The folder appears whole: it is written next to its place and renamed. Of two
     writers the second discards its own. Two children that run this file share the
-    scenes, so nothing of the caller's is forked or imported twice. Raises
-    FileExistsError where root holds anything.
+    scenes, so nothing of the caller's is forked or imported twice. A writer that is
+    killed takes its children and its folder with it. Raises FileExistsError where root
+    holds anything.
     """
     root = Path(root).absolute()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists and is not empty; the embedded world "
                               "goes into a new folder: name another or remove this one")
     root.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    # data.locked removes it in case that nobody here can
+    staging = root.with_name(f".{root.name}-{secrets.token_hex(8)}")
     job = dict(parts=CHILDREN, seed=seed, scenes=train + val, frames=frames,
                beams=beams, azimuths=azimuths, image=tuple(image))
-    try:
+    with removed_at_the_end(staging):
         samples = [f"samples/{channel}" for channel in ("LIDAR_TOP", *CAMERAS)]
         for folder in ("maps", "rows", TABLES, *samples):
             (staging / folder).mkdir(parents=True)
@@ -2126,8 +2131,35 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360,
         write_tables(staging, seed, train)
         shutil.rmtree(staging / "rows")
         publish(convert(staging, format, beams, azimuths), root)
+
+
+@contextmanager
+def removed_at_the_end(folder):
+    """Remove `folder` however this ends, SIGTERM and SIGHUP included.
+
+    They are raised as SystemExit meanwhile, unless the caller handles them, and end the
+    process once more afterwards.
+    """
+    received = []
+
+    def leave(number, _):
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    caught = []
+    if threading.current_thread() is threading.main_thread():
+        caught = [number for number in (signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in caught:
+            signal.signal(number, leave)
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def write_scenes(staging, root, job):
@@ -2145,6 +2177,7 @@ def write_scenes(staging, root, job):
             if child.poll() is None:
                 child.terminate()
                 child.wait()
+            child.stdin.close()
     codes = [child.returncode for child in children]
     if any(codes):
         raise RuntimeError(f"{root}: the writing processes ended with exit codes "
@@ -2153,9 +2186,25 @@ def write_scenes(staging, root, job):
 
 
 def start_child(staging, job):
-    """This file in a process of its own, which runs write_part."""
+    """This file in a process of its own, which runs write_part.
+
+    Its stdin is a pipe that nobody writes to: it closes when this process ends.
+    """
     command = [sys.executable, __file__, str(staging), "--job", json.dumps(job)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdin=subprocess.PIPE)
+
+
+def end_with_parent(staging):
+    """End this child when its parent has ended, however that was, and remove their folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the parent
+
+    def watch():
+        os.read(0, 1)
+        shutil.rmtree(staging, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def wait_for(children, folder, scenes):
@@ -2192,7 +2241,6 @@ def convert(staging, format, beams, azimuths):
 
 def publish(folder, root):
     """Rename a finished folder to root, unless another writer was faster."""
-    folder.chmod(0o755)            # mkdtemp's folder is closed to other users
     try:
         folder.rename(root)
     except OSError:
@@ -2200,13 +2248,21 @@ def publish(folder, root):
             raise
 
 
+def count(text):
+    """A number that is not negative, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"is {number}, expected 0 or more")
+    return number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=24, help="scenes to train on")
-    parser.add_argument("--val", type=int, default=8, help="scenes of the val split")
-    parser.add_argument("--frames", type=int, default=8, help="keyframes of each scene")
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--train", type=count, default=24, help="scenes to train on")
+    parser.add_argument("--val", type=count, default=8, help="scenes of the val split")
+    parser.add_argument("--frames", type=count, default=8, help="keyframes of each scene")
     parser.add_argument("--format", choices=("nuscenes", "kitti", "waymo"),
                         default="nuscenes", help="layout on disk")
     # what write asks of a child
@@ -2214,9 +2270,16 @@ def main():
     options = vars(parser.parse_args())
     job = options.pop("job")
     if job:
-        write_part(options["root"], **job)
-    else:
+        end_with_parent(options["root"])
+        return write_part(options["root"], **job)
+    if not (options["train"] + options["val"] and options["frames"]):
+        parser.error(f"--train {options['train']} --val {options['val']} --frames "
+                     f"{options['frames']} leave nothing to write: give at least one scene and "
+                     "one frame")
+    try:
         write(**options)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

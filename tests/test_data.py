@@ -9,6 +9,11 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -661,6 +666,60 @@ def test_damaged_prepared_files_are_computed_again(world, new_cache):
     assert files[0].read_bytes() == whole
 
 
+def rewrite_prepared(file, change, comment=None):
+    """Write a prepared file as change(arrays) leaves it, with its comment or another one."""
+    with np.load(file) as stored:
+        arrays = dict(stored)
+        digest = stored.zip.comment
+    change(arrays)
+    np.savez_compressed(file, **arrays)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = digest if comment is None else comment
+
+
+def set_array(name, change):
+    def rewrite(arrays):
+        arrays[name] = change(arrays[name])
+    return rewrite
+
+
+@pytest.mark.parametrize("change, reason", [
+    (set_array("points_z", np.negative), "its digest is of other arrays"),
+    (set_array("points_z", lambda z: z[:-5]), "its digest is of other arrays"),
+    (set_array("points_z", np.float64), "its digest is of other arrays"),
+    (lambda arrays: arrays.pop("cells"), "its digest is of other arrays"),
+    (lambda arrays: arrays.pop("stamp"), "stamp"),
+    (set_array("cells", lambda _: np.zeros(2 ** 28, np.int64)[:2 ** 21]), "unpacks to"),
+])
+def test_another_programs_prepared_file_is_computed_again(world, new_cache, monkeypatch, change,
+                                                          reason):
+    """It has the stamp of these points, and no bad checksum."""
+    first = prepared_batches(world)
+    file = sorted(new_cache.glob("prepared/*/heights-v1/*.npz"))[0]
+    whole = file.read_bytes()
+    rewrite_prepared(file, change)
+    monkeypatch.setattr(data, "LARGEST_EXTRA", 2 ** 23)
+    with pytest.warns(UserWarning, match=f"{file.name} cannot be used .*{reason}.* again"):
+        batches = prepared_batches(world)
+    for a, b in zip(first, batches):
+        assert_same(a, b)
+    assert file.read_bytes() == whole
+
+
+def test_prepared_files_from_before_there_were_digests_are_read(world, new_cache):
+    first = prepared_batches(world)
+    for file in new_cache.glob("prepared/*/heights-v1/*.npz"):
+        rewrite_prepared(file, lambda arrays: None, comment=b"")
+    Heights.calls = 0
+    for a, b in zip(first, prepared_batches(world)):
+        assert_same(a, b)
+    assert Heights.calls == 0
+    rewrite_prepared(file, set_array("points_z", lambda z: z[:-5]), comment=b"")
+    with pytest.warns(UserWarning, match="points_z has .* rows for .* points"):
+        prepared_batches(world)
+    assert Heights.calls == 1
+
+
 def test_another_version_of_prepare_is_computed_again(world, new_cache, monkeypatch):
     Heights.calls = 0
     prepared_batches(world)
@@ -877,6 +936,108 @@ def test_index_is_built_again_when_a_table_or_a_file_of_it_changes(world, tmp_pa
     assert "damaged" in capsys.readouterr().out and not list(new_cache.glob("*.part"))
 
 
+def flip(path, share):
+    """Flip a bit at this share of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 4
+    path.write_bytes(content)
+
+
+def test_an_index_whose_bytes_have_changed_is_built_again(world, tmp_path, new_cache, capsys):
+    """A bit, a pose or the whole index of another data set; and what numpy cannot parse."""
+    other = clone(Path(world), tmp_path / "other")
+    put(next(other.glob("v1.0-*/splits.json")), b"{}")
+    data.NuScenes(other, "small")
+    foreign = next(new_cache.glob("index-*[!k]"))
+    before = data.NuScenes(world, "small")
+    before = replace(before.load(0)), before.index_key()
+    folder = new_cache / f"index-{before[1]}"
+
+    def moved(folder):
+        sensors = np.load(folder / "sensors.npy")
+        sensors["to_world"][:, 0, 3] += 1
+        np.save(folder / "sensors.npy", sensors)
+
+    def exchanged(folder):
+        shutil.rmtree(folder)
+        shutil.copytree(foreign, folder)
+
+    for k, breaks in enumerate([
+        lambda folder: flip(folder / "sensors.npy", 0.6),
+        lambda folder: flip(folder / "frames.npy", 0.002),
+        moved,
+        exchanged,
+    ]):
+        breaks(folder)
+        data.print_once.cache_clear()
+        frame = data.NuScenes(world, "small").load(0)
+        assert np.array_equal(frame.points, before[0].points), k
+        assert np.array_equal(frame.lidar2img, before[0].lidar2img), k
+        message = f"{folder}: damaged (its digest is of other bytes), built again"
+        assert message in capsys.readouterr().out, k
+
+
+def test_an_index_from_before_there_were_digests_is_read(world, new_cache, monkeypatch, capsys):
+    build = data.build_index
+    monkeypatch.setattr(data, "build_index", lambda *_: pytest.fail("built again"))
+    with pytest.raises(pytest.fail.Exception):
+        data.NuScenes(world, "small")
+    monkeypatch.setattr(data, "build_index", build)
+    data.NuScenes(world, "small")
+    next(new_cache.glob("index-*/digest")).unlink()
+    monkeypatch.setattr(data, "build_index", lambda *_: pytest.fail("built again"))
+    data.NuScenes(world, "small").load(0)
+    # a header of which numpy's parser complains in its own way
+    monkeypatch.setattr(data, "build_index", build)
+    file = next(new_cache.glob("index-*/counts.npy"))
+    file.write_bytes(file.read_bytes().replace(b"{'descr'", b'{"""scr"'))
+    assert len(data.NuScenes(world, "small")) == 9
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_leftovers_of_killed_builders_are_removed(world, new_cache):
+    data.NuScenes(world, "small")
+    folder = next(new_cache.glob("index-*[!k]"))
+    shutil.rmtree(folder)
+    dead = new_cache / f"{folder.name}.0123.part"
+    staging = new_cache / f".{folder.name}-0123"
+    for place in (dead, staging):
+        place.mkdir()
+        (place / "frames.npy").write_bytes(b"half")
+    unrelated = new_cache / "index-other.0123.part"
+    unrelated.mkdir()
+    data.NuScenes(world, "small")
+    assert not dead.exists() and not staging.exists() and unrelated.exists()
+
+    next(data.loader(world, "train", 1, preset="small", prepare=Heights()).once())
+    folder = next(new_cache.glob("prepared/*/*"))
+    old, young = folder / "a.npz.01.part", folder / "b.npz.02.part"
+    for part in (old, young):
+        part.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    data.loader(world, "train", 1, preset="small", prepare=Heights())
+    assert not old.exists() and young.exists()
+
+
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "a")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(4)
+"""
+
+
+def test_whoever_waits_for_another_process_is_told(tmp_path, capsys):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "index.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with data.locked(tmp_path / "index"):
+            pass
+    message = f"{tmp_path}/index: another process is writing it; waiting until it is done or ends"
+    assert capsys.readouterr().out.count(message) == 1
+
+
 def test_more_blobs_make_a_new_index_and_leave_what_was_prepared(world, tmp_path, new_cache):
     root = clone(Path(world), tmp_path)
     Heights.calls = 0
@@ -940,11 +1101,13 @@ def test_an_index_in_a_read_only_cache_is_read(world, new_cache, monkeypatch):
     for lock in new_cache.glob("*.lock"):
         lock.rmdir()
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data.np, "save", full)
-    with pytest.raises(data.DataError, match="No space left on device.*make room"):
-        data.NuScenes(world, "small")
+    # numpy's own complaint of a full disk has no number
+    for reason in (28, "No space left on device"), ("50 requested and 10 written",):
+        def full(*_, reason=reason, **__):
+            raise OSError(*reason)
+        monkeypatch.setattr(data.np, "save", full)
+        with pytest.raises(data.DataError, match=rf"written \({reason[-1]}\); make room"):
+            data.NuScenes(world, "small")
     assert [path.suffix for path in new_cache.iterdir()] == [".lock"]
 
 
@@ -964,6 +1127,21 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("LIDAR_CAMERA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data.cache_dir() == tmp_path / "lidar-camera-pretraining"
+
+
+def test_cache_dir_knows_the_home_folder_and_can_do_without(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", "~/x")
+    assert data.cache_dir() == tmp_path / "home" / "x"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)     # a user without an entry
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path / "y"))
+    assert data.cache_dir() == tmp_path / "y"
+    for name in ("LIDAR_CAMERA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(data.DataError, match="no home folder.* as LIDAR_CAMERA_CACHE"):
+        data.cache_dir()
+    assert not (tmp_path / "~").exists()
 
 
 # ---- broken nuScenes folders: a message says where, what was found, what to do -------
@@ -1027,6 +1205,15 @@ def resized(root):
     file = key_file(root, "CAM_BACK")
     Image.open(file).resize((50, 40)).save(root / "other.jpg")
     put(file, (root / "other.jpg").read_bytes())
+
+
+def middle(change):
+    """Rewrite the first front image as change(its bytes, half of their number)."""
+    def breaks(root):
+        file = key_file(root, "CAM_FRONT")
+        whole = file.read_bytes()
+        put(file, change(whole, len(whole) // 2))
+    return breaks
 
 
 def four_floats(root):
@@ -1105,6 +1292,15 @@ BROKEN_BLOBS = {
                       ["nuscenes/", ".jpg", "not a whole JPEG", "900 bytes", "extract"]),
     "no jpg": (overwrite("samples/CAM_FRONT/*", b"<html>"),
                ["nuscenes/", ".jpg", "not a whole JPEG", "6 bytes", "extract"]),
+    "20 kB of a jpg missing in its middle": (
+        middle(lambda whole, half: whole[:half] + whole[half + len(whole) // 5:]),
+        ["nuscenes/", ".jpg", "damaged JPEG", "Corrupt JPEG data", "extract"]),
+    "zeros in a jpg": (
+        middle(lambda whole, half: whole[:half] + bytes(1000) + whole[half + 1000:]),
+        ["nuscenes/", ".jpg", "damaged JPEG", "Corrupt JPEG data"]),
+    "half a jpg and all of it": (
+        middle(lambda whole, half: whole[:half] + whole),
+        ["nuscenes/", ".jpg", "damaged JPEG", "Corrupt JPEG data"]),
     "wrong size jpg": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "expected", "calibration",
                                  "extract"]),
     "enormous height": (set_first("CAM_BACK/", height=10 ** 10),
@@ -1168,6 +1364,10 @@ BROKEN_NUMBERS = {
                      ["sample_data.json", "JSON", "extract"]),
     "not a list": (overwrite("v1.0-*/sensor.json", b"3"), ["sensor.json", "not a JSON list"]),
 }
+for K in ([[0] * 3] * 3, [[100, 0, 128], [0, 0, 48], [0, 0, 1]]):
+    BROKEN_NUMBERS[f"intrinsics {K}"] = (
+        set_all("calibrated_sensor", camera_intrinsic=K),
+        ["nuscenes/", "CAM_FRONT: its projection matrix is singular", "calibrated_sensor.json"])
 TABLES = ("sensor", "calibrated_sensor", "ego_pose", "sample", "sample_data", "sample_annotation",
           "scene", "instance", "category")
 BROKEN = {
@@ -1197,6 +1397,59 @@ def test_broken_folder(world, tmp_path, case):
     breaks, fragments = BROKEN[case]
     breaks(root)
     check_refused(data.NuScenes, root, fragments)
+
+
+@contextmanager
+def at_most(seconds):
+    """Fail instead of waiting for ever."""
+    def give_up(*_):
+        pytest.fail(f"still waiting after {seconds} s")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("pattern", [
+    "samples/CAM_FRONT/*", "samples/LIDAR_TOP/*", "training/image_2/*", "training/velodyne/*.bin",
+    "training/label_2/*", "training/calib/*",
+])
+def test_a_pipe_is_refused_not_waited_for(world, kitti, tmp_path, pattern):
+    """What becomes one after the folder was opened; what is one before is no file."""
+    reader = data.Kitti if pattern.startswith("training") else data.NuScenes
+    root = clone(kitti if reader is data.Kitti else Path(world), tmp_path / "root")
+    dataset = reader(root, "small")
+    file = first_file(root, pattern)
+    file.unlink()
+    os.mkfifo(file)
+    with at_most(10):
+        with pytest.raises(data.DataError, match=f"{file} is a pipe or a device, expected a file"):
+            for i in range(len(dataset)):
+                dataset.load(i)
+        assert len(reader(root, "small")) == len(dataset) - 1
+
+
+def test_what_others_print_while_an_image_is_decoded_arrives(world, monkeypatch, capfd):
+    raw = key_file(Path(world), "CAM_FRONT").read_bytes()
+    imdecode = data.cv2.imdecode
+
+    def noisy(*arguments):
+        os.write(2, b"from another thread\n")
+        return imdecode(*arguments)
+    monkeypatch.setattr(data.cv2, "imdecode", noisy)
+    pixels, _ = data.decode(raw, "a.jpg", (96, 256), "frame")
+    assert capfd.readouterr().err == "from another thread\n"
+
+    # with stderr closed damage is not seen, but what is whole is read
+    def closed(*_):
+        raise OSError(9, "Bad file descriptor")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "dup", closed)
+        again, _ = data.decode(raw, "a.jpg", (96, 256), "frame")
+    assert np.array_equal(again, pixels)
 
 
 def test_a_sweep_with_only_the_car_in_it_is_an_empty_frame(world, tmp_path):
@@ -1465,6 +1718,15 @@ def set_tr_velo(numbers):
     return edit_text("training/calib/*", change)
 
 
+def set_calibration(key, count):
+    """Zeros for the numbers of one line of the first calibration file."""
+    def change(text):
+        lines = [f"{key}: {'0 ' * count}" if line.startswith(f"{key}:") else line
+                 for line in text.splitlines()]
+        return "\n".join(lines)
+    return edit_text("training/calib/*", change)
+
+
 def rescaled(root):
     file = first_file(root, "training/velodyne/*.bin")
     points = np.fromfile(file, np.float32).reshape(-1, 4)
@@ -1507,6 +1769,11 @@ BROKEN_KITTI_TEXTS = {
               ["calib/000000.txt", "no line P2", "P0, P9, R0_rect"]),
     "a word in R0_rect": (substitute("training/calib/*", "R0_rect: ", "R0_rect: one "),
                           ["calib/000000.txt", "R0_rect: one", "9 finite numbers"]),
+    "P2 of zeros": (set_calibration("P2", 12),
+                    ["kitti/training/000000: image_2: its projection matrix is singular",
+                     "calib/000000.txt"]),
+    "R0_rect of zeros": (set_calibration("R0_rect", 9),
+                         ["kitti/training/000000: ", "calib/000000.txt", "expected a rotation"]),
     "eleven numbers": (set_tr_velo("0 1 2 3 4 5 6 7 8 9 10"),
                        ["Tr_velo_to_cam", "expected 12"]),
     "not a number": (set_tr_velo("nan " * 12), ["Tr_velo_to_cam", "finite"]),
@@ -1661,6 +1928,8 @@ SICK_FILES = {
                         ["nuscenes/", "LIDAR_TOP", "N x 20", "extract"]),
     "truncated picture": (cut("samples/CAM_FRONT/*", 900),
                           ["nuscenes/", "CAM_FRONT", "not a whole", "extract"]),
+    "damaged picture": (middle(lambda whole, half: whole[:half] + whole[half + 999:]),
+                        ["nuscenes/", "CAM_FRONT", "damaged JPEG", "Corrupt", "extract"]),
     "missing picture": (remove("samples/CAM_FRONT/*"),
                         ["nuscenes/", "CAM_FRONT", "missing", "extract"]),
     "wrong size": (resized, ["nuscenes/", "CAM_BACK", "50 x 40", "extract"]),
@@ -1700,7 +1969,7 @@ SICK_KITTI = {
                           ["image_2: ", "calib/000000.txt"]),
 }
 for case in ("truncated scan", "missing picture", "truncated picture", "no P2", "fourteen columns",
-             "a frame in two splits"):
+             "a frame in two splits", "P2 of zeros", "R0_rect of zeros"):
     SICK_KITTI[case] = BROKEN_KITTI[case]
 SICK = {
     **SICK_FILES,

@@ -2,6 +2,12 @@
 the official devkit reads the folder."""
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +85,75 @@ def test_write_refuses_a_folder_in_use(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         synthetic.write(tmp_path, **SMALL)
     assert (tmp_path / "notes.txt").read_text() == "not to be lost"
+
+
+def descendants(root):
+    """Process ids of the children that write below root."""
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue                                 # it has just ended
+        if b"--job" in command and str(root).encode() in command:
+            pids.append(int(folder.name))
+    return pids
+
+
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_writer_takes_its_children_and_its_folder_with_it(tmp_path, number):
+    command = [sys.executable, synthetic.__file__, str(tmp_path / "world")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as writer:
+        until(lambda: list(tmp_path.glob(".world-*/samples/CAM_FRONT/*")))
+        assert len(descendants(tmp_path)) == 2
+        writer.send_signal(number)
+        assert writer.wait() == -number              # it does not pretend to have ended well
+    until(lambda: not descendants(tmp_path) and not list(tmp_path.iterdir()))
+
+
+def test_the_folder_has_the_permissions_of_the_umask(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        synthetic.write(tmp_path / "a", **{**SMALL, "frames": 1})
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--train 0 --val 0", "--train 0 --val 0 --frames 8 leave nothing to write"),
+    ("--frames 0", "--frames 0 leave nothing to write"),
+    ("--frames -1", "argument --frames: is -1, expected 0 or more"),
+    ("--seed -1", "argument --seed: is -1, expected 0 or more"),
+    ("", "file exists and is not empty"),
+])
+def test_wrong_arguments_are_answered_in_one_line(tmp_path, arguments, message, monkeypatch,
+                                                  capsys):
+    (tmp_path / "file").write_text("")
+    words = ["synthetic.py", str(tmp_path / "file"), *arguments.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        synthetic.main()
+    last = f"{end.value.code}\n{capsys.readouterr().err}".strip().splitlines()
+    assert message in "".join(last) and end.value.code not in (0, None)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_world_that_cannot_be_written_says_what_to_set(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path))
+    monkeypatch.setattr(synthetic, "write", full)
+    message = "world-1: .*No space left on device.*; make room there, or point LIDAR_CAMERA_CACHE"
+    with pytest.raises(data.DataError, match=message):
+        data.open_dataset("")
 
 
 def test_both_splits_have_all_classes_and_solids_lie_inside_their_boxes():

@@ -156,6 +156,123 @@ def test_points_land_on_their_pixels_through_the_lens(dataset, size):
             assert inner.sum() > 100 and abs(bend).max() > 0.1 and LENS[0] > 0
 
 
+# The front camera and the motion of the official camera_model_test.cc: 3.7 m/s, 50 ms
+FRONT = np.array([
+    [0.999892684989, -0.00599320840002, 0.0133678704017, 1.53891424471],
+    [0.00604223652133, 0.999975156055, -0.0036302411765, -0.0236339408393],
+    [-0.0133457814992, 0.00371062343188, 0.999904056092, 2.11527057298],
+    [0, 0, 0, 1]])
+FRONT_LENS = 2055.55614936, 939.657469886, 641.072182194     # f, c_u, c_v
+MOVING = np.array([
+    [-0.913574384152, -0.406212760482, -0.0193141875914, -4069.03497872],
+    [0.406637479491, -0.913082565675, -0.0304333457449, 11526.3118079],
+    [-0.00527303457417, -0.0356569976572, 0.999350175676, 86.504],
+    [0, 0, 0, 1]])
+STATED, OPENED, DONE, EXPOSURE = 0.26, 0.23, 0.28, 0.000424383993959
+VELOCITY = -3.3991382122, 1.50920391083, -0.0169006548822
+SPIN = 0.00158374733292, 0.00212493073195, -0.0270753838122
+
+
+def pose_at(times):
+    """The vehicle's poses at times (n,), as the official model extrapolates -> (n, 4, 4)."""
+    delay = times - STATED
+    poses = np.tile(MOVING, (len(times), 1, 1))
+    poses[:, :3, :3] = MOVING[:3, :3] @ Rotation.from_rotvec(delay[:, None] * SPIN).as_matrix()
+    poses[:, :3, 3] += delay[:, None] * VELOCITY
+    return poses
+
+
+def seen_from(points, poses, extrinsic):
+    """Pixels u, v (n, 2) of points (n, 4) in the world, each from a pose of its own."""
+    f, c_u, c_v = FRONT_LENS
+    x, y, z, _ = np.einsum("nij,nj->in", np.linalg.inv(poses @ extrinsic), points)
+    return np.stack([c_u - f * y / x, c_v - f * z / x], 1)
+
+
+def rolling_pixels(points, extrinsic):
+    """The official projection, without the lens: a column sees from where the vehicle then is."""
+    times = np.full(len(points), (OPENED + DONE) / 2)
+    for _ in range(8):
+        pixels = seen_from(points, pose_at(times), extrinsic)
+        times = OPENED + EXPOSURE / 2 + (DONE - OPENED - EXPOSURE) / 1920 * pixels[:, 0]
+    return pixels
+
+
+@pytest.mark.parametrize("yaw, near, far", [(0, 5, 1), (90, 17, 4)])
+def test_the_docstring_says_how_far_off_a_rolling_shutter_is(yaw, near, far):
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("z", yaw, degrees=True).as_matrix()
+    extrinsic = turn @ FRONT
+    motion = [STATED, OPENED, DONE, *VELOCITY, *SPIN]
+    middle = data.middle_pose(MOVING, motion, "")
+    f, c_u, c_v = FRONT_LENS
+    rng = np.random.default_rng(0)
+    depth = np.exp(rng.uniform(np.log(3), np.log(75), 2000))
+    u, v = rng.uniform((0, 0), (1920, 1280), (2000, 2)).T
+    camera = depth * [np.ones(2000), (c_u - u) / f, (c_v - v) / f, 1 / depth]
+    points = camera.T @ (middle @ extrinsic).T
+    official = rolling_pixels(points, extrinsic)
+
+    def median(pose, low, high):
+        apart = seen_from(points, np.tile(pose, (2000, 1, 1)), extrinsic) - official
+        return np.median(np.linalg.norm(apart, axis=1)[(depth >= low) & (depth < high)])
+    assert round(median(middle, 0, 10)) == near and round(median(middle, 20, 40)) == far
+    assert median(middle, 0, 40) < median(MOVING, 0, 40)    # than the pose as it is stored
+    # exact in the middle column
+    central = abs(official[:, 0] - 960) < 20
+    apart = seen_from(points, np.tile(middle, (2000, 1, 1)), extrinsic) - official
+    assert abs(apart[central]).max() < 2
+
+
+def test_the_pose_is_moved_to_the_middle_column(broken):
+    """A pose that is stated for 20 ms before the middle column gives the same matrices."""
+    import pyarrow
+    before = data.open_dataset(broken).load(1)
+    path = broken / "training" / "camera_image" / SEGMENT
+
+    def restate(table, with_motion=True, spoil=False):
+        rows = []
+        for row in table.to_pylist():
+            middle = (row["key.frame_timestamp_micros"] - 1_550_000_000_000_000) * 1e-6
+            middle += WAYMO_SHUTTER[row["key.camera_name"] - 1]
+            pose, after = waymo_pose(middle - 0.02), waymo_pose(middle - 0.019)
+            turn = Rotation.from_matrix(pose[:3, :3].T @ after[:3, :3]).as_rotvec()
+            rows.append([middle - 0.02, middle - 0.025, middle + 0.025,
+                         *(after - pose)[:3, 3] / 0.001, *turn / 0.001, pose.ravel().tolist()])
+        columns = [list(column) for column in zip(*rows)]
+        if spoil:
+            columns[3] = [float("nan")] * len(rows)
+        for name, values in zip(data.SHUTTER, columns):
+            if with_motion:
+                table = table.append_column(f"[CameraImageComponent].{name}",
+                                            pyarrow.array(values, pyarrow.float64()))
+        name = "[CameraImageComponent].pose.transform"
+        place = table.column_names.index(name)
+        return table.set_column(place, name, pyarrow.array(columns[-1], table[name].type))
+
+    points = np.c_[before.points[:, :3], np.ones(len(before.points))].astype(np.float64)
+    whole = path.read_bytes()
+
+    def apart(**options):
+        path.write_bytes(whole)
+        rewrite(path, lambda table: restate(table, **options))
+        pixels = []
+        for frame in before, data.open_dataset(broken).load(1):
+            uvd = points @ frame.lidar2img.astype(np.float64).swapaxes(1, 2)    # (5, n, 4)
+            pixels.append(uvd[..., :2] / uvd[..., 2:3])
+        ahead = (uvd[..., 2] > 3) & (abs(pixels[0][..., 0]) < 1000)
+        assert (ahead.sum(1) > 100).all()
+        difference = abs(pixels[0] - pixels[1])[ahead]
+        return np.median(difference), difference.max()
+
+    median, most = apart()
+    assert median < 0.2 and most < 0.5                      # it pitches meanwhile
+    assert apart(with_motion=False)[0] > 3 * median         # the pose as it is stored
+    message = r"1550000000500000: camera_image pose of FRONT is of .*\[nan"
+    with pytest.raises(data.DataError, match=message):
+        apart(spoil=True)
+
+
 # ---- boxes --------------------------------------------------------------------------
 
 def test_boxes_are_where_the_car_is(dataset):
