@@ -1578,13 +1578,13 @@ class NuScenes:
             counts = dict(zip(self.grid.cameras, missing.sum(0)))
             cameras = f" ({describe_counts(counts)})"
         message = (f"{self.root}: {lacking.sum()} of the {len(lacking)} frames of {self.version} "
-                   f"lack {what}{cameras}, the first {first}")
+                   f"lack {what}{cameras}; the first file is {first}")
+        hint = "finetune.py --modality lidar" if what == "images" else "--preset small"
         if lacking.all():
-            hint = dict(images="finetune.py --modality lidar reads none")
-            raise DataError(f"{message}; extract these file blobs too. "
-                            f"{hint.get(what, '--preset small reads none')}")
+            raise DataError(f"{message}; extract these file blobs too ({hint} reads none)")
         self.frames = self.frames[~lacking]
-        return [f"{message}, and are left out; extract these file blobs too to have them"]
+        return [f"{message}; these frames are left out. To have them, extract these file blobs "
+                f"too ({hint} reads none)"]
 
     def older_sweeps(self):
         """Rows of .sensors of the sweeps before each frame's own, -1 for none.
@@ -2022,6 +2022,9 @@ class Kitti:
                 "calib": self.files(f"{folder}/calib", ".txt"),
                 "label_2": self.files(f"{folder}/label_2", ".txt"),
             }
+            if reduced:
+                self.notes.append(f"{self.root}: {folder} has no velodyne/; velodyne_reduced/ is "
+                                  "read, the points that the image shows.")
             labelled = folder == "training" and is_there["label_2"]
             needed = [scans, "calib"]
             needed += ["image_2"] * self.images + ["label_2"] * (labelled and self.labels)
@@ -2043,8 +2046,9 @@ class Kitti:
                     files["image_2"].get(number, ""), (files["calib"][number],), labels))
         if missing:
             self.notes.append(f"{self.root}: {len(missing)} of the {len(on_disk)} object frames "
-                              f"lack files ({describe_counts(lacking)}), the first {missing[0]}, "
-                              "and are left out; extract these files too to have them.")
+                              f"lack files ({describe_counts(lacking)}), the first is "
+                              f"{missing[0]}; these frames are left out. To have them, extract "
+                              "these files too.")
         absent = len(split_of.keys() - on_disk)
         if absent:
             self.notes.append(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets "
@@ -2483,7 +2487,8 @@ class Waymo:
         if len(partial) == len(segments):
             raise DataError(f"{self.what}: none of its {len(segments)} segments is whole, "
                             f"{missing[0]} is missing; download every component: "
-                            f"{', '.join(components)}")
+                            f"{', '.join(components)} (pre-training reads no lidar_box, "
+                            "finetune.py --modality lidar no camera)")
         if partial:
             self.notes.append(f"{self.what}: {len(partial)} of its {len(segments)} segments lack "
                               f"files and are left out; the first is {missing[0]}")
