@@ -1319,6 +1319,11 @@ def index_sensors(read, root):
     sensor = read("sensor", "channel")
     calibrated = read("calibrated_sensor",
                       "sensor_token translation rotation camera_intrinsic")
+    others = [name for name in sensor["channel"] if name not in CHANNELS
+              and not name.startswith("RADAR")]
+    if others:
+        print_once(f"{sensor.path}: {', '.join(others)[:200]} not read; the LiDAR and the cameras "
+                   f"that are have the names {', '.join(CHANNELS)}")
     places = [CHANNELS.index(name) if name in CHANNELS else -1 for name in sensor["channel"]]
     channel = np.array(places)[calibrated.link("sensor_token", sensor)]
     cameras = np.flatnonzero(channel > 0)
@@ -2058,8 +2063,8 @@ class Kitti:
     def find_raw_frames(self, places):
         """Frames of every drive in order of time.
 
-        Those without a scan or an image (some drives lack a few scans) are left out,
-        and their number is printed.
+        Those without a scan, an image (some drives lack a few scans) or a calibration
+        are left out, and their number is printed.
         """
         frames = []
         left_out = 0
@@ -2071,6 +2076,8 @@ class Kitti:
                            str(drive.parent / "calib_velo_to_cam.txt"))
             numbers = clouds.keys() & images.keys() if self.images else clouds.keys()
             numbers = {number for number in numbers if re.fullmatch(r"[0-9]+", number)}
+            if not all(os.path.isfile(os.path.join(self.root, file)) for file in calibration):
+                numbers = set()
             left_out += len(clouds.keys() | images.keys()) - len(numbers)
             for number in sorted(numbers):
                 frames.append(KittiFile(
@@ -2082,7 +2089,8 @@ class Kitti:
                     labels=""))
         if left_out:
             self.notes.append(f"{self.root}: {left_out} raw frames have only a scan or only an "
-                              "image, or no number for a name, and are left out.")
+                              "image, no number for a name, or no calibration (calib_*_to_cam.txt "
+                              "of their day), and are left out.")
         return frames
 
     def __len__(self):

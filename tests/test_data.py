@@ -948,7 +948,7 @@ def test_pre_training_demands_no_labels(method, monkeypatch):
     assert asked == [dict(labels=False) | sweeps]
 
 
-def test_own_data_may_have_fewer_cameras_and_more_beams(world, tmp_path):
+def test_own_data_may_have_fewer_cameras_and_more_beams(world, tmp_path, capsys):
     root = clone(Path(world), tmp_path)
     tokens = {sensor_token(root, channel) for channel in ("LIDAR_TOP", "CAM_BACK", "CAM_FRONT")}
     edit(root, "calibrated_sensor",
@@ -958,7 +958,9 @@ def test_own_data_may_have_fewer_cameras_and_more_beams(world, tmp_path):
     edit(root, "sample_data",
          lambda rows: [row for row in rows if row["calibrated_sensor_token"] in tokens])
     with_value(4, 127)(root)
+    edit(root, "sensor", lambda rows: rows + [dict(rows[0], token="own", channel="CAM_OWN")])
     dataset = data.open_dataset(root, "small")
+    assert "sensor.json: CAM_OWN not read; " in capsys.readouterr().out
     assert dataset.grid.cameras == ("CAM_FRONT", "CAM_BACK")
     full = data.open_dataset(world, "small")
     frame = dataset.load(1)
@@ -1884,7 +1886,10 @@ def test_kitti_as_people_have_it(kitti, tmp_path, capsys):
         shutil.copy(file, file.with_name(f"{file.stem} (copy){file.suffix}"))
     data.print_once.cache_clear()
     assert data.open_dataset(root).names == data.open_dataset(raw_root(kitti)).names
-    assert "2 raw frames have only a scan or only an image, or no number" in capsys.readouterr().out
+    assert "2 raw frames have only a scan or only an image, no number" in capsys.readouterr().out
+    (root / "calib_velo_to_cam.txt").unlink()
+    with pytest.raises(data.DataError, match="no calibration .*left out"):
+        data.open_dataset(root)
 
 
 @pytest.mark.parametrize("name", ["training", "training/velodyne", "training/label_2",
