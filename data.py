@@ -1453,6 +1453,11 @@ def index_sensors(read, root):
     sensor = read("sensor", "channel")
     calibrated = read("calibrated_sensor",
                       "sensor_token translation rotation camera_intrinsic")
+    others = [name for name in sensor["channel"] if name not in CHANNELS
+              and not name.startswith("RADAR")]
+    if others:
+        print_once(f"{sensor.path}: {', '.join(others)[:200]} not read; the LiDAR and the cameras "
+                   f"that are have the names {', '.join(CHANNELS)}")
     places = [CHANNELS.index(name) if name in CHANNELS else -1 for name in sensor["channel"]]
     channel = np.array(places)[calibrated.link("sensor_token", sensor)]
     cameras = np.flatnonzero(channel > 0)
@@ -1725,13 +1730,13 @@ class NuScenes:
             counts = dict(zip(self.grid.cameras, missing.sum(0)))
             cameras = f" ({describe_counts(counts)})"
         message = (f"{self.root}: {lacking.sum()} of the {len(lacking)} frames of {self.version} "
-                   f"lack {what}{cameras}, the first {first}")
+                   f"lack {what}{cameras}; the first file is {first}")
+        hint = "finetune.py --modality lidar" if what == "images" else "--preset small"
         if lacking.all():
-            hint = dict(images="finetune.py --modality lidar reads none")
-            raise DataError(f"{message}; extract these file blobs too. "
-                            f"{hint.get(what, '--preset small reads none')}")
+            raise DataError(f"{message}; extract these file blobs too ({hint} reads none)")
         self.frames = self.frames[~lacking]
-        return [f"{message}, and are left out; extract these file blobs too to have them"]
+        return [f"{message}; these frames are left out. To have them, extract these file blobs "
+                f"too ({hint} reads none)"]
 
     def older_sweeps(self):
         """Rows of .sensors of the sweeps before each frame's own, -1 for none.
@@ -2178,6 +2183,9 @@ class Kitti:
                 "calib": self.files(f"{folder}/calib", ".txt"),
                 "label_2": self.files(f"{folder}/label_2", ".txt"),
             }
+            if reduced:
+                self.notes.append(f"{self.root}: {folder} has no velodyne/; velodyne_reduced/ is "
+                                  "read, the points that the image shows.")
             labelled = folder == "training" and is_there["label_2"]
             needed = [scans, "calib"]
             needed += ["image_2"] * self.images + ["label_2"] * (labelled and self.labels)
@@ -2199,8 +2207,9 @@ class Kitti:
                     files["image_2"].get(number, ""), (files["calib"][number],), labels))
         if missing:
             self.notes.append(f"{self.root}: {len(missing)} of the {len(on_disk)} object frames "
-                              f"lack files ({describe_counts(lacking)}), the first {missing[0]}, "
-                              "and are left out; extract these files too to have them.")
+                              f"lack files ({describe_counts(lacking)}), the first is "
+                              f"{missing[0]}; these frames are left out. To have them, extract "
+                              "these files too.")
         absent = len(split_of.keys() - on_disk)
         if absent:
             self.notes.append(f"{self.root}: {absent} of the {len(split_of)} frames in ImageSets "
@@ -2210,8 +2219,8 @@ class Kitti:
     def find_raw_frames(self, places):
         """Frames of every drive in order of time.
 
-        Those without a scan or an image (some drives lack a few scans) are left out,
-        and their number is printed.
+        Those without a scan, an image (some drives lack a few scans) or a calibration
+        are left out, and their number is printed.
         """
         frames = []
         left_out = 0
@@ -2223,6 +2232,8 @@ class Kitti:
                            str(drive.parent / "calib_velo_to_cam.txt"))
             numbers = clouds.keys() & images.keys() if self.images else clouds.keys()
             numbers = {number for number in numbers if re.fullmatch(r"[0-9]+", number)}
+            if not all(os.path.isfile(os.path.join(self.root, file)) for file in calibration):
+                numbers = set()
             left_out += len(clouds.keys() | images.keys()) - len(numbers)
             for number in sorted(numbers):
                 frames.append(KittiFile(
@@ -2234,7 +2245,8 @@ class Kitti:
                     labels=""))
         if left_out:
             self.notes.append(f"{self.root}: {left_out} raw frames have only a scan or only an "
-                              "image, or no number for a name, and are left out.")
+                              "image, no number for a name, or no calibration (calib_*_to_cam.txt "
+                              "of their day), and are left out.")
         return frames
 
     def __len__(self):
@@ -2660,7 +2672,8 @@ class Waymo:
         if len(partial) == len(segments):
             raise DataError(f"{self.what}: none of its {len(segments)} segments is whole, "
                             f"{missing[0]} is missing; download every component: "
-                            f"{', '.join(components)}")
+                            f"{', '.join(components)} (pre-training reads no lidar_box, "
+                            "finetune.py --modality lidar no camera)")
         if partial:
             self.notes.append(f"{self.what}: {len(partial)} of its {len(segments)} segments lack "
                               f"files and are left out; the first is {missing[0]}")

@@ -674,7 +674,7 @@ def test_train_from_a_run_then_score_again(three_frames, tmp_path, capsys):
     config = json.loads((tuned / "config.json").read_text())
     config["data"] = str(tmp_path / "where it was")
     (tuned / "config.json").write_text(json.dumps(config))
-    with pytest.raises(data.DataError, match="where it was: no data set here"):
+    with pytest.raises(data.DataError, match="where it was: no such folder"):
         rescored(tuned)
     rescored(tuned, data=str(moved))
     assert capsys.readouterr().out.splitlines()[-1] == last

@@ -2,6 +2,7 @@
 official rules, and the labels themselves."""
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 
 import data
 import finetune
+from test_data import clone
 from finetune import kitti_ap, kitti_iou, kitti_rows, shared_area
 
 CAR = dict(type="Car", x=0., z=20., ry=0., hwl=(1.5, 1.6, 4.), top=100., height=60.,
@@ -530,6 +532,21 @@ def test_kitti_runs_use_points_that_the_picture_shows_and_mirror_only_y(kitti, t
         assert (batch.points[:, 0] > 0).all()
         assert 400 < len(batch.points) < 700
     assert len(scored) == 2
+
+
+def test_a_lidar_detector_needs_no_pictures(kitti, tmp_path):
+    """Trained and scored on reduced clouds, calibrations and labels alone."""
+    root = clone(kitti, tmp_path / "kitti")
+    for folder in ("training", "testing"):
+        (root / folder / "velodyne").rename(root / folder / "velodyne_reduced")
+        shutil.rmtree(root / folder / "image_2")
+    out = tmp_path / "run"
+    cfg = finetune.Config(preset="small", data=str(root), out=str(out), gpus=0, fraction=1.,
+                          modality="lidar", **TINY)
+    finetune.train(0, 1, cfg)
+    assert json.loads((out / "metrics.json").read_text())["frames"] == 1
+    assert (out / "figures" / "bev.png").is_file()
+    finetune.train(0, 1, replace(finetune.Config(), eval_only=str(out), gpus=0, workers=0))
 
 
 def test_a_detector_is_trained_and_scored_on_kitti(kitti, tmp_path, capsys):
