@@ -27,11 +27,14 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import secrets
 import shutil
 import signal
+import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -53,6 +56,12 @@ from tqdm import tqdm
 # OpenCV's threads do not survive the fork of a worker: resize would wait for them for ever
 cv2.setNumThreads(0)
 
+# a batch of so many frames is accepted whatever the size of the data set
+LARGE_BATCH = 64
+
+# s between two looks at loader workers that give nothing
+POLL = 5.0
+
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 3
 
@@ -63,6 +72,7 @@ class DataError(ValueError):
     The message says which file or frame, what was found, what was expected and what to
     do.
     """
+    one_line = True  # common.launch shows the message without a traceback
 
 
 # ---- record: Grid, Frame, Batch ------------------------------------------------------
@@ -520,6 +530,17 @@ def open_dataset(root, preset="paper"):
                     f"found {listing}; give the folder that the archives were extracted into")
 
 
+def announce(dataset, batch):
+    """Say which data set a run reads. A batch (frames of a rank) beyond it is refused."""
+    train = len(dataset.split("train"))
+    val = len(dataset.split("val"))
+    most = max(train, LARGE_BATCH)
+    if batch > most:
+        raise DataError(f"--batch {batch}: the train split of {dataset.what} has {train} frames; "
+                        f"give at most {most}")
+    print_once(f"{dataset.what}, {train} train and {val} val frames")
+
+
 def has_layout(root, reader):
     """Whether root holds one of the reader's layouts."""
     patterns = [pattern for places in reader.LAYOUTS.values() for pattern in places]
@@ -612,7 +633,10 @@ class Loader:
 
     def begin_at(self, step):
         """Endless batches from this step on: what an uninterrupted run would see from there."""
-        return self.batches(self.jobs_from(step))
+        for n, batch in enumerate(self.batches(self.jobs_from(step))):
+            if n == 0 and self.workers:
+                refuse_small_memory(batch, self.workers)
+            yield batch
 
     def first(self, n):
         """The first n batches of begin_at(0), as a list: the same ones at every call."""
@@ -651,9 +675,18 @@ class Loader:
             for batch in jobs:
                 yield collate_jobs([self[job] for job in batch])
             return
-        yield from torch.utils.data.DataLoader(
+        limit = patience()
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        source = iter(torch.utils.data.DataLoader(
             self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
-            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized())
+            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized(),
+            timeout=min(limit, POLL)))
+        # torch's handler raises a worker's death in the middle of a step; wait_for notices it
+        # where the next batch is waited for, and the run can still be saved
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        while (batch := wait_for(source, limit)) is not None:
+            yield batch
 
     def __getitem__(self, job):
         """(epoch, index, training) -> (Frame, seed). This is what a worker computes."""
@@ -674,6 +707,74 @@ class Loader:
 def collate_jobs(pairs):
     """A list of (Frame, seed) -> Batch."""
     return collate([frame for frame, _ in pairs], [seed for _, seed in pairs])
+
+
+def patience():
+    """How long workers may give nothing, s: half the time that a rank waits for another one.
+
+    So a rank without data ends with its reason before the others end without it.
+    """
+    return int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300)) / 2
+
+
+def wait_for(source, limit):
+    """The next batch of a DataLoader, or None after the last.
+
+    DataError where a worker has died, or none gives a batch for `limit` seconds.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return next(source, None)
+        except RuntimeError as error:
+            message = str(error)
+            if message.startswith("DataLoader worker"):
+                raise DataError(
+                    f"{message.strip()}: a loader worker was killed, as the kernel does where "
+                    f"memory runs out{shared_memory()}. Give fewer --workers or a smaller "
+                    "--batch; the same command goes on from the last checkpoint") from error
+            if not message.startswith("DataLoader timed out"):
+                raise
+            seconds = time.monotonic() - began
+            if seconds >= limit:
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # a stopped one would be waited for at the end of the program
+                raise DataError(
+                    f"no batch for {seconds:.0f} s from the loader's workers{shared_memory()}. "
+                    "If that is full, enlarge it (docker: --shm-size 8g or --ipc=host) or give "
+                    "--workers 0; if a disk is slow, a larger LIDAR_CAMERA_TIMEOUT waits longer. "
+                    "The same command goes on from the last checkpoint") from error
+
+
+def shared_memory():
+    """How much of /dev/shm is free, as part of a message."""
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return ""
+    free = disk.f_bavail * disk.f_frsize / 2**20
+    total = disk.f_blocks * disk.f_frsize / 2**20
+    return f"; /dev/shm, where batches wait, has {free:.0f} of {total:.0f} MB free"
+
+
+def refuse_small_memory(batch, workers):
+    """DataError if /dev/shm cannot hold the batches that wait there: two for each worker.
+
+    A worker that finds it full drops its batch without a word to the main process.
+    """
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return
+    sizes = []
+    batch.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
+    size = sum(sizes) * 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    total = disk.f_blocks * disk.f_frsize
+    if size * workers > total:
+        raise DataError(
+            f"/dev/shm has {total / 2**20:.0f} MB, but the batches of --workers {workers} that "
+            f"wait there take {size * workers / 2**20:.0f} MB; enlarge it (docker: --shm-size 8g "
+            f"or --ipc=host), or give --workers {int(total / size)}")
 
 
 def start_worker(_):
