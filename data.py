@@ -34,7 +34,6 @@ import secrets
 import shutil
 import signal
 import threading
-import time
 import warnings
 import zipfile
 import zlib
@@ -58,9 +57,6 @@ cv2.setNumThreads(0)
 
 # a batch of so many frames is accepted whatever the size of the data set
 LARGE_BATCH = 64
-
-# s between two looks at loader workers that give nothing
-POLL = 5.0
 
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 3
@@ -673,19 +669,23 @@ class Loader:
         """A Batch for each list of jobs, computed here or by workers."""
         if not self.workers:
             for batch in jobs:
-                yield collate_jobs([self[job] for job in batch])
+                with time_limit(self.workers):
+                    pairs = [self[job] for job in batch]
+                yield collate_jobs(pairs)
             return
-        limit = patience()
         handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         source = iter(torch.utils.data.DataLoader(
             self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
-            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized(),
-            timeout=min(limit, POLL)))
-        # torch's handler raises a worker's death in the middle of a step; wait_for notices it
-        # where the next batch is waited for, and the run can still be saved
-        if threading.current_thread() is threading.main_thread():
+            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
+        # torch's handler raises a worker's death in the middle of a step; without it the wait
+        # for the next batch does, after which a run can still be saved
+        if in_main_thread():
             signal.signal(signal.SIGCHLD, handler)
-        while (batch := wait_for(source, limit)) is not None:
+        while True:
+            with time_limit(self.workers):
+                batch = next(source, None)
+            if batch is None:
+                return
             yield batch
 
     def __getitem__(self, job):
@@ -709,52 +709,64 @@ def collate_jobs(pairs):
     return collate([frame for frame, _ in pairs], [seed for _, seed in pairs])
 
 
-def patience():
-    """How long workers may give nothing, s: half the time that a rank waits for another one.
+class Stalled(BaseException):
+    """The data have been waited for too long. No `except Exception` of a reader stops it."""
 
-    So a rank without data ends with its reason before the others end without it.
+
+def in_main_thread():
+    """Whether signals can be handled here."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def time_limit(workers):
+    """Wait for a batch within; DataError if that takes too long or a worker has died.
+
+    Too long is half the time for which a rank waits for another one, so that a rank
+    without data ends with its reason before the others end without it.
     """
-    return int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300)) / 2
+    def stall(*_):
+        raise Stalled
 
-
-def wait_for(source, limit):
-    """The next batch of a DataLoader, or None after the last.
-
-    DataError where a worker has died, or none gives a batch for `limit` seconds.
-    """
-    began = time.monotonic()
-    while True:
+    limit = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300)) / 2
+    try:
+        if in_main_thread():
+            handler = signal.signal(signal.SIGALRM, stall)
+            signal.setitimer(signal.ITIMER_REAL, limit)
         try:
-            return next(source, None)
-        except RuntimeError as error:
-            message = str(error)
-            if message.startswith("DataLoader worker"):
-                raise DataError(
-                    f"{message.strip()}: a loader worker was killed, as the kernel does where "
-                    f"memory runs out{shared_memory()}. Give fewer --workers or a smaller "
-                    "--batch; the same command goes on from the last checkpoint") from error
-            if not message.startswith("DataLoader timed out"):
-                raise
-            seconds = time.monotonic() - began
-            if seconds >= limit:
-                for worker in multiprocessing.active_children():
-                    worker.kill()  # a stopped one would be waited for at the end of the program
-                raise DataError(
-                    f"no batch for {seconds:.0f} s from the loader's workers{shared_memory()}. "
-                    "If that is full, enlarge it (docker: --shm-size 8g or --ipc=host) or give "
-                    "--workers 0; if a disk is slow, a larger LIDAR_CAMERA_TIMEOUT waits longer. "
-                    "The same command goes on from the last checkpoint") from error
+            yield
+        finally:
+            if in_main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, handler)
+    except Stalled as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would be waited for at the end of the program
+        advice = "Does a disk not answer?"
+        if workers:
+            advice = (f"{shared_memory()}: if that is full, enlarge it (docker: --shm-size 8g or "
+                      "--ipc=host) or give --workers 0. If not, does a disk not answer?")
+        raise DataError(f"no batch for {limit:.0f} s. {advice} A larger LIDAR_CAMERA_TIMEOUT "
+                        "waits longer; the same command goes on from the last checkpoint"
+                        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(f"{str(error).strip()}: a loader worker was killed, as the kernel does "
+                        f"where memory runs out. {shared_memory()}. Give fewer --workers or a "
+                        "smaller --batch; the same command goes on from the last checkpoint"
+                        ) from error
 
 
 def shared_memory():
-    """How much of /dev/shm is free, as part of a message."""
+    """How much of /dev/shm is free, for a message."""
     try:
         disk = os.statvfs("/dev/shm")
     except OSError:
-        return ""
+        return "Batches wait in shared memory"
     free = disk.f_bavail * disk.f_frsize / 2**20
     total = disk.f_blocks * disk.f_frsize / 2**20
-    return f"; /dev/shm, where batches wait, has {free:.0f} of {total:.0f} MB free"
+    return f"/dev/shm, where batches wait, has {free:.0f} of {total:.0f} MB free"
 
 
 def refuse_small_memory(batch, workers):

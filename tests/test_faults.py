@@ -26,6 +26,7 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -35,7 +36,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -459,6 +460,7 @@ def spoil_data(module, words):
     In this process or in a loader's worker, which counts its own jobs.
     """
     n, what, timeout = words
+    multiprocessing.set_start_method("fork", force=True)  # else workers have no fault
     os.environ["LIDAR_CAMERA_TIMEOUT"] = str(timeout)
     read = data.Loader.__getitem__
     jobs = itertools.count()
@@ -467,40 +469,41 @@ def spoil_data(module, words):
         if job[2] and next(jobs) >= n:
             if what == "hangs":
                 time.sleep(1000)
-            if what == "stops":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if what == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if what in ("stops", "dies"):
+                time.sleep(1)  # until its thread has handed over the batch before
+                os.kill(os.getpid(), signal.SIGSTOP if what == "stops" else signal.SIGKILL)
             raise data.DataError("nuscenes/a/b: broken, repair it")
         return read(self, job)
     data.Loader.__getitem__ = spoiled
 
 
 @pytest.mark.parametrize("what, workers, message", [
-    ("stops", 1, r"no batch for \d+ s from the loader's workers; /dev/shm, where batches wait, has"),
+    ("stops", 1, "no batch for 5 s. /dev/shm, where batches wait, has .* MB free: if that is full"),
+    ("hangs", 0, "no batch for 5 s. Does a disk not answer"),
     ("dies", 1, "a loader worker was killed, as the kernel does where memory runs out"),
     ("broken", 1, "nuscenes/a/b: broken, repair it"),
     ("broken", 0, "nuscenes/a/b: broken, repair it"),
 ])
 def test_a_run_without_data_is_saved_and_says_why(folders, tmp_path, what, workers, message):
     out = tmp_path / "run"
-    timeout = 16 if what == "stops" else 600
+    timeout = 10 if what in ("stops", "hangs") else 600
     code, output = folders.again("finetune", out, spoil_data, (2, what, timeout), save_every=1000,
                                  workers=workers)
     assert code == 1 and re.search(message, output.splitlines()[-1]), output
-    assert "run: no data for the next step, saved after step 2; the same command" in output, output
-    assert "Traceback" not in output, output
-    assert step_of(out / "last.pt") == 2
+    step = step_of(out / "last.pt")
+    assert 1 <= step <= 2 and "Traceback" not in output, output
+    message = f"run: no data for the next step, saved after step {step}; the same command goes on"
+    assert message in output, output
     if what == "dies":
         code, output = folders.again("finetune", out)
-        assert code == 0 and "steps 2 to 4" in output and folders.same("finetune", out), output
+        assert code == 0 and folders.same("finetune", out), output
 
 
 @pytest.mark.parametrize("n, workers", [(1, 0), (1, 1), (0, 0)])
 def test_a_run_that_waits_for_data_stops_at_once(server, three_frames, tmp_path, n, workers):
     out = tmp_path / "run"
     cfg = config("finetune", three_frames, out, save_every=1000, workers=workers)
-    one = Run(server, "finetune", cfg, spoil_data, (n, "stops" if workers else "hangs", 600))
+    one = Run(server, "finetune", cfg, spoil_data, (n, "hangs", 600))
     one.until(lambda: ("step 1/" if n else "steps 0 to") in one.output())
     time.sleep(0.5)
     asked = time.monotonic()
@@ -543,7 +546,7 @@ def test_each_run_says_first_what_it_reads(folders, three_frames):
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(folders, tmp_path, monkeypatch):
-    code, output = folders.again("finetune", tmp_path / "run", debug, (1, "broken", 4))
+    code, output = folders.again("finetune", tmp_path / "run", debug, (1, "broken", 600))
     assert code == 1 and output.startswith("nuscenes", output.rindex("\n", 0, -1) + 1), output
     assert "Traceback" in output
 
@@ -717,6 +720,85 @@ def test_each_method_logs_its_gradient_norm_before_the_update(script):
 def test_a_learning_rate_of_1e20_ends_the_run(folders, tmp_path, script):
     code, output = folders.again(script, tmp_path / "run", lr=1e20, steps=30)
     assert code == 1 and "not finite on nuscenes/" in output, output
+
+
+# ---- flags that make no sense ---------------------------------------------------------
+
+VALUES = dict(int=(-1, 0, 10**9), float=(-1.0, 0.0, 1e9, float("nan"), float("inf"), 1e-30))
+ENDLESS = {"epochs", "steps"}    # of these 10^9 is a run that one may ask for
+
+
+def swept(script):
+    """(field, value) for each number of a script's Config and each value of VALUES."""
+    for field in fields(importlib.import_module(script).Config):
+        kind = "int" if "int" in str(field.type) else getattr(field.type, "__name__", "")
+        for value in VALUES.get(kind, ()):
+            yield field.name, value
+
+
+def check_of(script):
+    module = importlib.import_module(script)
+    return module.check_flags if script == "finetune" else module.check
+
+
+def accepts(check, cfg):
+    try:
+        check(cfg)
+    except SystemExit as refusal:
+        assert isinstance(refusal.code, str) and refusal.code.startswith("--"), refusal.code
+        return False
+    return True
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_each_number_of_each_script_is_checked_before_anything_is_written(script):
+    """nan, inf and negative numbers are refused everywhere, and so are enormous counts."""
+    check = check_of(script)
+    assert accepts(check, config(script, "", ""))
+    for name, value in swept(script):
+        accepted = accepts(check, config(script, "", "", **{name: value}))
+        if not 0 <= value < float("inf"):
+            assert not accepted, (name, value)
+        if isinstance(value, int) and value > 1 and name not in common.LONG:
+            assert not accepted, (name, value)
+
+
+def accepted_values(script):
+    """What the check lets through, but runs without an end."""
+    check = check_of(script)
+    return [(name, value) for name, value in swept(script)
+            if (value < 10**9 or name not in ENDLESS)
+            and accepts(check, config(script, "", "", **{name: value}))]
+
+
+def one_step(cfg):
+    return replace(cfg, epochs=0, steps=1, profile=min(cfg.profile, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RUNS)
+def test_a_strange_number_gives_one_line_or_a_run(server, three_frames, tmp_path, script):
+    for name, value in accepted_values(script):
+        cfg = one_step(config(script, three_frames, tmp_path / "run", **{name: value}))
+        code, output = run(server, script, cfg)
+        assert code in (0, 1) and "Traceback" not in output, (name, value, output)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+@pytest.mark.parametrize("script, name, value", [
+    ("finetune", "weight_decay", 1e9), ("finetune", "warmup", 10**9), ("simipu", "w_inter", 1e9),
+    ("cmcr", "tau", 1e-30), ("finetune", "workers", -1),
+])
+def test_a_few_strange_numbers_give_one_line_or_a_run(
+        server, three_frames, tmp_path, script, name, value):
+    out = tmp_path / "run"
+    code, output = run(server, script,
+                       one_step(config(script, three_frames, out, **{name: value})))
+    assert code in (0, 1) and "Traceback" not in output, output
+    if name == "workers":
+        assert code == 1 and output.splitlines() == [
+            "--workers -1: expected a whole number from 0 to 256"]
+        assert not out.exists()
 
 
 # ---- 10, 12: one process has nothing, the other everything ---------------------------
