@@ -784,8 +784,8 @@ def refuse_small_memory(batch, workers):
     total = disk.f_blocks * disk.f_frsize
     if size * workers > total:
         raise DataError(
-            f"/dev/shm has {total / 2**20:.0f} MB, but the batches of --workers {workers} that "
-            f"wait there take {size * workers / 2**20:.0f} MB; enlarge it (docker: --shm-size 8g "
+            f"/dev/shm has {total / 2**20:.1f} MB, but the batches of --workers {workers} that "
+            f"wait there take {size * workers / 2**20:.1f} MB; enlarge it (docker: --shm-size 8g "
             f"or --ipc=host), or give --workers {int(total / size)}")
 
 

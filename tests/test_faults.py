@@ -521,6 +521,7 @@ def test_a_run_that_waits_for_data_stops_at_once(server, three_frames, tmp_path,
 def test_shared_memory_must_hold_the_batches_that_wait(three_frames, monkeypatch):
     loader = data.loader(three_frames, "train", 1, preset="small", workers=1)
     batch = next(data.loader(three_frames, "train", 1, preset="small").begin_at(0))
+    monkeypatch.setattr(data.Loader, "batches", lambda *_: iter([batch]))
     size = []
     batch.map(lambda tensor: size.append(tensor.nbytes) or tensor)
     blocks = 2 * sum(size) // 4096
@@ -725,7 +726,7 @@ def test_a_learning_rate_of_1e20_ends_the_run(folders, tmp_path, script):
 # ---- flags that make no sense ---------------------------------------------------------
 
 VALUES = dict(int=(-1, 0, 10**9), float=(-1.0, 0.0, 1e9, float("nan"), float("inf"), 1e-30))
-ENDLESS = {"epochs", "steps"}    # of these 10^9 is a run that one may ask for
+ENDLESS = {"epochs", "steps", "profile"}    # 10^9 of these is a run that one may ask for
 
 
 def swept(script):
@@ -939,6 +940,24 @@ def test_a_hung_process_is_waited_for_only_until_the_timeout(server, three_frame
         two.process.kill()
         two.process.join()
     assert code == 1 and time.monotonic() - begun < 15 and "imed out" in output, output
+
+
+def join_without_data(module, words):
+    """Fault: one of two processes, of which rank 1 finds a broken frame in its second step."""
+    join(module, words)
+    if words[0] == 1:
+        spoil_data(module, (1, "broken", 100))
+
+
+def test_a_process_without_data_ends_the_job_saved(server, three_frames, tmp_path):
+    port = free_port()
+    cfg = config("finetune", three_frames, tmp_path / "run", steps=1000, save_every=1000)
+    both = [Run(server, "finetune", cfg, join_without_data, (rank, port, 100),
+                path=tmp_path / str(rank)) for rank in (0, 1)]
+    (code, output), (other_code, other) = [one.end() for one in both]
+    assert code == 143 and "no data for the next step, saved after step 1" in output, output
+    assert other_code == 1 and other.splitlines()[-1] == "nuscenes/a/b: broken, repair it", other
+    assert step_of(tmp_path / "run" / "last.pt") == 1
 
 
 @pytest.mark.slow    # torch's launcher gives what is left 30 seconds
