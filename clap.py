@@ -76,9 +76,9 @@ from common import (
     perplexity, surface_variation,  # contrast, curvature
     trunk, mlp, conv3d, ravel,  # networks
     all_reduce, mean_rows,  # processes
-    parse, require, launch, start, wrap, resume, save, record_frames,  # runs
+    parse, require, check_numbers, launch, start, wrap, resume, save, record_frames,  # runs
     destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
-    load_tool, write_text,
+    load_tool, write_text, to_json,
 )
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"  # what backbones.safetensors holds
@@ -172,6 +172,12 @@ SMALL = dict(                  # --preset small: minutes on two CPU cores; all [
 
 def check(cfg):
     """Refuse flags that contradict each other, before anything is written."""
+    check_numbers(
+        cfg,
+        "batch eval_every save_every lr clip width bins neighbours rays pixels blur samples "
+        "importance_samples dims tau epsilon sinkhorn",
+        dict(workers=256, width=512, bins=10_000, dims=10_000, prototypes=100_000, neighbours=1000,
+             blur=999, samples=10_000, importance_samples=10_000, sinkhorn=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
             "one of them must be 0, the other positive")
@@ -179,25 +185,15 @@ def check(cfg):
             f"--blur {cfg.blur}: a Gaussian has a middle, give an odd number of pixels")
     require(cfg.prototypes >= 2,
             f"--prototypes {cfg.prototypes}: at least 2, or --without prototypes")
-    require(min(cfg.batch, cfg.eval_every, cfg.save_every) >= 1,
-            f"--batch {cfg.batch}, --eval-every {cfg.eval_every} and "
-            f"--save-every {cfg.save_every}: all start at 1")
     shares = cfg.mask_points, cfg.mask_pixels, cfg.sky
-    require(all(0 <= share < 1 for share in shares),
+    require(max(shares) < 1,
             f"--mask-points {cfg.mask_points}, --mask-pixels {cfg.mask_pixels} and "
             f"--sky {cfg.sky}: these are shares, from 0 to below 1")
-    counts = cfg.rays, cfg.pixels, cfg.importance_samples, cfg.blur, cfg.sinkhorn
-    require(min(counts) >= 1,
-            f"--rays {cfg.rays}, --pixels {cfg.pixels}, "
-            f"--importance-samples {cfg.importance_samples}, --blur {cfg.blur} and "
-            f"--sinkhorn {cfg.sinkhorn}: all start at 1")
     require(cfg.samples >= 2,
             f"--samples {cfg.samples}: start at 2, a section lies between two samples")
-    require(cfg.rotation >= 0 and 0 <= cfg.scale < 1,
-            f"--rotation {cfg.rotation} and --scale {cfg.scale}: "
-            "from 0, and scale below 1")
-    require(min(cfg.tau, cfg.epsilon) > 0,
-            f"--tau {cfg.tau} and --epsilon {cfg.epsilon}: temperatures are positive")
+    require(cfg.scale < 1, f"--scale {cfg.scale}: expected a number below 1")
+    learned = cfg.w_rend + (0 if cfg.without else cfg.w_proto)
+    require(learned > 0, "--w-rend 0 without a weight of prototypes: nothing would be learned")
     require(cfg.neighbours >= 4,
             f"--neighbours {cfg.neighbours}: three points always lie in a plane, "
             "give 4 or more")
@@ -960,6 +956,7 @@ def train(rank, world, cfg):
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset, labels=False)
+    data.announce(dataset, cfg.batch)
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)
@@ -1024,7 +1021,7 @@ def train(rank, world, cfg):
         metrics = held_out_errors(model, val_batches, device)
         if tool:
             metrics |= tool.clap_diagnostics(model, val_batches, device)
-        write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(Path(cfg.out) / "metrics.json", to_json(metrics))
         shown = first_with_targets(model, val_batches, device)
         if shown:
             save_figure(model, shown, cfg.out)

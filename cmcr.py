@@ -80,8 +80,9 @@ from common import (
     random_subset, frame_rngs, cosine,  # schedules and random streams
     segment_sum, VoxelResNet, ResNet, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, mean_rows, AllReduceSum,  # processes
-    parse, require, launch, start, wrap, resume, save, record_frames,  # runs: skip
-    load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool, write_text,
+    parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
+    record_frames, load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool,
+    write_text, to_json,
 )
 
 UNITS = ("lidar",)             # what backbones.safetensors holds
@@ -163,6 +164,12 @@ SMALL = dict(                  # --preset small: minutes on two CPU cores; all [
 
 def check(cfg):
     """Refuse flags that contradict themselves, before anything is written."""
+    check_numbers(
+        cfg,
+        "batch eval_every save_every lr image_scale width dims pairs tau queries depth "
+        "query_radius neighbours",
+        dict(workers=256, width=512, dims=10_000, codes=100_000, neighbours=1000, image_scale=10,
+             crop_h=8192, crop_w=8192, momentum=1))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, "
             "the other positive")
@@ -171,26 +178,16 @@ def check(cfg):
             f"give multiples of {STRIDE}")
     require(0 < cfg.crop_min_area <= 1,
             f"--crop-min-area {cfg.crop_min_area}: expected more than 0 and at most 1")
-    require(0 <= cfg.mask_cells <= 1 and 0 <= cfg.mask_images <= 1,
+    require(max(cfg.mask_cells, cfg.mask_images) <= 1,
             f"--mask-cells {cfg.mask_cells} --mask-images {cfg.mask_images}: "
             "these are shares, give 0 to 1")
-    require(cfg.image_scale > 0,
-            f"--image-scale {cfg.image_scale}: give a number above 0")
-    require(0 <= cfg.lr_end <= 1,
+    require(cfg.lr_end <= 1,
             f"--lr-end {cfg.lr_end}: this is a share of --lr, give 0 to 1")
     require(cfg.codes >= 2,
             f"--codes {cfg.codes}: give at least 2, or --without codebook")
     require(cfg.teacher != "moco" or cfg.resnet == 50,
             f"--teacher moco is a ResNet-50, but --resnet is {cfg.resnet}: "
             "give --resnet 50, or --teacher none or WEIGHTS")
-    require(cfg.rotation >= 0,
-            f"--rotation {cfg.rotation}: it starts at 0")
-    require(min(cfg.tau, cfg.query_radius) > 0,
-            f"--tau {cfg.tau} --query-radius {cfg.query_radius}: both must be positive")
-    require(min(cfg.batch, cfg.pairs, cfg.queries, cfg.neighbours) >= 1,
-            "--batch, --pairs, --queries and --neighbours start at 1")
-    require(min(cfg.eval_every, cfg.save_every) >= 1,
-            "--eval-every and --save-every start at 1")
 
 
 # ---- crops and queries of one frame, in the loader -----------------------------------
@@ -723,6 +720,7 @@ def train(rank, world, cfg):
     # D12: as OLIVINE does; sizes are the release's, so no scenes are needed to choose them
     # Views keeps one sweep [code]
     dataset = data.open_dataset(cfg.data, cfg.preset, sweeps=1, labels=False)
+    data.announce(dataset, cfg.batch)
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
@@ -780,7 +778,7 @@ def train(rank, world, cfg):
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     destroy_group()
     if rank == 0:
-        write_text(Path(cfg.out) / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(Path(cfg.out) / "metrics.json", to_json(metrics))
         shown = val_batches[0].to(device)
         save_figure(model, shown, cfg.out)
         loss_curves(cfg.out, {"L_NCE": (metrics["chance"],),

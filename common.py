@@ -25,7 +25,8 @@ To fork a method, read its file, the functions that it imports from here, and da
                             share_buffers, launch, init_process,
                             start, rank0_first, wrap,
                             destroy_group
-    §10 run folders         parse, require, run_config,            clap, cmcr, simipu, finetune
+    §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
+                            to_json, run_config,
                             record_frames, lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
@@ -42,12 +43,16 @@ import fcntl
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -71,8 +76,23 @@ try:
 except (ImportError, OSError, RuntimeError):
     torch_scatter = None
 
+
+
+def environment_number(name, default, least):
+    """A whole number of the environment, at least `least`; `default` where it is not set."""
+    text = os.environ.get(name, default)
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise SystemExit(f"{name}={text} in the environment: expected a whole number from "
+                         f"{least}; correct it or unset it")
+    return number
+
+
 # how long a process waits for another one that does not answer, s [ours]
-TIMEOUT = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300))
+TIMEOUT = environment_number("LIDAR_CAMERA_TIMEOUT", 300, 1)
 
 
 # ==== MATHEMATICS =====================================================================
@@ -1146,28 +1166,167 @@ def launch(train, cfg):
     """Run train(rank, world, cfg): here, or in cfg.gpus processes.
 
     Each of those starts this command again. Under torchrun the environment decides.
+    What a user can mend ends with one line and status 1, see one_line.
     """
-    if "RANK" not in os.environ:
-        if (cfg.gpus or 0) > 1:
-            return launch_processes(cfg.gpus)
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), LenientStream):
+            setattr(sys, name, LenientStream(getattr(sys, name)))
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        rank, world = place_in_job(cfg)
+    elif (cfg.gpus or 0) > 1:
+        return launch_processes(cfg.gpus)
+    else:
+        rank, world = 0, 1
         if cfg.gpus == 1 and not torch.cuda.is_available():
             raise SystemExit("--gpus 1: no CUDA device is visible; --gpus 0 (the default here) "
                              "runs on the CPU")
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return train(rank, world, cfg)
-    from torch.distributed.elastic.multiprocessing.errors import record
+    if world > 1:
+        run_rank(train, rank, world, cfg)
+    handlers = catch_signals(stop_at_once, signal.SIGTERM, signal.SIGHUP)
+    try:
+        with one_line():
+            return train(rank, world, cfg)
+    finally:
+        restore_signals(handlers)
+
+
+def place_in_job(cfg):
+    """This process's rank and the number of ranks, as the environment has them."""
+    hint = "unset RANK, WORLD_SIZE and LOCAL_RANK to start without a launcher"
+    for name in ("RANK", "WORLD_SIZE"):
+        require(name in os.environ, f"{name} is not set in the environment, though RANK or "
+                                    f"WORLD_SIZE is: left over from a job? {hint}")
+    world = environment_number("WORLD_SIZE", 1, 1)
+    rank = environment_number("RANK", 0, 0)
+    require(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment: expected a "
+                          f"rank below the number of processes; {hint}")
+    here = environment_number("LOCAL_WORLD_SIZE", world, 1)
+    require(not cfg.gpus or cfg.gpus == here,
+            f"--gpus {cfg.gpus}, but RANK={rank} and WORLD_SIZE={world} in the environment say "
+            f"that {here} processes run on this machine; {hint}, or leave --gpus out")
+    return rank, world
+
+
+def run_rank(train, rank, world, cfg):
+    """Run train as one of several processes, and end this process."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     status = 0
     try:
-        record(train)(rank, world, cfg)  # tells the launcher what went wrong here
+        with one_line():
+            record(train)(rank, world, cfg)  # tells the launcher what went wrong here
     except SystemExit as stop:
-        if stop.code != 128 + signal.SIGTERM:
-            raise
-        status = stop.code  # asked to stop: all processes wait below until rank 0 has saved
-    destroy_group()
+        status = stop.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            get_error_handler().record_exception(stop)  # the launcher's last line repeats it
+            status = 1
+    if status in (0, 128 + signal.SIGTERM):  # asked to stop: all wait until rank 0 has saved
+        destroy_group()
     sys.stdout.flush()
     os._exit(status)  # gloo's threads may abort a finished interpreter on its way out
+
+
+class LenientStream:
+    """A text stream on which a failure ends nothing.
+
+    The terminal may be closed, the reader of a pipe gone, the disk full: the run goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError, OSError):
+            self.stream.reconfigure(errors="backslashreplace")  # a name that ASCII lacks
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def one_line():
+    """Turn an error that a user can mend into SystemExit with one line.
+
+    LIDAR_CAMERA_DEBUG=1 in the environment shows its traceback too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        line = describe_error(error)
+        if line is None:
+            raise
+        if os.environ.get("LIDAR_CAMERA_DEBUG"):
+            traceback.print_exc()
+        raise SystemExit(line) from error
+
+
+def describe_error(error):
+    """One line for an error that a user can mend; None for a fault of the program.
+
+    Errors whose class has `one_line` are for users, data.DataError for instance.
+    """
+    # a loader worker's error arrives with its traceback: its message is the last line
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else None
+    if isinstance(error, KeyboardInterrupt):
+        return "KeyboardInterrupt: ended at once; the same command goes on from the last checkpoint"
+    if isinstance(error, FloatingPointError):
+        return f"FloatingPointError: {text.removeprefix('FloatingPointError: ')}"
+    if getattr(error, "one_line", False):
+        return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    if isinstance(error, OSError):
+        return f"{text}; the same command goes on from the last checkpoint, if there is one"
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if memory or "DefaultCPUAllocator" in str(error):
+        return (f"not enough memory ({str(error).splitlines()[0][:200] if str(error) else text}); "
+                "give a smaller --batch or smaller sizes")
+    return None
+
+
+def end_with_parent():
+    """Ask Linux to send SIGTERM to this process when its launcher ends, in whatever way."""
+    import ctypes
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended in the meantime
+        raise SystemExit("the launcher has ended")
+
+
+def catch_signals(handler, *numbers):
+    """Handle these signals from now on -> {number: handler until now}.
+
+    A SIGHUP that is ignored stays so: nohup wants it.
+    """
+    handlers = {}
+    for number in numbers:
+        before = signal.getsignal(number)
+        if number != signal.SIGHUP or before != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, handler)
+    return handlers
+
+
+def restore_signals(handlers):
+    """Undo catch_signals."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def stop_at_once(number, _):
+    """End a process that is asked to while it does not train: nothing is to be saved."""
+    raise SystemExit(f"ended by {signal.Signals(number).name}; the same command goes on from the "
+                     "last checkpoint, if there is one")
 
 
 def launch_processes(n):
@@ -1179,11 +1338,23 @@ def launch_processes(n):
                          f"(CUDA_VISIBLE_DEVICES={visible})")
     if not torch.cuda.is_available():
         print(f"--gpus {n} without CUDA: {n} CPU processes over gloo", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIDAR_CAMERA_SAVED"] = f"{folder}/saved"  # rank 0 makes it, see Run.leave
+        return end_as_ranks_end(n, Path(folder, "saved"))
+
+
+def end_as_ranks_end(n, saved):
+    """Run n processes under torch's launcher. saved: the file that says that rank 0 has saved."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
     flags = ["--standalone", "--nproc-per-node", str(n)]
     flags += ["--shutdown-timeout", "120"]  # s to finish a step and save
+    # neither looks up this machine's name, which nothing may resolve
+    flags += ["--local-addr", "127.0.0.1"]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under nohup
+        flags += ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"]
     try:
         return main([*flags, *sys.argv])
     except ChildFailedError as error:
@@ -1191,10 +1362,12 @@ def launch_processes(n):
         failure = error.failures[rank]
         if failure.exitcode == 128 + signal.SIGTERM:  # it was asked to stop, and has saved
             raise SystemExit(failure.exitcode) from None
-        raise SystemExit(f"rank {rank} of {n} {describe_failure(failure)}; the others were "
-                         "stopped. The same command goes on from the last checkpoint.") from None
-    except SignalException:  # it was passed on to the processes, which have saved and left
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(describe_failure(rank, n, failure)) from None
+    except SignalException as stop:  # it was passed on to the processes, which have left
+        if saved.exists():
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(f"ended by {stop.sigval.name} before a step could be saved; the same "
+                         "command goes on from the last checkpoint, if there is one") from None
 
 
 def rank_to_blame(failures):
@@ -1203,8 +1376,12 @@ def rank_to_blame(failures):
     A killed process comes first: the others then lose the connection to it. SIGTERM does not
     count as killed, since the launcher ends the others with it, nor does SIGABRT, with which
     NCCL does. Nor does a process killed more than 10 s after the first failure: it was
-    hanging, and the launcher killed it.
+    hanging, and the launcher killed it. One that has saved and left, as it was asked to, is
+    not to blame for the others.
     """
+    saved = 128 + signal.SIGTERM
+    failures = {rank: failure for rank, failure in failures.items()
+                if failure.exitcode != saved} or failures
     first = min(failure.timestamp for failure in failures.values())
     killed = []
     for rank, failure in failures.items():
@@ -1212,18 +1389,29 @@ def rank_to_blame(failures):
         hung = failure.timestamp > first + 10
         if failure.exitcode < 0 and not by_the_others and not hung:
             killed.append(rank)
-    return min(killed or failures, key=lambda rank: failures[rank].timestamp)
+
+    def order(rank):  # at one second the one that says why
+        failure = failures[rank]
+        silent = not isinstance(getattr(failure, "message", None), dict)
+        return failure.timestamp, silent
+    return min(killed or failures, key=order)
 
 
-def describe_failure(failure):
-    """How a process ended, and its error where it could write that down."""
+def describe_failure(rank, n, failure):
+    """The launcher's last line: which of n ranks failed, how, and why where it wrote that down."""
+    text = ""
+    if isinstance(failure.message, dict):  # what run_rank wrote
+        text = failure.message["message"].splitlines()[0]
+    if text.startswith("SystemExit: "):  # it is for the user and says what to do
+        return f"rank {rank} of {n}: {text.removeprefix('SystemExit: ')}"
     if failure.exitcode < 0:
         how = f"was killed by signal {-failure.exitcode}"
     else:
         how = f"left with exit code {failure.exitcode}"
-    if isinstance(failure.message, dict):  # what `record` in launch wrote
-        how += f" ({failure.message['message'].splitlines()[0]})"
-    return how
+    if text:
+        how += f" ({text})"
+    return (f"rank {rank} of {n} {how}; the others were stopped. The same command goes on from "
+            "the last checkpoint.")
 
 
 def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every",
@@ -1334,18 +1522,27 @@ def parse(config, small):
 
     import tyro
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--data", default="")
     peek.add_argument("--preset")
     peek.add_argument("--init", default="none")
+    peek.add_argument("--data")
+    texts = [field.name for field in dataclasses.fields(config) if field.type is str]
+    for name in {*texts} - {"preset", "init", "data"}:
+        peek.add_argument("--" + name.replace("_", "-"), "--" + name, dest=name)
     flags, _ = peek.parse_known_args()
-    if flags.preset:
+    for name in texts:
+        require(getattr(flags, name) != "",
+                f"--{name.replace('_', '-')} was given an empty text (a shell variable that is "
+                "not set?); give its value, or leave the flag out for its default")
+    wants_help = not {"-h", "--help"}.isdisjoint(sys.argv)
+    preset = "paper" if flags.data or wants_help else "small"
+    if os.path.isfile(os.path.join(flags.init, "config.json")):
+        stored = run_config(flags.init)
+        require(isinstance(stored, dict) and stored.get("preset") in ("paper", "small"),
+                f"{flags.init}/config.json: no preset of a run in it; --init names the folder that "
+                "a pre-training run wrote")
+        preset = stored["preset"]
+    if flags.preset in ("paper", "small"):  # tyro refuses others
         preset = flags.preset
-    elif (Path(flags.init) / "config.json").is_file():
-        preset = run_config(flags.init)["preset"]
-    elif flags.data or {"-h", "--help"} & set(sys.argv):
-        preset = "paper"
-    else:
-        preset = "small"
     changes = small if preset == "small" else {}
     default = dataclasses.replace(config(), preset=preset, **changes)
     doc = sys.modules["__main__"].__doc__
@@ -1366,6 +1563,39 @@ def require(condition, message):
     """End with this message unless the condition holds."""
     if not condition:
         raise SystemExit(message)
+
+
+# counts of steps, epochs and draws, which may be as large as one likes
+LONG = ("epochs", "steps", "seed", "warmup", "eval_every", "save_every", "profile")
+
+
+def check_numbers(cfg, positive, most):
+    """End unless each number of a configuration makes sense: finite and from 0.
+
+    positive: the fields that may not be 0, as words of a text. most {field: greatest value};
+    else that is 10^6 for whole numbers, but those in LONG, and 10^30 for others.
+    """
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if not isinstance(value, (int, float)):
+            continue
+        limit = 1e30
+        if isinstance(value, int):
+            limit = 10**15 if field.name in LONG else 10**6
+        limit = most.get(field.name, limit)
+        above_0 = field.name in positive.split()
+        if isinstance(value, int):
+            least = "a whole number from 1" if above_0 else "a whole number from 0"
+        else:
+            least = "a number above 0" if above_0 else "a number from 0"
+        require(0 <= value <= limit and (value or not above_0),
+                f"--{field.name.replace('_', '-')} {value}: expected {least} to {limit:g}")
+
+
+def to_json(metrics):
+    """Metrics as JSON text, null for what is not a number: JSON has no NaN."""
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+    return json.dumps(metrics, indent=1)
 
 
 def run_config(folder):
@@ -1465,10 +1695,21 @@ def lock_run_folder(out):
         # not flock: a killed run's loader workers would go on holding it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise SystemExit(f"{out}: another process is writing this run. Wait for it or end it, then "
+        raise SystemExit(f"{out}: another process is writing this run{lock_holder(lock)}. "
+                         "Wait for it or end it, then "
                          "the same command goes on; or give another --out.") from error
     except OSError:
         pass  # a file system without locks
+
+
+def lock_holder(lock):
+    """Which process holds a lock, as part of a message; nothing where that is not known."""
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+    try:
+        pid = struct.unpack("hhqqi4x", fcntl.fcntl(lock, fcntl.F_GETLK, query))[4]
+    except (OSError, struct.error):
+        return ""
+    return f" (pid {pid})" if pid > 0 else ""
 
 
 def commit():
@@ -1715,15 +1956,20 @@ def load_resnet(source, resnet, rank, prefix=""):
 # ---- §11 log and figures -------------------------------------------------------------
 # What a run writes while it trains and when it is done.
 
+class StopWaiting(KeyboardInterrupt):
+    """A stop is asked for while a run waits for data."""
+
+
 class Run:
     """A training run: it hands out the batches, logs every step, and notices signals.
 
     batches: (step, batch) on the device, from the first step or the one to resume at.
     log: log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every
     few seconds. On ranks other than 0 it only checks that every term is finite.
-    interrupted, leave: the first SIGTERM or Ctrl-C asks for a stop after the step. Another one
-    more than two seconds later stops at once. An earlier one is ignored, since a launcher may
-    pass on what the terminal has sent too.
+    interrupted, leave: the first SIGTERM, SIGHUP or Ctrl-C asks for a stop after the step, or
+    while the next batch is waited for. Another one more than two seconds later stops at once.
+    An earlier one is ignored, since a launcher may pass on what the terminal has sent too.
+    The next batch is fetched in interrupted: a run without data stops where it can be saved.
     """
 
     def __init__(self, cfg, rank, world, first, steps, device, about):
@@ -1736,10 +1982,14 @@ class Run:
         self.began = time.monotonic()
         self.printed = self.began        # when the last progress line was
         self.waited = 0.0                # for data, s
+        self.waiting = False             # for data, now
         self.asked = 0.0                 # when a signal asked for a stop; 0: not yet
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.on_signal)
+        self.source = None               # of the batches
+        self.batch = None                # of the next step, on the CPU
+        self.left = 0                    # batches that are still to be fetched
+        self.failure = None              # why there is no next batch here
+        self.starved = False             # whether a process has no next batch
+        self.handlers = catch_signals(self.on_signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if rank == 0:
             self.open_log()
             print(f"{cfg.out}: steps {first} to {steps} of {self.frames} frames "
@@ -1763,32 +2013,57 @@ class Run:
         if self.asked and time.monotonic() - self.asked > 2:
             raise KeyboardInterrupt
         self.asked = self.asked or time.monotonic()
+        if self.waiting:
+            raise StopWaiting
 
     def interrupted(self):
-        """Whether any process was asked to stop.
+        """Whether to stop here: a process was asked to, or has no batch for the next step.
 
         The answer is the same on every rank, so that all leave after the same step.
         """
-        if processes() == 1:
-            return self.asked > 0  # no wait for the GPU
-        asked = torch.tensor(float(self.asked > 0), device=self.device)
-        return bool(all_reduce(asked, torch.distributed.ReduceOp.MAX))
+        self.fetch()
+        return self.agree()
+
+    def agree(self):
+        """Whether any process was asked to stop or has no batch, the same on every rank."""
+        reason = 2 if self.failure else int(self.asked > 0)
+        if processes() > 1:  # else no wait for the GPU
+            reasons = torch.tensor(reason, device=self.device)
+            reason = int(all_reduce(reasons, torch.distributed.ReduceOp.MAX))
+        self.starved = reason == 2
+        return reason > 0
+
+    def fetch(self):
+        """Wait for the next batch, unless it has come already or a stop was asked for."""
+        if self.batch is not None or not self.left or self.asked:
+            return
+        began = time.monotonic()
+        try:
+            self.waiting = True
+            self.batch = next(self.source)
+            self.waiting = False
+            self.left -= 1
+        except StopWaiting:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # one that hangs would be waited for at the end of the program
+        except Exception as error:  # of a loader worker, or of a frame
+            self.failure = error
+        self.waiting = False
+        self.waited += time.monotonic() - began
 
     def batches(self, loader, first):
         """(step, batch on the device) from step `first` on; the wait for data is timed."""
-        source = iter(loader.begin_at(first))
+        self.source = loader.begin_at(first)
+        self.left = self.steps - first
+        self.fetch()
+        if self.agree():
+            self.leave(first - 1)
         for step in range(first, self.steps):
-            began = time.monotonic()
-            try:
-                batch = next(source).to(self.device)
-            except RuntimeError as error:
-                if not self.asked:
-                    raise
-                # the signal went to everybody, and has ended the loader's workers too
-                raise SystemExit(f"stopped while waiting for the data of step {step + 1}; the same "
-                                 "command goes on from the last checkpoint") from error
-            self.waited += time.monotonic() - began
-            yield step, batch
+            self.fetch()  # interrupted has done so, if it was called
+            if self.batch is None:
+                raise self.failure or KeyboardInterrupt
+            batch, self.batch = self.batch, None
+            yield step, batch.to(self.device)
 
     def log(self, step, names, prefix="", **terms):
         """Average the terms over processes and write them. names: of the batch's frames.
@@ -1848,16 +2123,24 @@ class Run:
               f"{left / 60:.0f} min left", flush=True)
 
     def leave(self, step):
-        """Exit with status 143, after a stop that was asked for has been saved."""
-        if self.rank == 0:
-            print(f"{self.path.parent}: asked to stop, saved after step {step + 1}; the same "
+        """End after `step`, which has been saved: with what went wrong, else with status 143."""
+        saved = step >= 0
+        if saved and self.rank == 0:
+            why = "no data for the next step" if self.starved else "asked to stop"
+            print(f"{self.path.parent}: {why}, saved after step {step + 1}; the same "
                   "command goes on from there", flush=True)
+            if "LIDAR_CAMERA_SAVED" in os.environ:
+                Path(os.environ["LIDAR_CAMERA_SAVED"]).touch()  # for the launcher
+        destroy_group()  # rank 0 has saved now
+        if self.failure:
+            raise self.failure
+        require(saved, f"{self.path.parent}: asked to stop before step 1, so there is nothing to "
+                       "save; the same command starts again")
         sys.exit(128 + signal.SIGTERM)
 
     def close(self):
         """The end of training: signals mean again what they meant before."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        restore_signals(self.handlers)
         if self.rank == 0:
             self.file.close()
             self.board.close()

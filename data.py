@@ -28,6 +28,7 @@ import glob
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import secrets
@@ -57,6 +58,9 @@ from tqdm import tqdm
 # OpenCV's threads do not survive the fork of a worker: resize would wait for them for ever
 cv2.setNumThreads(0)
 
+# a batch of so many frames is accepted whatever the size of the data set
+LARGE_BATCH = 64
+
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 4
 
@@ -67,6 +71,7 @@ class DataError(ValueError):
     The message says which file or frame, what was found, what was expected and what to
     do.
     """
+    one_line = True  # common.launch shows the message without a traceback
 
 
 # ---- record: Grid, Frame, Batch ------------------------------------------------------
@@ -581,6 +586,17 @@ ALMOST = {
 }
 
 
+def announce(dataset, batch):
+    """Say which data set a run reads. A batch (frames of a rank) beyond it is refused."""
+    train = len(dataset.split("train"))
+    val = len(dataset.split("val"))
+    most = max(train, LARGE_BATCH)
+    if batch > most:
+        raise DataError(f"--batch {batch}: the train split of {dataset.what} has {train} frames; "
+                        f"give at most {most}")
+    print_once(f"{dataset.what}, {train} train and {val} val frames")
+
+
 def has_layout(root, reader):
     """Whether root holds one of the reader's layouts."""
     patterns = [pattern for places in reader.LAYOUTS.values() for pattern in places]
@@ -677,7 +693,10 @@ class Loader:
 
     def begin_at(self, step):
         """Endless batches from this step on: what an uninterrupted run would see from there."""
-        return self.batches(self.jobs_from(step))
+        for n, batch in enumerate(self.batches(self.jobs_from(step))):
+            if n == 0 and self.workers:
+                refuse_small_memory(batch, self.workers)
+            yield batch
 
     def first(self, n):
         """The first n batches of begin_at(0), as a list: the same ones at every call."""
@@ -714,11 +733,24 @@ class Loader:
         """A Batch for each list of jobs, computed here or by workers."""
         if not self.workers:
             for batch in jobs:
-                yield collate_jobs([self[job] for job in batch])
+                with time_limit(self.workers):
+                    pairs = [self[job] for job in batch]
+                yield collate_jobs(pairs)
             return
-        yield from torch.utils.data.DataLoader(
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        source = iter(torch.utils.data.DataLoader(
             self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
-            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized())
+            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
+        # torch's handler raises a worker's death in the middle of a step; without it the wait
+        # for the next batch does, after which a run can still be saved
+        if in_main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        while True:
+            with time_limit(self.workers):
+                batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
 
     def __getitem__(self, job):
         """(epoch, index, training) -> (Frame, seed). This is what a worker computes."""
@@ -739,6 +771,86 @@ class Loader:
 def collate_jobs(pairs):
     """A list of (Frame, seed) -> Batch."""
     return collate([frame for frame, _ in pairs], [seed for _, seed in pairs])
+
+
+class Stalled(BaseException):
+    """The data have been waited for too long. No `except Exception` of a reader stops it."""
+
+
+def in_main_thread():
+    """Whether signals can be handled here."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def time_limit(workers):
+    """Wait for a batch within; DataError if that takes too long or a worker has died.
+
+    Too long is half the time for which a rank waits for another one, so that a rank
+    without data ends with its reason before the others end without it.
+    """
+    def stall(*_):
+        raise Stalled
+
+    limit = int(os.environ.get("LIDAR_CAMERA_TIMEOUT", 300)) / 2
+    try:
+        if in_main_thread():
+            handler = signal.signal(signal.SIGALRM, stall)
+            signal.setitimer(signal.ITIMER_REAL, limit)
+        try:
+            yield
+        finally:
+            if in_main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, handler)
+    except Stalled as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would be waited for at the end of the program
+        advice = "Does a disk not answer?"
+        if workers:
+            advice = (f"{shared_memory()}: if that is full, enlarge it (docker: --shm-size 8g or "
+                      "--ipc=host) or give --workers 0. If not, does a disk not answer?")
+        raise DataError(f"no batch for {limit:.0f} s. {advice} A larger LIDAR_CAMERA_TIMEOUT "
+                        "waits longer; the same command goes on from the last checkpoint"
+                        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(f"{str(error).strip()}: a loader worker was killed, as the kernel does "
+                        f"where memory runs out. {shared_memory()}. Give fewer --workers or a "
+                        "smaller --batch; the same command goes on from the last checkpoint"
+                        ) from error
+
+
+def shared_memory():
+    """How much of /dev/shm is free, for a message."""
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return "Batches wait in shared memory"
+    free = disk.f_bavail * disk.f_frsize / 2**20
+    total = disk.f_blocks * disk.f_frsize / 2**20
+    return f"/dev/shm, where batches wait, has {free:.0f} of {total:.0f} MB free"
+
+
+def refuse_small_memory(batch, workers):
+    """DataError if /dev/shm cannot hold the batches that wait there: two for each worker.
+
+    A worker that finds it full drops its batch without a word to the main process.
+    """
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return
+    sizes = []
+    batch.map(lambda tensor: sizes.append(tensor.nbytes) or tensor)
+    size = sum(sizes) * 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    total = disk.f_blocks * disk.f_frsize
+    if size * workers > total:
+        raise DataError(
+            f"/dev/shm has {total / 2**20:.1f} MB, but the batches of --workers {workers} that "
+            f"wait there take {size * workers / 2**20:.1f} MB; enlarge it (docker: --shm-size 8g "
+            f"or --ipc=host), or give --workers {int(total / size)}")
 
 
 def start_worker(_):

@@ -46,7 +46,8 @@ import data
 from common import (
     trunk, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
-    parse, require, launch, init_process, start, wrap, resume, save, cosine,  # runs: skip
+    parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
+    cosine, to_json,
     record_frames, rank0_first, lock_run_folder, run_config, read_units, load_units,
     destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
 )
@@ -121,12 +122,24 @@ SMALL = dict(
 )
 
 
-def check(cfg, dataset):
-    """End with a message if this cannot work, before anything is written."""
+def check_flags(cfg):
+    """Refuse flags that cannot work, before the data set is opened."""
+    check_numbers(
+        cfg, "batch save_every fraction lr clip width bins",
+        dict(workers=256, fraction=1, width=512, bins=10_000, min_radius=10_000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
             "one of them must be 0, the other positive")
-    require(min(cfg.batch, cfg.save_every) >= 1, "--batch and --save-every start at 1")
+    require(max(cfg.scale, cfg.gaussian_overlap) < 1,
+            f"--scale {cfg.scale} and --gaussian-overlap {cfg.gaussian_overlap}: "
+            "expected numbers below 1")
+    asked_units(cfg)
+    if cfg.init != "none":
+        read_units(cfg.init)
+
+
+def check(cfg, dataset):
+    """End with a message if this cannot work, before anything is written."""
     require(cfg.draw == "frames" or dataset.grid.dataset != "kitti",
             "--draw scenes: KITTI's object frames belong to no scene; draw frames")
     require(not cfg.use or cfg.init != "none",
@@ -489,11 +502,13 @@ def augment(frame, rng, rotation, scale, flip):
 
 
 def train(rank, world, cfg):
+    check_flags(cfg)
     if cfg.eval_only:
         return rescore(rank, world, cfg)
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset, images=cfg.modality != "lidar")
+    data.announce(dataset, cfg.batch)
     check(cfg, dataset)
     asked, possible = asked_units(cfg)
     # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
@@ -514,11 +529,11 @@ def train(rank, world, cfg):
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = Detector(cfg, dataset.grid)
-    device = start(cfg, rank, world)
-    model.to(device)
     loaded = set()
     if cfg.init != "none":
         loaded = load_units(cfg.init, model, asked, possible, dataset.grid, rank)
+    device = start(cfg, rank, world)
+    model.to(device)
     new = [p for name, p in model.named_parameters() if name not in loaded]
     old = [p for name, p in model.named_parameters() if name in loaded]
     groups = [dict(params=new, base=cfg.lr), dict(params=old, base=cfg.lr_pretrained)]
@@ -590,6 +605,7 @@ def rescore(rank, world, cfg):
     device = init_process(cfg, world)
     dataset = data.open_dataset(trained.data, trained.preset,
                                 images=trained.modality != "lidar")
+    data.announce(dataset, trained.batch)
     model = Detector(trained, dataset.grid).to(device)
     step = resume(cfg.eval_only, model)
     require(step > 0,
@@ -673,12 +689,6 @@ def finish(model, cfg, out, val_loader, device, rank):
     save_figures(val_loader, frames, folder)
     print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
           f"| seed {cfg.seed} | {scores} |")
-
-
-def to_json(metrics):
-    """Metrics as JSON text, null where a class has no truth: JSON has no NaN."""
-    metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
-    return json.dumps(metrics, indent=1)
 
 
 # ---- nuScenes' metric ----------------------------------------------------------------

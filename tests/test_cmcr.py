@@ -775,15 +775,15 @@ def test_the_rate_ends_at_lr_end_and_the_small_preset_needs_no_download(
 
 @pytest.mark.parametrize("flags, message", [
     (dict(epochs=2), "one of them must be 0"),
-    (dict(steps=-5), "the other positive"),
+    (dict(steps=-5), "--steps -5: expected a whole number from 0"),
     (dict(crop_h=100), "multiples of 32"),
     (dict(codes=1), "--without codebook"),
     (dict(mask_cells=1.5), "0 to 1"),
     (dict(teacher="moco"), "is a ResNet-50"),
     (dict(teacher="nowhere.pth"), "no readable weights"),
-    (dict(batch=0, teacher="none"), "start at 1"),
-    (dict(rotation=-1.0, teacher="none"), "starts at 0"),
-    (dict(query_radius=0.0, teacher="none"), "positive"),
+    (dict(batch=0, teacher="none"), "--batch 0: expected a whole number from 1"),
+    (dict(rotation=-1.0, teacher="none"), "expected a number from 0"),
+    (dict(query_radius=0.0, teacher="none"), "expected a number above 0"),
 ])
 def test_flags_that_cannot_work_are_refused(flags, message, three_frames, tmp_path):
     cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags)

@@ -2,11 +2,15 @@
 import importlib
 import json
 import math
+import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-from conftest import on_two, trained
+from conftest import die_with_the_server, on_two, trained
 
 # 32 (+1) x 64 x 64 voxels
 GRID = dict(low=(-3.2, -3.2, -2.0), high=(3.2, 3.2, 1.2), voxel=(0.1, 0.1, 0.1))
@@ -790,6 +794,14 @@ def test_the_process_that_failed_first_by_itself_is_blamed():
     # killed after more than 10 s: it was hanging, and the launcher killed it
     assert common.rank_to_blame(failures((1, 5), (-signal.SIGKILL, 15))) == 1
     assert common.rank_to_blame(failures((1, 5), (-signal.SIGKILL, 16))) == 0
+    # who was asked to stop, and has saved, did so because of another one
+    assert common.rank_to_blame(failures((143, 5), (1, 5))) == 1
+    assert common.rank_to_blame(failures((143, 5), (143, 6))) == 0
+    # at the same second the one that says why
+    both = failures((1, 5), (1, 5))
+    both[1].message = {"message": "SystemExit: no batch"}
+    assert common.rank_to_blame(both) == 1
+    assert common.describe_failure(1, 2, both[1]) == "rank 1 of 2: no batch"
 
 
 def test_on_cuda_image_norms_become_synchronised_and_keep_their_tensors(monkeypatch):
@@ -813,6 +825,11 @@ class Config:
     preset: str = "paper"
     init: str = "none"
     steps: int = 0  # of training
+
+
+@dataclass
+class PresetConfig(Config):
+    preset: Literal["paper", "small"] = "paper"
 
 
 def test_help_ends_before_the_reading_list(monkeypatch, capsys):
@@ -842,6 +859,83 @@ def test_the_preset_is_the_flag_s_else_that_of_init_else_small_without_data(
     monkeypatch.setattr(sys, "argv", ["it.py", *flags])
     cfg = common.parse(Config, dict(steps=340))
     assert (cfg.preset, cfg.steps) == (preset, steps)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", ""], "--data was given an empty text"),
+    (["--data="], "--data was given an empty text"),
+    (["--init", ""], "--init was given an empty text"),
+    (["--preset", "large"], 2),
+    (["--steps", "nan"], 2),
+    (["--init", "x" * 5000], None),
+])
+def test_flags_that_no_shell_should_give_are_refused(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["it.py", *flags])
+    if message is None:
+        assert common.parse(PresetConfig, {}).preset == "small"
+        return
+    with pytest.raises(SystemExit) as refusal:
+        common.parse(PresetConfig, {})
+    code = refusal.value.code
+    assert code == message or isinstance(code, str) and message in code
+
+
+@pytest.mark.parametrize("variables, gpus, message", [
+    ("RANK=0", 2, "WORLD_SIZE is not set in the environment"),
+    ("WORLD_SIZE=4", None, "RANK is not set in the environment"),
+    ("RANK=abc WORLD_SIZE=1", None, "RANK=abc in the environment: expected a whole number"),
+    ("RANK=-1 WORLD_SIZE=2", None, "RANK=-1 in the environment"),
+    ("RANK=0 WORLD_SIZE=0", None, "WORLD_SIZE=0 in the environment"),
+    ("RANK=1 WORLD_SIZE=1", None, "expected a rank below the number of processes"),
+    ("RANK=0 WORLD_SIZE=1", 2, "--gpus 2, but RANK=0 and WORLD_SIZE=1"),
+])
+def test_an_environment_that_makes_no_sense_is_refused(variables, gpus, message, monkeypatch):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(SystemExit, match=message):
+        common.launch(None, SimpleNamespace(gpus=gpus))
+
+
+def test_the_environment_of_a_launcher_is_taken(monkeypatch):
+    for name, value in dict(RANK=9, WORLD_SIZE=16, LOCAL_WORLD_SIZE=8).items():
+        monkeypatch.setenv(name, str(value))
+    for gpus in (None, 0, 8):
+        assert common.place_in_job(SimpleNamespace(gpus=gpus)) == (9, 16)
+    monkeypatch.setenv("LIDAR_CAMERA_TIMEOUT", "abc")
+    with pytest.raises(SystemExit, match="LIDAR_CAMERA_TIMEOUT=abc .*expected a whole number"):
+        common.environment_number("LIDAR_CAMERA_TIMEOUT", 300, 1)
+
+
+def test_metrics_are_json_without_nan():
+    text = common.to_json({"a": math.nan, "b": [math.inf, 0.1]})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 0.1]}
+
+
+def outlive(pid_file):
+    """A process that starts a rank, which ends with it."""
+    die_with_the_server()
+    rank = os.fork()
+    if rank == 0:
+        common.end_with_parent()
+        Path(pid_file).write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def test_a_rank_ends_with_its_launcher(server, tmp_path):
+    pid_file = tmp_path / "pid"
+    launcher = server.Process(target=outlive, args=(pid_file,))
+    launcher.start()
+    deadline = time.monotonic() + 30
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    rank = Path("/proc", pid_file.read_text())
+    assert rank.exists()
+    launcher.kill()
+    launcher.join()
+    while rank.exists() and "State:\tZ" not in (rank / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_weight_file_with_something_else_than_tensors_is_refused(tmp_path):

@@ -26,7 +26,9 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -34,7 +36,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +327,8 @@ def test_a_second_process_is_refused_the_run_folder(server, three_frames, tmp_pa
     first.until_step_1()
     before = files(tmp_path / "run")
     code, output = run(server, "finetune", cfg, path=tmp_path / "second.output")
-    assert code == 1 and "run: another process is writing this run" in output, output
+    message = f"run: another process is writing this run (pid {first.process.pid})"
+    assert code == 1 and message in output and "Traceback" not in output, output
     assert "another --out" in output, output
     assert files(tmp_path / "run") == before
     first.process.kill()
@@ -406,6 +409,153 @@ def test_ctrl_c_saves_and_a_second_one_exits_at_once(server, three_frames, tmp_p
             os.kill(two.process.pid, signal.SIGINT)
     code, output = two.end(10)
     assert code == 1 and "KeyboardInterrupt" in output
+
+
+def test_a_closed_terminal_is_a_request_to_stop_unless_nohup_ignores_it(
+        server, three_frames, tmp_path):
+    closed = config("finetune", three_frames, tmp_path / "closed", steps=1000, save_every=1000)
+    one = Run(server, "finetune", closed)
+    one.until_step_1()
+    os.kill(one.process.pid, signal.SIGHUP)
+    code, output = one.end()
+    step = step_of(tmp_path / "closed" / "last.pt")
+    assert code == 143 and f"saved after step {step}" in output, output
+
+    cfg = config("finetune", three_frames, tmp_path / "nohup")
+    two = Run(server, "finetune", cfg, ignore_hangup)
+    two.until_step_1()
+    os.kill(two.process.pid, signal.SIGHUP)
+    code, output = two.end()
+    assert code == 0 and "asked to stop" not in output, output
+
+
+def ignore_hangup(module, _):
+    """Fault, or a setting: as under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def close_output(module, how):
+    """Fault: nothing can be printed any more."""
+    file = os.open("/dev/full", os.O_WRONLY)
+    if how == "pipe":
+        reader, file = os.pipe()
+        os.close(reader)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+
+
+@pytest.mark.parametrize("how", ["full", "pipe"])
+def test_output_that_nobody_takes_ends_nothing(folders, tmp_path, how):
+    code, _ = folders.again("finetune", tmp_path / "run", close_output, how, steps=1)
+    assert code == 0 and (tmp_path / "run" / "metrics.json").exists()
+    stream = common.LenientStream(None)  # what Python has where these are closed
+    assert stream.write("word") == 4 and stream.flush() is None
+
+
+# ---- a loader that gives nothing -----------------------------------------------------
+
+def spoil_data(module, words):
+    """Fault: from job n on, what reads the data hangs, dies or finds a broken file.
+
+    In this process or in a loader's worker, which counts its own jobs.
+    """
+    n, what, timeout = words
+    multiprocessing.set_start_method("fork", force=True)  # else workers have no fault
+    os.environ["LIDAR_CAMERA_TIMEOUT"] = str(timeout)
+    read = data.Loader.__getitem__
+    jobs = itertools.count()
+
+    def spoiled(self, job):
+        if job[2] and next(jobs) >= n:
+            if what == "hangs":
+                time.sleep(1000)
+            if what in ("stops", "dies"):
+                time.sleep(1)  # until its thread has handed over the batch before
+                os.kill(os.getpid(), signal.SIGSTOP if what == "stops" else signal.SIGKILL)
+            raise data.DataError("nuscenes/a/b: broken, repair it")
+        return read(self, job)
+    data.Loader.__getitem__ = spoiled
+
+
+@pytest.mark.parametrize("what, workers, message", [
+    ("stops", 1, "no batch for 5 s. /dev/shm, where batches wait, has .* MB free: if that is full"),
+    ("hangs", 0, "no batch for 5 s. Does a disk not answer"),
+    ("dies", 1, "a loader worker was killed, as the kernel does where memory runs out"),
+    ("broken", 1, "nuscenes/a/b: broken, repair it"),
+    ("broken", 0, "nuscenes/a/b: broken, repair it"),
+])
+def test_a_run_without_data_is_saved_and_says_why(folders, tmp_path, what, workers, message):
+    out = tmp_path / "run"
+    timeout = 10 if what in ("stops", "hangs") else 600
+    code, output = folders.again("finetune", out, spoil_data, (2, what, timeout), save_every=1000,
+                                 workers=workers)
+    assert code == 1 and re.search(message, output.splitlines()[-1]), output
+    step = step_of(out / "last.pt")
+    assert 1 <= step <= 2 and "Traceback" not in output, output
+    message = f"run: no data for the next step, saved after step {step}; the same command goes on"
+    assert message in output, output
+    if what == "dies":
+        code, output = folders.again("finetune", out)
+        assert code == 0 and folders.same("finetune", out), output
+
+
+@pytest.mark.parametrize("n, workers", [(1, 0), (1, 1), (0, 0)])
+def test_a_run_that_waits_for_data_stops_at_once(server, three_frames, tmp_path, n, workers):
+    out = tmp_path / "run"
+    cfg = config("finetune", three_frames, out, save_every=1000, workers=workers)
+    one = Run(server, "finetune", cfg, spoil_data, (n, "hangs", 600))
+    one.until(lambda: ("step 1/" if n else "steps 0 to") in one.output())
+    time.sleep(0.5)
+    asked = time.monotonic()
+    os.kill(one.process.pid, signal.SIGTERM)
+    code, output = one.end(20)
+    assert time.monotonic() - asked < 10 and "Traceback" not in output, output
+    if n:
+        assert code == 143 and "asked to stop, saved after step 1" in output, output
+        assert step_of(out / "last.pt") == 1
+    else:
+        assert code == 1 and "asked to stop before step 1" in output, output
+        assert not (out / "last.pt").exists()
+
+
+def test_shared_memory_must_hold_the_batches_that_wait(three_frames, monkeypatch):
+    loader = data.loader(three_frames, "train", 1, preset="small", workers=1)
+    batch = next(data.loader(three_frames, "train", 1, preset="small").begin_at(0))
+    monkeypatch.setattr(data.Loader, "batches", lambda *_: iter([batch]))
+    size = []
+    batch.map(lambda tensor: size.append(tensor.nbytes) or tensor)
+    blocks = 2 * sum(size) // 4096
+    for total, fits in ((blocks + 2, True), (blocks - 1, False)):
+        disk = os.statvfs_result((4096, 4096, total, total, total, 0, 0, 0, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda path, disk=disk: disk)
+        batches = loader.begin_at(0)
+        if fits:
+            next(batches)
+            continue
+        with pytest.raises(data.DataError, match="/dev/shm has .* --shm-size 8g .*--workers 0"):
+            next(batches)
+
+
+def test_each_run_says_first_what_it_reads(folders, three_frames):
+    for script in ("clap", "finetune"):
+        lines = Path(f"{folders.whole(script)}.output").read_text().splitlines()
+        assert f"{three_frames}: nuScenes v1.0-embedded, 2 train and 1 val frames" == lines[0]
+    dataset = data.open_dataset(three_frames, "small")
+    data.announce(dataset, 64)
+    with pytest.raises(data.DataError, match="--batch 65: the train split of .* has 2 frames"):
+        data.announce(dataset, 65)
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(folders, tmp_path, monkeypatch):
+    code, output = folders.again("finetune", tmp_path / "run", debug, (1, "broken", 600))
+    assert code == 1 and output.startswith("nuscenes", output.rindex("\n", 0, -1) + 1), output
+    assert "Traceback" in output
+
+
+def debug(module, words):
+    """Fault: as spoil_data, with tracebacks."""
+    os.environ["LIDAR_CAMERA_DEBUG"] = "1"
+    spoil_data(module, words)
 
 
 def test_a_finished_run_is_not_changed(folders, tmp_path):
@@ -554,7 +704,7 @@ def test_nan_ends_the_run_before_the_update(folders, tmp_path, script, where, te
     out = tmp_path / "run"
     code, output = folders.again(script, out, poison, where)
     message = f"FloatingPointError: step 1, rank 0: {terms} on nuscenes/"
-    assert code == 1 and message in output, output
+    assert code == 1 and message in output and "Traceback" not in output, output
     assert "nothing was updated, the last checkpoint stands" in output, output
     assert step_of(out / "last.pt") == 1 and steps_logged(out) == [0]
 
@@ -571,6 +721,85 @@ def test_each_method_logs_its_gradient_norm_before_the_update(script):
 def test_a_learning_rate_of_1e20_ends_the_run(folders, tmp_path, script):
     code, output = folders.again(script, tmp_path / "run", lr=1e20, steps=30)
     assert code == 1 and "not finite on nuscenes/" in output, output
+
+
+# ---- flags that make no sense ---------------------------------------------------------
+
+VALUES = dict(int=(-1, 0, 10**9), float=(-1.0, 0.0, 1e9, float("nan"), float("inf"), 1e-30))
+ENDLESS = {"epochs", "steps", "profile"}    # 10^9 of these is a run that one may ask for
+
+
+def swept(script):
+    """(field, value) for each number of a script's Config and each value of VALUES."""
+    for field in fields(importlib.import_module(script).Config):
+        kind = "int" if "int" in str(field.type) else getattr(field.type, "__name__", "")
+        for value in VALUES.get(kind, ()):
+            yield field.name, value
+
+
+def check_of(script):
+    module = importlib.import_module(script)
+    return module.check_flags if script == "finetune" else module.check
+
+
+def accepts(check, cfg):
+    try:
+        check(cfg)
+    except SystemExit as refusal:
+        assert isinstance(refusal.code, str) and refusal.code.startswith("--"), refusal.code
+        return False
+    return True
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_each_number_of_each_script_is_checked_before_anything_is_written(script):
+    """nan, inf and negative numbers are refused everywhere, and so are enormous counts."""
+    check = check_of(script)
+    assert accepts(check, config(script, "", ""))
+    for name, value in swept(script):
+        accepted = accepts(check, config(script, "", "", **{name: value}))
+        if not 0 <= value < float("inf"):
+            assert not accepted, (name, value)
+        if isinstance(value, int) and value > 1 and name not in common.LONG:
+            assert not accepted, (name, value)
+
+
+def accepted_values(script):
+    """What the check lets through, but runs without an end."""
+    check = check_of(script)
+    return [(name, value) for name, value in swept(script)
+            if (value < 10**9 or name not in ENDLESS)
+            and accepts(check, config(script, "", "", **{name: value}))]
+
+
+def one_step(cfg):
+    return replace(cfg, epochs=0, steps=1, profile=min(cfg.profile, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RUNS)
+def test_a_strange_number_gives_one_line_or_a_run(server, three_frames, tmp_path, script):
+    for name, value in accepted_values(script):
+        cfg = one_step(config(script, three_frames, tmp_path / "run", **{name: value}))
+        code, output = run(server, script, cfg)
+        assert code in (0, 1) and "Traceback" not in output, (name, value, output)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+@pytest.mark.parametrize("script, name, value", [
+    ("finetune", "weight_decay", 1e9), ("finetune", "warmup", 10**9), ("simipu", "w_inter", 1e9),
+    ("cmcr", "tau", 1e-30), ("finetune", "workers", -1),
+])
+def test_a_few_strange_numbers_give_one_line_or_a_run(
+        server, three_frames, tmp_path, script, name, value):
+    out = tmp_path / "run"
+    code, output = run(server, script,
+                       one_step(config(script, three_frames, out, **{name: value})))
+    assert code in (0, 1) and "Traceback" not in output, output
+    if name == "workers":
+        assert code == 1 and output.splitlines() == [
+            "--workers -1: expected a whole number from 0 to 256"]
+        assert not out.exists()
 
 
 # ---- 10, 12: one process has nothing, the other everything ---------------------------
@@ -711,6 +940,24 @@ def test_a_hung_process_is_waited_for_only_until_the_timeout(server, three_frame
         two.process.kill()
         two.process.join()
     assert code == 1 and time.monotonic() - begun < 15 and "imed out" in output, output
+
+
+def join_without_data(module, words):
+    """Fault: one of two processes, of which rank 1 finds a broken frame in its second step."""
+    join(module, words)
+    if words[0] == 1:
+        spoil_data(module, (1, "broken", 100))
+
+
+def test_a_process_without_data_ends_the_job_saved(server, three_frames, tmp_path):
+    port = free_port()
+    cfg = config("finetune", three_frames, tmp_path / "run", steps=1000, save_every=1000)
+    both = [Run(server, "finetune", cfg, join_without_data, (rank, port, 100),
+                path=tmp_path / str(rank)) for rank in (0, 1)]
+    (code, output), (other_code, other) = [one.end() for one in both]
+    assert code == 143 and "no data for the next step, saved after step 1" in output, output
+    assert other_code == 1 and other.splitlines()[-1] == "nuscenes/a/b: broken, repair it", other
+    assert step_of(tmp_path / "run" / "last.pt") == 1
 
 
 @pytest.mark.slow    # torch's launcher gives what is left 30 seconds

@@ -782,12 +782,12 @@ def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, message):
 
 @pytest.mark.parametrize("flags, message", [
     (dict(epochs=2), "one of them must be 0"),
-    (dict(batch=0), "start at 1"),
-    (dict(steps=-1, epochs=20), "one of them must be 0"),
+    (dict(batch=0), "--batch 0: expected a whole number from 1"),
+    (dict(steps=-1, epochs=20), "--steps -1: expected a whole number from 0"),
     (dict(use=("lidar", "head"), init="x"), "expected some of lidar"),
     (dict(use=("lidar",)), "--use lidar with --init none"),
     (dict(modality="lidar", use=("camera.neck",), init="x"), "expected some of lidar fuse"),
-    (dict(fraction=2.0), "at most 1"),
+    (dict(fraction=2.0), "--fraction 2.0: expected a number above 0 to 1"),
     (dict(eval_only="nowhere"), "no readable configuration"),
 ])
 def test_flags_that_cannot_work_are_refused_before_anything_is_written(

@@ -779,13 +779,13 @@ def test_learning_rates_fall_each_epoch(three_frames, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (dict(epochs=2), "one of them must be 0"),
-    (dict(steps=-5), "the other positive"),
+    (dict(steps=-5), "--steps -5: expected a whole number from 0"),
     (dict(points=100), "a multiple of 32"),
     (dict(w_intra=0., w_inter=0.), "not both 0"),
-    (dict(scale=1.5), "scale below 1"),
-    (dict(radius_scale=0.), "positive"),
+    (dict(scale=1.5), "--scale 1.5: expected a number below 1"),
+    (dict(radius_scale=0.), "expected a number above 0"),
     (dict(zoom_low=3.), "0 < low <= high"),
-    (dict(batch=0), "start at 1"),
+    (dict(batch=0), "--batch 0: expected a whole number from 1"),
 ])
 def test_flags_that_cannot_work_are_refused(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
