@@ -68,7 +68,7 @@ from common import (
     perplexity, surface_variation,  # contrast, curvature
     trunk, mlp, conv3d, ravel,  # networks
     all_reduce, mean_rows,  # processes
-    parse, require, launch, start, wrap, resume, save, record_frames,  # runs
+    parse, require, launch, start, wrap, resume, save,  # runs
     destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
     load_tool, write_text,
 )
@@ -944,13 +944,13 @@ def train(rank, world, cfg):
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = CLAP(cfg, dataset.grid)
-    device = start(cfg, rank, world)
+    device = start(cfg, rank, world, dataset, loader.indices)
     model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr,
                             weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        tool = load_tool("profiling")
+        tool = load_tool("profiling", "--profile")
         return tool.profile(cfg, net, loader, [opt], device, rank,
                             lidar=(model.lidar, "forward"),
                             camera=(model.camera, "forward"),
@@ -964,7 +964,6 @@ def train(rank, world, cfg):
             f"the run has {steps}: the SDF would never guide the sampling. "
             "Give fewer epochs, or --sampler uniform")
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
-    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled")
     val_batches = list(val_loader.once())  # the same on every rank
 

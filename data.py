@@ -55,6 +55,7 @@ cv2.setNumThreads(0)
 
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 3
+DIGEST_FRAMES = 32           # frames whose files a resumed run compares (file_digests)
 
 
 class DataError(ValueError):
@@ -829,6 +830,33 @@ def split_frames(dataset, split_of, name):
     return indices
 
 
+def file_digests(dataset):
+    """Digests of the files of some frames, spread over the data set -> {file: digest}.
+
+    They are what a run compares when it is resumed, wherever the data set lies then: no path,
+    no time. Of each file, its size and its last 64 KiB.
+    """
+    digests = {}
+    for i in spread(np.arange(len(dataset)), DIGEST_FRAMES):
+        for file in dataset.files(int(i)):
+            if file not in digests:
+                digests[file] = file_digest(path_inside(dataset.root, file, dataset.what))
+    return digests
+
+
+def file_digest(path):
+    """Size and CRC of the last 64 KiB of a file, as text."""
+    if not os.path.isfile(path):
+        return "absent"
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 2**16, 0))
+            return f"{size} {zlib.crc32(file.read()):08x}"
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
 # ---- camera images -------------------------------------------------------------------
 
 REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
@@ -1405,7 +1433,8 @@ class NuScenes:
         state = []
         for path in Path(self.root, self.version).glob("*.json"):
             stat = path.stat()
-            state.append((str(path), stat.st_size, stat.st_mtime_ns))
+            # a copy may keep size and mtime, but never the ctime
+            state.append((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         for path in Path(self.root, "samples").glob("*"):
             # folders: more blobs may be extracted later
             state.append((str(path), path.stat().st_mtime_ns))
@@ -1477,6 +1506,18 @@ class NuScenes:
         Scenes are ordered by their start, frames by time.
         """
         return split_frames(self.what, self.frames["split"], name)
+
+    def files(self, i):
+        """The files of frame i below the root: the keyframe sweep and the images."""
+        return [self.sensors["file"][row].decode() for row in self.frames["sensors"][i]]
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        digest = hashlib.sha256()
+        for array in (self.frames, self.sensors, self.boxes):
+            digest.update(array)
+        tables = {f"tables of {self.version}, index {VERSION}": digest.hexdigest()[:16]}
+        return tables | file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame. image (H, W) is the size of its images, default the grid's."""
@@ -1841,6 +1882,16 @@ class Kitti:
         """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
         split_of = np.array([frame.split.encode() for frame in self.frames])
         return split_frames(self.what, split_of, name)
+
+    def files(self, i):
+        """The files of frame i below the root."""
+        frame = self.frames[i]
+        files = [frame.cloud, frame.image, *frame.calibration]
+        return [*files, frame.labels] if frame.labels else files
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        return file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame. image (H, W) is the size of its image, default the grid's."""
@@ -2335,6 +2386,16 @@ class Waymo:
         """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
         split_of = np.array([self.SPLITS[frame.folder].encode() for frame in self.frames])
         return split_frames(self.what, split_of, name)
+
+    def files(self, i):
+        """The files of the segment of frame i below the root."""
+        frame = self.frames[i]
+        first = Path(self.root, frame.folder, "vehicle_pose", f"{frame.segment}.parquet")
+        return [str(file.relative_to(self.root)) for file in segment_files(first)]
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        return file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame.
