@@ -2360,7 +2360,8 @@ def loss_curves(out, levels=None):
         if name != "step" and not name.startswith("val_"):
             heights = (levels or {}).get(name, ())
             panels.append((name, partial(draw_term, rows, name, heights)))
-    figure(Path(out) / "figures" / "losses.png", panels, 4, (3.2, 2.2))
+    if panels:  # none where the log of a finished run has gone
+        figure(Path(out) / "figures" / "losses.png", panels, 4, (3.2, 2.2))
 
 
 def draw_term(rows, name, heights, ax):
