@@ -76,7 +76,7 @@ from common import (
     perplexity, surface_variation,  # contrast, curvature
     trunk, mlp, conv3d, ravel,  # networks
     all_reduce, mean_rows,  # processes
-    parse, require, check_numbers, launch, start, wrap, resume, save, record_frames,  # runs
+    parse, require, check_numbers, launch, start, wrap, resume, save,  # runs
     destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
     load_tool, write_text, to_json,
 )
@@ -968,13 +968,13 @@ def train(rank, world, cfg):
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = CLAP(cfg, dataset.grid)
-    device = start(cfg, rank, world)
+    device = start(cfg, rank, world, dataset, loader.indices)
     model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr,
                             weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return load_tool("profiling").profile(
+        return load_tool("profiling", "--profile").profile(
             cfg, net, loader, [opt], device, rank,
             lidar=(model.lidar, "forward"), camera=(model.camera, "forward"),
             render=(model, "render"))
@@ -987,7 +987,6 @@ def train(rank, world, cfg):
             f"the run has {steps}: the SDF would never guide the sampling. "
             "Give fewer epochs, or --sampler uniform")
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
-    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled")
     val_batches = list(val_loader.once())  # the same on every rank
 

@@ -81,7 +81,7 @@ from common import (
     segment_sum, VoxelResNet, ResNet, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, mean_rows, AllReduceSum,  # processes
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
-    record_frames, load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool,
+    load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool,
     write_text, to_json,
 )
 
@@ -733,13 +733,13 @@ def train(rank, world, cfg):
     model = CMCR(cfg, dataset.grid, frozen=cfg.teacher != "none")
     if model.frozen:
         load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
-    device = start(cfg, rank, world)
+    device = start(cfg, rank, world, dataset, loader.indices)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
-        return load_tool("profiling").profile(
+        return load_tool("profiling", "--profile").profile(
             cfg, net, loader, [opt], device, rank,
             lidar=(model.lidar, "forward"), camera=(model.teacher, "stages"),
             rebuild=(model, "rebuild"), occupancy=(model, "decode_queries"))
@@ -747,7 +747,6 @@ def train(rank, world, cfg):
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
-    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     run = Run(cfg, rank, world, first, steps, device,
               f"lr {cfg.lr:g} not rescaled, teacher {cfg.teacher}")
     val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed

@@ -27,7 +27,8 @@ To fork a method, read its file, the functions that it imports from here, and da
                             destroy_group
     §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
                             to_json, run_config,
-                            record_frames, lock_run_folder,
+                            describe_data, data_changes,
+                            lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
                             load_resnet
@@ -39,20 +40,27 @@ xyz is x forward, y left, z up. Volumes and cell coordinates are (Z, Y, X).
 b_x is the frame of each row of x.
 """
 import dataclasses
+import errno
 import fcntl
+import functools
+import hashlib
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import re
+import secrets
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -1414,16 +1422,18 @@ def describe_failure(rank, n, failure):
             "the last checkpoint.")
 
 
-def start(cfg, rank, world, free=("out", "gpus", "workers", "eval_every", "save_every",
-                                  "profile", "export")):
+def start(cfg, rank, world, dataset, indices, listing="frames.txt",
+          free=("out", "gpus", "workers", "eval_every", "save_every", "profile", "export")):
     """Start a run: device, process group and run folder -> device.
 
-    A folder that holds another configuration is refused with the difference.
-    Only the fields named in `free` may change between stop and resume.
+    A folder that holds another configuration, or a run on other data, is refused with the
+    difference. Only the fields named in `free` may change between stop and resume, and
+    --data where the same data set now lies.
+    indices: the frames that are trained on; their names go into the file `listing`.
     """
     device = init_process(cfg, world)
     if not cfg.profile:
-        rank0_first(rank, lambda: open_run(cfg, world, free))
+        rank0_first(rank, lambda: open_run(cfg, world, dataset, indices, listing, free))
     return device
 
 
@@ -1541,6 +1551,8 @@ def parse(config, small):
                 f"{flags.init}/config.json: no preset of a run in it; --init names the folder that "
                 "a pre-training run wrote")
         preset = stored["preset"]
+    elif os.path.isfile(os.path.join(flags.init, "backbones.safetensors")):
+        preset = json.loads(read_units(flags.init)[1]["config"])["preset"]
     if flags.preset in ("paper", "small"):  # tyro refuses others
         preset = flags.preset
     changes = small if preset == "small" else {}
@@ -1602,8 +1614,11 @@ def run_config(folder):
     """config.json of a run folder, as a dict."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or config.get("preset") not in ("paper", "small"):
+            raise ValueError("it names no preset, paper or small")
+        return config
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: no readable configuration of a run ({error}); give a folder "
                          "that one of these scripts wrote") from error
 
@@ -1613,34 +1628,132 @@ def run_record(cfg, world):
     return json.loads(json.dumps({**dataclasses.asdict(cfg), "world": world}))
 
 
-def open_run(cfg, world, free):
+def open_run(cfg, world, dataset, indices, listing, free):
     """Make the run folder or take the one that exists, on rank 0.
 
-    It is locked, and its configuration compared. Then config.json, provenance.json (an
-    entry for each start and resume) and the source copies are written.
+    It is locked, and its configuration, frames and data set are compared with these. Then
+    config.json, provenance.json (an entry for each start and resume), the names of the frames,
+    data.json and the source copies are written.
     """
     out = Path(cfg.out)
+    check_place(cfg, dataset)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        refuse_foreign_files(out)
     except OSError as error:
         raise SystemExit(f"--out {out}: cannot write there ({error.strerror}); give a folder that "
                          "can be written") from error
     lock_run_folder(out)
-    state = checkpoint(out, verbose=True, mmap=True)
+    state = checkpoint(out, verbose=True, repair=True, mmap=True)
     record = run_record(cfg, world)
+    names = frame_names(dataset, indices)
+    now = describe_data(dataset)
     if state:
-        refuse_changes(out, json.loads(state["config"]), record, free)
+        changes = data_changes(out, now)
+        same_data = () if changes is None else ("data",)  # then the path says nothing
+        refuse_changes(out, json.loads(state["config"]), record, (*free, *same_data))
+        refuse_other_frames(out / listing, names)
+        require(not changes, f"{out}: {'; '.join(changes or ())}. Bring the data set back to what "
+                             "it was, or give another --out.")
+    else:
+        # of a first save that was killed: it must not outlive the traces of that (see save)
+        (out / "backbones.safetensors").unlink(missing_ok=True)
+    sweep(out)
     write_text(out / "config.json", json.dumps(record, indent=1))
-    provenance = out / "provenance.json"
-    starts = json.loads(provenance.read_text()) if state and provenance.exists() else []
+    starts = (read_json(out / "provenance.json", list) or []) if state else []
     starts.append(dict(argv=sys.argv, commit=commit(), python=sys.version.split()[0],
                        torch=torch.__version__, numpy=np.__version__))
-    write_text(provenance, json.dumps(starts, indent=1))
-    source = out / ("source" if len(starts) == 1 else f"source-{len(starts)}")
-    source.mkdir(exist_ok=True)
+    write_text(out / "provenance.json", json.dumps(starts, indent=1))
+    write_text(out / listing, "".join(name + "\n" for name in names))
+    write_text(out / "data.json", json.dumps(now, indent=1))
+    copy_source(out, len(starts))
+
+
+def check_place(cfg, dataset):
+    """End if a run must not be written to --out: where it reads from, or nowhere."""
+    require(cfg.out, "--out is empty; name a folder for this run")
+    place = os.path.realpath(cfg.out)
+    for field in ("init", "image_init", "teacher"):
+        source = getattr(cfg, field, "")
+        same = os.path.isdir(source) and os.path.realpath(source) == place
+        require(not same,
+                f"--out {cfg.out} is the run of --{field.replace('_', '-')}, which would be "
+                "overwritten; give another --out")
+    root = os.path.realpath(dataset.root)
+    begun = os.path.lexists(os.path.join(place, "last.pt"))
+    require(begun or os.path.commonpath([root, place]) != root,
+            f"--out {cfg.out} lies inside the data set {root}; give a place outside it")
+
+
+def refuse_foreign_files(out):
+    """End if a folder without a checkpoint holds what a new run must not overwrite.
+
+    A run of ours that has saved nothing yet may be started over. A log that the shell has put
+    there is no hindrance.
+    """
+    names = sorted(os.listdir(out))
+    if "last.pt" in names or "previous.pt" in names:
+        return
+    try:
+        ours = {"data", "out", "world"} <= run_config(out).keys()
+    except SystemExit:
+        ours = False
+    if ours:
+        # while the first checkpoint is saved, its part is there before these weights (see save)
+        saved = "backbones.safetensors" in names or "metrics.json" in names
+        saving = any(re.fullmatch(r"last\.pt.*\.part", name) for name in names)
+        require(saving or not saved,
+                f"{out} holds a run without its checkpoints (last.pt, previous.pt): it cannot be "
+                "resumed, and is not started over. Put one of them back, or give another --out.")
+        return
+    for name in names:
+        log = name.endswith((".log", ".out", ".err", ".txt"))
+        log = log and name not in ("frames.txt", "labels.txt")
+        harmless = log or name[0] == "." or name == "lock" or name.endswith(".part")
+        require(harmless, f"--out {out} holds {name}, and no run of this program; give a new "
+                          "folder, or an empty one")
+
+
+def sweep(out):
+    """Remove what killed processes have left half-written in a run folder."""
+    for folder, _, names in os.walk(out):  # it follows no links
+        for name in names:
+            if name.endswith(".part"):
+                with suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
+
+
+def copy_source(out, start):
+    """Copy the script, common.py and data.py into source/, source-2/ at the second start, ..."""
     script = Path(sys.modules["__main__"].__file__)
+    folder = out / ("source" if start == 1 else f"source-{start}")
     for file in {script, Path(__file__), Path(__file__).with_name("data.py")}:
-        shutil.copy(file, source)
+        with atomic_write(folder / file.name) as part:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(file, part)
+
+
+def read_json(path, kind):
+    """A JSON file of a run folder, a list or a dict; None where there is none.
+
+    One that cannot be parsed stops no run: that is said, and it is renamed.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+        return value
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SystemExit(unreadable_now(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        spoilt = path.with_name(f"{path.stem}.unreadable{path.suffix}")
+        with suppress(OSError):
+            os.replace(path, spoilt)
+        print(f"{path}: cannot be parsed ({first_line(error)}); it is now {spoilt.name}, and the "
+              "run goes on without it", flush=True)
+        return None
 
 
 def refuse_changes(out, before, now, free):
@@ -1654,29 +1767,69 @@ def refuse_changes(out, before, now, free):
                          "Repeat its command to resume it, or give another --out.")
 
 
-def record_frames(path, dataset, indices, first, rank):
-    """Write the names of a run's training frames, one a line.
+def frame_names(dataset, indices):
+    """The names of these frames, a list."""
+    all_names = dataset.names  # made once, for all frames
+    return [all_names[i] for i in indices]
 
-    A resumed run (first > 0) whose frames have changed since is refused: it would go on with
-    another schedule.
+
+def describe_data(dataset):
+    """What data.json says of a data set: its val frames, and digests of what it holds."""
+    return dict(val=frame_names(dataset, dataset.split("val")), holds=dataset.fingerprint())
+
+
+def data_changes(out, now):
+    """How a data set differs from the one that a run began with.
+
+    now: what describe_data says of it -> [text]; None where the run folder does not say what
+    it began with.
     """
-    def write():
-        all_names = dataset.names  # made once, for all frames
-        names = [all_names[i] for i in indices]
-        if first and path.exists():
-            refuse_other_frames(path, path.read_text().splitlines(), names)
-        write_text(path, "".join(name + "\n" for name in names))
-    rank0_first(rank, write)
+    path = Path(out) / "data.json"
+    before = read_json(path, dict)
+    if before is None:
+        return None
+    names = before.get("val")
+    holds = before.get("holds")
+    if not isinstance(names, list) or not isinstance(holds, dict):
+        print(f"{path}: it lacks val or holds; the data set is not compared", flush=True)
+        return None
+    changes = []
+    if names != now["val"]:
+        changes.append("val: " + frame_changes(list(map(str, names)), now["val"]))
+    common = holds.keys() & now["holds"].keys()
+    differ = sorted(name for name in common if holds[name] != now["holds"][name])
+    if differ:
+        changes.append(f"the data set has changed since the run began: {len(differ)} of the "
+                       f"{len(common)} parts that are compared, first {differ[0]}")
+    return changes
 
 
-def refuse_other_frames(path, before, now):
-    """End if a run's frames are not those that it began with. before, now: lists of names."""
+def frame_changes(before, now):
+    """How a list of frame names differs from an earlier one, as text."""
     old, new = set(before), set(now)
     examples = ", ".join(sorted(old ^ new)[:2]) or "in another order"
-    require(before == now,
-            f"{path}: this run began with {len(before)} frames; now there are {len(now)}, "
-            f"{len(new - old)} of them new, {len(old - new)} gone ({examples}, ...). Bring the "
-            "data set back to what it was, or give another --out.")
+    return (f"this run began with {len(before)} frames; now there are {len(now)}, "
+            f"{len(new - old)} of them new, {len(old - new)} gone ({examples}, ...)")
+
+
+def refuse_other_frames(path, now):
+    """End if a run's training frames are not those that it began with, listed in `path`.
+
+    It would go on with another schedule. now: the names of the frames.
+    """
+    try:
+        before = path.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    except ValueError:
+        print(f"{path}: no text in UTF-8; the frames are not compared, and it is written again",
+              flush=True)
+        return
+    require(before == now, f"{path}: {frame_changes(before, now)}. Bring the data set back to "
+                           "what it was, or give another --out.")
+
+
+LOCKS = {}  # run folder: the open lock file of this process
 
 
 def lock_run_folder(out):
@@ -1687,7 +1840,7 @@ def lock_run_folder(out):
     """
     try:
         # it is left open: to close it would be to unlock the folder
-        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
+        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise SystemExit(f"{out}: cannot write there ({error.strerror}); make the folder writable, "
                          "or give another --out") from error
@@ -1700,6 +1853,20 @@ def lock_run_folder(out):
                          "the same command goes on; or give another --out.") from error
     except OSError:
         pass  # a file system without locks
+    LOCKS[str(out)] = lock
+
+
+def keep_lock(out):
+    """Lock a run folder again if its lock has been removed; end if another process was first."""
+    lock = LOCKS.get(str(out))
+    if lock is None:
+        return  # this process has never locked it
+    try:
+        held = os.path.samestat(os.fstat(lock), os.stat(out / "lock"))
+    except OSError:
+        held = False
+    if not held:
+        lock_run_folder(out)
 
 
 def lock_holder(lock):
@@ -1732,6 +1899,30 @@ def first_line(error):
     return f"{type(error).__name__}: {str(error)}".splitlines()[0][:200]
 
 
+def is_temporary(error):
+    """Whether an error says nothing of a file: it could not be read just now.
+
+    A permission, a failing disk, no memory. Such an error may hide behind another one.
+    """
+    while error:
+        system = isinstance(error, OSError) and error.errno not in (
+            None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+        # how torch and safetensors say it
+        memory = isinstance(error, MemoryError) or re.search(
+            r"allocate|bad_alloc|unable to mmap|os error (5|12|13)\b", str(error))
+        if system or memory:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def unreadable_now(path, error):
+    """The message for a file that cannot be read just now: nothing is wrong with it."""
+    why = getattr(error, "strerror", None) or first_line(error)
+    return (f"{path}: cannot be read just now ({why}); nothing was changed. See to its "
+            "permissions, to free memory or to the disk; then the same command goes on.")
+
+
 @contextmanager
 def atomic_write(path, keep=None):
     """Write to the yielded path; at the end it becomes `path`.
@@ -1740,7 +1931,8 @@ def atomic_write(path, keep=None):
     file or the new one, whole. If writing fails, the old file stays, no part of the new one
     does, and the error says so.
     """
-    part = path.with_name(path.name + ".part")
+    # a name that nobody can foresee, and put a link there
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
         with open(part, "rb") as file:
@@ -1748,14 +1940,25 @@ def atomic_write(path, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
-    # torch.save reports a full disk as a RuntimeError
     except (OSError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"{path}: could not be written ({why_not_written(part, error)}); the old "
+                         "file, if there was one, is unchanged. Make room there, or make the "
+                         "folder writable; the same command goes on from the last "
+                         "checkpoint.") from error
+    finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise SystemExit(f"{path}: could not be written ({why}); the old file, if there was one, "
-                         "is unchanged. Make room there, or make the folder writable; the same "
-                         "command goes on from the last checkpoint.") from error
+
+
+def why_not_written(part, error):
+    """What the system says against writing: torch.save reports a full disk as something else."""
+    try:
+        with open(part, "ab") as file:
+            file.write(bytes(2**20))
+            os.fsync(file.fileno())
+    except OSError as refusal:
+        return refusal.strerror
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def write_text(path, text):
@@ -1764,45 +1967,104 @@ def write_text(path, text):
         part.write_text(text)
 
 
-def checkpoint(out, verbose=False, mmap=False):
+def checkpoint(out, verbose=False, repair=False, mmap=False):
     """The newest whole checkpoint of a run folder: last.pt, else previous.pt -> its dict.
 
-    It is None if neither file exists. If there are files and none can be read: SystemExit.
-    verbose: say when it is not last.pt, and move an unreadable last.pt out of the way.
+    It is None if neither file exists. If there are files and none is whole: SystemExit, and
+    also if one cannot be read just now, which says nothing of it.
+    verbose: say when it is not last.pt. repair: move a damaged last.pt out of the way.
     mmap: leave the tensors on the disk until they are read.
     """
     last = Path(out) / "last.pt"
     previous = Path(out) / "previous.pt"
     problems = []
     for path in (last, previous):
-        if not path.exists():
-            continue
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            if state.keys() != {"step", "config", "model", "optimizers"}:
-                raise ValueError(f"it holds {', '.join(map(str, state))[:100]}")
-        except Exception as error:  # cut, a pickle of more than tensors, another program's file
+            state = read_archive(path, mmap)
+            check_state(state)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # cut, damaged, a pickle of more than tensors, foreign
+            if is_temporary(error):
+                raise SystemExit(unreadable_now(path, error)) from error
             problems.append(f"{path}: not a readable checkpoint of this program "
                             f"({first_line(error)}), {path.stat().st_size} bytes")
             continue
-        if verbose and path == previous:
-            problem = f"{last}: missing"
-            if problems:
+        if path == previous:
+            problem = problems[0] if problems else f"{last}: missing"
+            if problems and repair:
                 os.replace(last, last.with_name("unreadable.pt"))
-                problem = f"{problems[0]}; it was renamed to unreadable.pt"
-            print(f"{problem}. Going on from {previous.name}, step {state['step']}.", flush=True)
+                problem += "; it was renamed to unreadable.pt"
+            if verbose:
+                print(f"{problem}. Going on from {previous.name}, step {state['step']}.",
+                      flush=True)
         return state
     if problems:
-        raise SystemExit("\n".join(problems)
-                         + "\nDelete the run folder to start over, or give another --out.")
+        raise SystemExit("\n".join(problems) + "\nPut a copy back if there is one; to start over, "
+                         "give another --out.")
 
 
-def resume(out, model, *opts):
+def read_archive(path, mmap=False):
+    """What torch.save wrote, tensors only; ValueError if a byte is not as it was written."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    check_archive(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@functools.cache
+def check_archive(path, stamp):
+    """ValueError if a part of a file of torch.save differs from its CRC, which torch ignores.
+
+    stamp: what changes with the file, since each is read once a process (0.7 s for 1 GB).
+    """
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":  # old files of torch are no archives
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                raise ValueError(f"its part {damaged} is damaged")
+
+
+def check_state(state):
+    """ValueError unless a checkpoint holds what `save` writes."""
+    if not isinstance(state, dict) or state.keys() != {"step", "config", "model", "optimizers"}:
+        raise ValueError(f"it holds {', '.join(map(str, state))[:100]}")
+    step = state["step"]
+    if type(step) is not int or step < 1:
+        raise ValueError(f"its step is {step!r}")
+    if not isinstance(json.loads(state["config"]), dict):
+        raise ValueError("its configuration is none")
+    model = state["model"]
+    if not isinstance(model, dict) or "no tensor" in shapes(model).values():
+        raise ValueError("its model is not a dict of tensors")
+    states = state["optimizers"]
+    if not isinstance(states, list) or not all(isinstance(opt, dict) for opt in states):
+        raise ValueError("its optimizers are not a list of dicts")
+    broken = not_finite(model)
+    if broken:
+        raise ValueError(f"{len(broken)} of its {len(model)} tensors are not finite, "
+                         f"first {broken[0]}")
+
+
+def not_finite(state):
+    """Names of the tensors that hold a NaN or an infinity. {name: tensor} -> [name].
+
+    The GPU is waited for once: a tensor is looked at only if some sum is not finite.
+    """
+    floats = {name: x for name, x in state.items() if x.is_floating_point()}
+    sums = [x.detach().sum(dtype=torch.float32) for x in floats.values()]
+    if not sums or torch.stack(sums).isfinite().all():
+        return []
+    return [name for name, x in floats.items() if not x.isfinite().all()]
+
+
+def resume(out, model, *opts, verbose=False):
     """Load the newest whole checkpoint if the run folder has one -> the next step, else 0.
 
-    The optimisers are loaded too where they are given.
+    The optimisers are loaded too where they are given. verbose: say when it is not last.pt.
     """
-    state = checkpoint(out)
+    state = checkpoint(out, verbose)
     step = state["step"] if state else 0
     extremes = torch.tensor([-step, step], device=next(model.parameters()).device)
     low, high = all_reduce(extremes, torch.distributed.ReduceOp.MAX).tolist()
@@ -1810,67 +2072,142 @@ def resume(out, model, *opts):
             f"{out}: of {processes()} processes some found the checkpoint of step {-low}, some "
             f"that of {high}; they must all see one folder: give an --out that they share, or try "
             "again if it could not be read for a moment")
-    if state:
-        model.load_state_dict(state["model"])
-        for opt, opt_state in zip(opts, state["optimizers"]):
-            opt.load_state_dict(opt_state)
+    if not state:
+        return 0
+    where = f"{out}: checkpoint of step {step}"
+    refuse_misfit(where, model.state_dict(), state["model"], "this model",
+                  "; are --data and config.json those of the run?")
+    model.load_state_dict(state["model"])
+    if opts:
+        load_optimizers(where, opts, state["optimizers"])
     return step
+
+
+def load_optimizers(where, opts, states):
+    """Load the states of optimisers; end if they do not fit. where: begins the message."""
+    count = len(states)
+    empty = not any(state.get("state") for state in states)
+    require(count == len(opts) and not empty,
+            f"{where}: {'empty states' if empty else 'states'} of {count} optimisers, expected "
+            f"those of {len(opts)}; give another --out")
+    try:
+        for opt, state in zip(opts, states):
+            opt.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{where}: the optimisers' states do not fit ({first_line(error)}); "
+                         "give another --out") from error
 
 
 def save(cfg, step, model, opts, units, grid):
     """Write a checkpoint and the weights for fine-tuning. Rank 0 only.
 
     last.pt is for resuming; the one before becomes previous.pt. backbones.safetensors has the
-    weights of `units`, name prefixes, with config, grid and commit in its header.
+    weights of `units`, name prefixes, with config, grid, commit and a digest in its header.
+    Weights that are not finite end the run instead: the last checkpoint stands.
     """
     from safetensors.torch import save_file
     out = Path(cfg.out)
     state = model.state_dict()
+    broken = not_finite(state)
+    require(not broken,
+            f"{out}: after step {step}, {len(broken)} of the {len(state)} tensors of the model are "
+            f"not finite, first {', '.join(broken[:1])}; this is not saved, the last checkpoint "
+            "stands. The last update broke them: are the rates and --clip sensible?")
+    keep_lock(out)
     prefixes = tuple(unit + "." for unit in units)
     weights = {}
     for name, tensor in state.items():
         if name.startswith(prefixes):
             weights[name] = tensor.contiguous().cpu()
-    # the commit at the start, not today's: files may have changed since
-    started = json.loads((out / "provenance.json").read_text())[-1]["commit"]
     header = {"config": json.dumps(dataclasses.asdict(cfg)),
               "grid": json.dumps(dataclasses.asdict(grid)),
-              "commit": started, "step": str(step), "units": ",".join(units)}
-    with atomic_write(out / "backbones.safetensors") as part:
-        save_file(weights, part, header)
+              "commit": started_commit(out), "step": str(step), "units": ",".join(units)}
+    header["digest"] = weights_digest(header, weights)
     config = json.dumps(run_record(cfg, processes()))
     optimizers = [opt.state_dict() for opt in opts]
+    # the checkpoint last, so that a resumed run repeats what it may lack; but its part first, so
+    # that weights without any trace of a checkpoint are known to have lost it
     with atomic_write(out / "last.pt", keep=out / "previous.pt") as part:
         torch.save(dict(step=step, config=config, model=state, optimizers=optimizers), part)
+        with atomic_write(out / "backbones.safetensors") as weights_part:
+            save_file(weights, weights_part, header)
+
+
+def started_commit(out):
+    """The commit that a run was started or resumed with: files may have changed since."""
+    starts = read_json(out / "provenance.json", list)
+    if starts and isinstance(starts[-1], dict):
+        return str(starts[-1].get("commit", "unknown"))
+    return "unknown"
+
+
+def weights_digest(header, tensors):
+    """SHA-256 of a header and of each tensor's name, type, shape and bytes, as hex digits."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_safetensors(path):
+    """A safetensors file -> header, {name: tensor}.
+
+    A digest in the header is checked; files of before, and of others, have none.
+    """
+    from safetensors import safe_open
+    try:
+        open(path, "rb").close()  # its errors are clearer
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            header = file.metadata() or {}
+    except Exception as error:
+        if is_temporary(error):
+            raise SystemExit(unreadable_now(path, error)) from error
+        raise SystemExit(f"{path}: not a whole safetensors file ({error}), {file_size(path)}; "
+                         "copy it again or repeat the pre-training") from error
+    digest = header.pop("digest", None)
+    require(digest is None or digest == weights_digest(header, tensors),
+            f"{path}: its bytes are not those that were written: the digest in its header is "
+            "another; copy it again or repeat the pre-training")
+    return header, tensors
+
+
+def file_size(path):
+    """The size of a file, as text."""
+    return f"{os.path.getsize(path)} bytes" if os.path.exists(path) else "no such file"
 
 
 def read_units(run):
     """backbones.safetensors of a run folder -> path, header, {name: tensor}."""
-    from safetensors import safe_open
     path = Path(run) / "backbones.safetensors"
-    require(path.is_file(), f"{path}: no such file; --init names the folder that a pre-training "
-                            "run wrote")
+    require(os.path.isfile(path), f"{path}: no such file; --init names the folder that a "
+                                  "pre-training run wrote")
+    header, tensors = read_safetensors(path)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return path, file.metadata(), tensors
-    except (SafetensorError, OSError) as error:
-        raise SystemExit(f"{path}: not a whole safetensors file ({error}), {path.stat().st_size} "
-                         "bytes; copy it again or repeat the pre-training") from error
+        parts = [json.loads(header[name]) for name in ("config", "grid", "step")]
+        if list(map(type, parts)) != [dict, dict, int] or not header["units"]:
+            raise ValueError("config, grid, step and units are of other kinds")
+        parts[0]["preset"], header["commit"]  # a KeyError is caught
+    except (KeyError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: its header is not one that these scripts write "
+                         f"({first_line(error)}); --init names the folder that a pre-training run "
+                         "wrote") from error
+    return path, header, tensors
 
 
-def load_units(run, model, names, possible, grid, rank):
+def load_units(run, model, asked, possible, grid, rank):
     """Copy units of a run's backbones.safetensors into the model, strictly.
 
-    names: of the units, or () for all of `possible` that the run holds
+    asked: the units' names, or () for all of `possible` that the run holds
     -> the names of the tensors, a set.
     """
     path, header, stored = read_units(run)
     stored_units = header["units"].split(",")
     config = json.loads(header["config"])
-    units = names or [unit for unit in possible if unit in stored_units]
+    units = asked or [unit for unit in possible if unit in stored_units]
     require(units and set(units) <= set(stored_units),
-            f"{path} holds {', '.join(stored_units)}; asked for {', '.join(names or possible)}")
+            f"{path} holds {', '.join(stored_units)}; asked for {', '.join(asked or possible)}")
     state = model.state_dict()
     loaded = {}
     counts = []
@@ -1885,10 +2222,26 @@ def load_units(run, model, names, possible, grid, rank):
         counts.append(f"{unit} {len(in_model)}/{len(in_model)}")
     model.load_state_dict({**state, **loaded})
     if rank == 0:
-        print(f"{path}: loaded {', '.join(counts)} tensors of step {header['step']}", flush=True)
+        print(f"{path}: loaded {', '.join(counts)} tensors of step {header['step']}"
+              f"{remarks(run, header, config)}", flush=True)
         if json.loads(header["grid"]) != json.loads(json.dumps(dataclasses.asdict(grid))):
             print("it was trained on another grid; convolutions fit any grid", flush=True)
     return set(loaded)
+
+
+def remarks(run, header, config):
+    """What a user of a run's weights should know: unfinished, or fine-tuned already."""
+    text = ""
+    steps = config.get("steps")
+    scored = os.path.exists(os.path.join(run, "metrics.json"))
+    begun = os.path.exists(os.path.join(run, "log.jsonl"))
+    if isinstance(steps, int) and int(header["step"]) < steps:
+        text += f" of {steps}: that run is not finished"
+    elif begun and not scored:
+        text += ": that run is not finished, or was never scored"
+    if "heads" in header["units"].split(","):
+        text += "; it is a fine-tuned detector, which has seen labels"
+    return text
 
 
 def with_prefix(state, prefix):
@@ -1912,10 +2265,18 @@ def refuse_misfit(path, in_model, in_file, what, advice):
 
 
 def shapes(state):
-    """{name: tensor} -> {name: shape}; what is no tensor has the shape "no tensor"."""
+    """{name: tensor} -> {name: shape}; what is no tensor has the shape "no tensor".
+
+    A type other than float32 and int64 is part of it.
+    """
     out = {}
     for name, value in state.items():
-        out[name] = tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
+        if not isinstance(value, torch.Tensor):
+            out[name] = "no tensor"
+        elif value.dtype in (torch.float32, torch.int64):
+            out[name] = tuple(value.shape)
+        else:
+            out[name] = f"{tuple(value.shape)} {value.dtype}"
     return out
 
 
@@ -1926,25 +2287,27 @@ def load_resnet(source, resnet, rank, prefix=""):
     prefix: what stands before those names in the file.
     A checkpoint's "state_dict" is taken where it has one.
     """
-    from safetensors.torch import load_file
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "backbones.safetensors"
         prefix = "camera.resnet."
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise SystemExit(f"{path}: no readable weights ({first_line(error)}); give a .pth or "
-                         ".safetensors file of tensors, or a run folder") from error
+    if path.suffix == ".safetensors":
+        _, state = read_safetensors(path)
+    else:
+        try:
+            state = read_archive(path)
+        except Exception as error:
+            if is_temporary(error):
+                raise SystemExit(unreadable_now(path, error)) from error
+            raise SystemExit(f"{path}: no readable weights ({first_line(error)}); give a .pth or "
+                             ".safetensors file of tensors, or a run folder") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     stored = {}
     for name, tensor in with_prefix(state, prefix).items():
         name = name.removeprefix(prefix)
         if not name.startswith("fc."):
-            stored[name] = tensor
+            half = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            stored[name] = tensor.float() if half else tensor
     refuse_misfit(path, resnet.state_dict(), stored, "this ResNet",
                   "; expected torchvision's names and the depth of --resnet")
     resnet.load_state_dict(stored)
@@ -1973,6 +2336,8 @@ class Run:
     """
 
     def __init__(self, cfg, rank, world, first, steps, device, about):
+        require(first <= steps, f"{cfg.out}: its checkpoint is of step {first}, and a run with "
+                                f"this configuration has {steps} steps; give another --out")
         self.rank = rank
         self.first = first
         self.steps = steps
@@ -1998,11 +2363,7 @@ class Run:
     def open_log(self):
         """Open log.jsonl and TensorBoard, without the steps that come again."""
         from torch.utils.tensorboard import SummaryWriter
-        lines = []
-        if self.path.exists():
-            lines = self.path.read_text(errors="replace").splitlines()
-        whole = [line for line in lines if line[:1] + line[-1:] == "{}"]  # the last may be cut
-        before = [line for line in whole if json.loads(line)["step"] < self.first]
+        before = [line for line, row in read_log(self.path) if row["step"] < self.first]
         write_text(self.path, "".join(line + "\n" for line in before))
         self.file = open(self.path, "a")
         folder = self.path.with_name("tensorboard")
@@ -2092,14 +2453,18 @@ class Run:
     def write(self, step, values):
         """One line of log.jsonl, and TensorBoard."""
         try:
+            os.stat(self.path)  # a removed file could be written all the same
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         except OSError as error:
-            raise SystemExit(f"{self.path}: step {step} could not be written ({error.strerror}). "
-                             "Make room there; the same command goes on from the last "
-                             "checkpoint.") from error
+            advice = "Make room there"
+            if error.errno == errno.ENOENT:
+                advice = "It was removed while the run was writing it"
+            raise SystemExit(f"{error.filename or self.path}: step {step} could not be written "
+                             f"({error.strerror}). {advice}; the same command goes on from the "
+                             "last checkpoint.") from error
 
     def print_progress(self, step, values):
         """Losses, speed and time left: at the first step, the last one, and every 10 s."""
@@ -2146,6 +2511,31 @@ class Run:
             self.board.close()
 
 
+def read_log(path):
+    """The lines of log.jsonl that can be parsed -> [(line, its dict)].
+
+    A damaged line is left out, which is said. Only the last may be cut without a word: the run
+    was killed while it wrote.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    damaged = []
+    lines = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0  # a TypeError if it is no number
+            rows.append((line, row))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):  # a whole file ends in an empty one
+                damaged.append(number)
+    if damaged:
+        print(f"{path}: {len(damaged)} of {len(lines)} lines cannot be parsed and are left out, "
+              f"first line {damaged[0]}", flush=True)
+    return rows
+
+
 def peak_memory():
     """Largest resident size of this process so far, GiB."""
     import resource
@@ -2165,13 +2555,16 @@ def evaluate(model, batches, device, *more):
     return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
 
-def load_tool(name):
+def load_tool(name, flag=None):
     """tests/<name>.py as a module: what a run offers that a method's reader may skip.
 
     Where that file is absent, as next to a forked method, it is None, and a line says so.
+    flag: what asked for it; then the run ends.
     """
     path = Path(__file__).with_name("tests") / f"{name}.py"
     if not path.is_file():
+        require(not flag, f"{flag}: {path} is absent, which does it; copy tests/ next to "
+                          f"{Path(__file__).name}")
         print(f"{path} is absent: what it would do is left out", flush=True)
         return None
     spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
@@ -2200,8 +2593,10 @@ def figure(path, panels, columns, size=(4.0, 3.0)):
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels):
         draw_panel(ax, *panel)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    path = Path(path)
+    with atomic_write(path) as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(part, dpi=110, format=path.suffix[1:])
     plt.close(fig)
 
 
@@ -2244,15 +2639,15 @@ def loss_curves(out, levels=None):
     Training in grey with its running median, val frames as dots.
     levels {term: heights of dashed lines}.
     """
-    log = (Path(out) / "log.jsonl").read_text()
-    rows = [json.loads(line) for line in log.splitlines()]
+    rows = [row for _, row in read_log(Path(out) / "log.jsonl")]
     names = dict.fromkeys(name for row in rows for name in row)  # each once, in order
     panels = []
     for name in names:
         if name != "step" and not name.startswith("val_"):
             heights = (levels or {}).get(name, ())
             panels.append((name, partial(draw_term, rows, name, heights)))
-    figure(Path(out) / "figures" / "losses.png", panels, 4, (3.2, 2.2))
+    if panels:  # none where the log of a finished run has gone
+        figure(Path(out) / "figures" / "losses.png", panels, 4, (3.2, 2.2))
 
 
 def draw_term(rows, name, heights, ax):

@@ -63,6 +63,7 @@ LARGE_BATCH = 64
 
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 4
+DIGEST_FRAMES = 32           # frames whose files a resumed run compares (file_digests)
 
 
 class DataError(ValueError):
@@ -1143,6 +1144,33 @@ def split_frames(dataset, split_of, name):
     return indices
 
 
+def file_digests(dataset):
+    """Digests of the files of some frames, spread over the data set -> {file: digest}.
+
+    They are what a run compares when it is resumed, wherever the data set lies then: no path,
+    no time. Of each file, its size and its last 64 KiB.
+    """
+    digests = {}
+    for i in spread(np.arange(len(dataset)), DIGEST_FRAMES):
+        for file in dataset.files(int(i)):
+            if file not in digests:
+                digests[file] = file_digest(path_inside(dataset.root, file, dataset.what))
+    return digests
+
+
+def file_digest(path):
+    """Size and CRC of the last 64 KiB of a file, as text."""
+    if not os.path.isfile(path):
+        return "absent"
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 2**16, 0))
+            return f"{size} {zlib.crc32(file.read()):08x}"
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
 # ---- camera images -------------------------------------------------------------------
 
 REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
@@ -1867,7 +1895,8 @@ class NuScenes:
         state = []
         for path in Path(self.root, self.version).glob("*.json"):
             stat = path.stat()
-            state.append((str(path), stat.st_size, stat.st_mtime_ns))
+            # a copy may keep size and mtime, but never the ctime
+            state.append((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         for folder in ("samples", "sweeps"):
             # the folders in them: more blobs may be extracted later
             for path in Path(self.root, folder).glob("*"):
@@ -1950,6 +1979,18 @@ class NuScenes:
         Scenes are ordered by their start, frames by time.
         """
         return split_frames(self.what, self.frames["split"], name)
+
+    def files(self, i):
+        """The files of frame i below the root: the keyframe sweep and the images."""
+        return [self.sensors["file"][row].decode() for row in self.frames["sensors"][i]]
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        digest = hashlib.sha256()
+        for array in (self.frames, self.sensors, self.boxes):
+            digest.update(array)
+        tables = {f"tables of {self.version}, index {VERSION}": digest.hexdigest()[:16]}
+        return tables | file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame. image (H, W) is the size of its images, default the grid's."""
@@ -2240,7 +2281,7 @@ class Kitti:
         for note in self.notes:
             print_once(note)
 
-    def files(self, folder, *endings):
+    def list_files(self, folder, *endings):
         """{name without its ending: path under the root} of the files in a folder."""
         files = {}
         for file in sorted(files_in(os.path.join(self.root, folder))):
@@ -2290,10 +2331,10 @@ class Kitti:
             reduced = is_there["velodyne_reduced"] and not is_there["velodyne"]
             scans = "velodyne_reduced" if reduced else "velodyne"
             files = {
-                scans: self.files(f"{folder}/{scans}", ".bin"),
-                "image_2": self.files(f"{folder}/image_2", ".png", ".jpg"),
-                "calib": self.files(f"{folder}/calib", ".txt"),
-                "label_2": self.files(f"{folder}/label_2", ".txt"),
+                scans: self.list_files(f"{folder}/{scans}", ".bin"),
+                "image_2": self.list_files(f"{folder}/image_2", ".png", ".jpg"),
+                "calib": self.list_files(f"{folder}/calib", ".txt"),
+                "label_2": self.list_files(f"{folder}/label_2", ".txt"),
             }
             if reduced:
                 self.notes.append(f"{self.root}: {folder} has no velodyne/; velodyne_reduced/ is "
@@ -2338,8 +2379,8 @@ class Kitti:
         left_out = 0
         for place in places:
             drive = place.parent.relative_to(self.root)
-            clouds = self.files(drive / "velodyne_points/data", ".bin")
-            images = self.files(drive / "image_02/data", ".png", ".jpg")
+            clouds = self.list_files(drive / "velodyne_points/data", ".bin")
+            images = self.list_files(drive / "image_02/data", ".png", ".jpg")
             calibration = (str(drive.parent / "calib_cam_to_cam.txt"),
                            str(drive.parent / "calib_velo_to_cam.txt"))
             numbers = clouds.keys() & images.keys() if self.images else clouds.keys()
@@ -2372,6 +2413,16 @@ class Kitti:
         """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
         split_of = np.array([frame.split.encode() for frame in self.frames])
         return split_frames(self.what, split_of, name)
+
+    def files(self, i):
+        """The files of frame i below the root."""
+        frame = self.frames[i]
+        files = [frame.cloud, frame.image, *frame.calibration, frame.labels]
+        return [file for file in files if file]
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        return file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame. image (H, W) is the size of its image, default the grid's."""
@@ -2969,6 +3020,16 @@ class Waymo:
         """Frame numbers of "train", "val" or "test" -> (n,) int64. See split_frames."""
         split_of = np.array([self.SPLITS[frame.folder].encode() for frame in self.frames])
         return split_frames(self.what, split_of, name)
+
+    def files(self, i):
+        """The files of the segment of frame i below the root."""
+        frame = self.frames[i]
+        first = Path(self.root, frame.folder, "vehicle_pose", f"{frame.segment}.parquet")
+        return [str(file.relative_to(self.root)) for file in segment_files(first)]
+
+    def fingerprint(self):
+        """What tells whether the data set is still the same -> {what: digest}."""
+        return file_digests(self)
 
     def load(self, i, image=None):
         """Read frame i -> Frame.

@@ -47,8 +47,8 @@ from common import (
     trunk, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
-    cosine, to_json,
-    record_frames, rank0_first, lock_run_folder, run_config, read_units, load_units,
+    cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
+    read_units, load_units,
     destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
 )
 
@@ -467,7 +467,7 @@ def describe_draw(cfg, classes, counts):
     seen = Path(cfg.init) / "frames.txt"
     overlap = ""
     if seen.is_file():
-        count = len(set(names) & set(seen.read_text().splitlines()))
+        count = len(set(names) & set(seen.read_text(errors="replace").splitlines()))
         overlap = (f"; {count} of them were in the pre-training of {cfg.init}, "
                    "without their labels")
     print(f"{folder}: labels of {len(names)} frames, {cfg.draw} drawn with seed "
@@ -532,7 +532,7 @@ def train(rank, world, cfg):
     loaded = set()
     if cfg.init != "none":
         loaded = load_units(cfg.init, model, asked, possible, dataset.grid, rank)
-    device = start(cfg, rank, world)
+    device = start(cfg, rank, world, dataset, drawn, "labels.txt")
     model.to(device)
     new = [p for name, p in model.named_parameters() if name not in loaded]
     old = [p for name, p in model.named_parameters() if name in loaded]
@@ -543,13 +543,12 @@ def train(rank, world, cfg):
     if cfg.profile:
         names = ("lidar", "camera") if cfg.modality == "fusion" else (cfg.modality,)
         timed = {name: (getattr(model, name), "forward") for name in names}
-        return load_tool("profiling").profile(
+        return load_tool("profiling", "--profile").profile(
             cfg, net, loader, [opt], device, rank, cfg.fraction, **timed)
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
-    record_frames(Path(cfg.out) / "labels.txt", dataset, drawn, first, rank)
     counts = count_boxes(dataset, drawn[rank::world], device)
     if rank == 0:
         describe_draw(cfg, dataset.grid.classes, counts)
@@ -585,9 +584,17 @@ def train(rank, world, cfg):
 
 def config_of(folder):
     """The Config that a run folder was made with."""
-    known = Config.__dataclass_fields__
-    fields = {name: v for name, v in run_config(folder).items() if name in known}
-    fields["use"] = tuple(fields["use"])
+    fields = {}
+    for name, value in run_config(folder).items():
+        default = getattr(Config(), name, None)
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        fits = default is None or type(value) is type(default) or (
+            type(value) is int and type(default) is float)
+        require(fits, f"{folder}/config.json: {name} is {value!r}, expected something like "
+                      f"{default!r}; put the file back as the run wrote it")
+        if name in Config.__dataclass_fields__:
+            fields[name] = value
     return Config(**fields)
 
 
@@ -607,12 +614,16 @@ def rescore(rank, world, cfg):
                                 images=trained.modality != "lidar")
     data.announce(dataset, trained.batch)
     model = Detector(trained, dataset.grid).to(device)
-    step = resume(cfg.eval_only, model)
+    step = resume(cfg.eval_only, model, verbose=rank == 0)
     require(step > 0,
             f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
+        changes = data_changes(cfg.eval_only, describe_data(dataset))
+        if changes:
+            print(f"{cfg.eval_only}: scored on other data than the run's: {'; '.join(changes)}",
+                  flush=True)
     crop = dataset.grid.dataset == "kitti"
     val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
                              workers=trained.workers, crop=crop)
@@ -1372,7 +1383,11 @@ def export(cfg):
     require(state, f"{source} holds {units}; --export {cfg.export} wants {unit}, "
                    "which this run has not trained")
     if cfg.export == "openpcdet":
-        message = openpcdet_message(state["conv_input.conv.weight"].shape[2])
+        first = state.get("conv_input.conv.weight")
+        require(first is not None and first.dim() == 3,
+                f"{source}: its {unit} is not the network of this program: no "
+                "conv_input.conv.weight of three axes")
+        message = openpcdet_message(first.shape[2])
         state = dict(
             model_state=to_openpcdet(state),
             epoch=0,
@@ -1381,7 +1396,7 @@ def export(cfg):
             version=f"lidar-camera {header['commit']}",
         )
     else:
-        depth = json.loads(header["config"])["resnet"]
+        depth = json.loads(header["config"]).get("resnet")
         message = f"torchvision's resnet{depth} with fc = Identity()"
     with atomic_write(path) as part:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ from common import (
     mean_rows,  # processes
     frame_rngs, random_subset,  # random streams
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
-    record_frames, load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
+    load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
     load_tool, write_text, to_json,
 )
 
@@ -771,7 +771,7 @@ def train(rank, world, cfg):
     model = SimIPU(cfg)
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
-    device = start(cfg, rank, world)
+    device = start(cfg, rank, world, dataset, loader.indices)
     model.to(device)
     others = [*model.camera.parameters(), *model.head_intra.parameters(),
               *model.head_point.parameters(), *model.head_image.parameters()]
@@ -785,7 +785,7 @@ def train(rank, world, cfg):
     opts = [opt_points, opt_others]
     net = wrap(model, device, world)
     if cfg.profile:
-        return load_tool("profiling").profile(
+        return load_tool("profiling", "--profile").profile(
             cfg, net, loader, opts, device, rank, 1 / every,
             points=(model.points, "forward"), camera=(model.camera, "stages"),
             matching=(model, "pair"))
@@ -793,7 +793,6 @@ def train(rank, world, cfg):
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, *opts)  # 0 when there is nothing to resume
-    record_frames(Path(cfg.out) / "frames.txt", dataset, loader.indices, first, rank)
     about = f"lr {cfg.lr_points:g} and {cfg.lr:g} not rescaled"
     run = Run(cfg, rank, world, first, steps, device, about)
     val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed

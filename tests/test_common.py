@@ -1,11 +1,15 @@
 """common.py against dense convolutions, torch's own interpolation, closed forms and brute force."""
+import errno
 import importlib
 import json
 import math
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +24,13 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import clap
 import common
+import data
+import finetune
 from conftest import die_with_the_server, on_two, trained
+
+ROOT = Path(common.__file__).parent
 
 # 32 (+1) x 64 x 64 voxels
 GRID = dict(low=(-3.2, -3.2, -2.0), high=(3.2, 3.2, 1.2), voxel=(0.1, 0.1, 0.1))
@@ -943,6 +952,441 @@ def test_a_weight_file_with_something_else_than_tensors_is_refused(tmp_path):
     torch.save({"bn1.bias": 3, "epoch": 7}, path)
     with pytest.raises(SystemExit, match="first bn1.bias: no tensor in the file, .64,. in the mod"):
         common.load_resnet(path, common.ResNet(18).resnet, 0)
+
+
+# ---- §10 run folders: what is stored ------------------------------------------------
+
+@dataclass
+class FewFrames:
+    """What open_run asks of a data set: two training frames and one of val."""
+    root: str = "/nowhere/data"
+    names: tuple = ("s/0", "s/1", "s/2")
+    holds: str = "as it was"
+
+    def split(self, name):
+        return np.array([0, 1] if name == "train" else [2])
+
+    def fingerprint(self):
+        return {"tables": self.holds, "a.bin": "1"}
+
+
+def begin(out, dataset=None, **fields):
+    """Open a run folder as a script does. -> its Config"""
+    dataset = dataset or FewFrames()
+    cfg = clap.Config(preset="small", gpus=0, out=str(out), **fields)
+    common.start(cfg, 0, 1, dataset, dataset.split("train"))
+    return cfg
+
+
+def small_model(width=2):
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"lidar": torch.nn.Linear(width, 2)})
+
+
+def save_steps(cfg, *steps, model=None):
+    """Write the checkpoints of these steps. -> the model"""
+    model = model or small_model()
+    opt = torch.optim.AdamW(model.parameters())
+    for step in steps:
+        model["lidar"](torch.ones(1, 2)).sum().backward()
+        opt.step()
+        common.save(cfg, step, model, [opt], ("lidar",), data.GRIDS["nuscenes", "small"])
+    return model
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the checkpoints of steps 2 and 4."""
+    save_steps(begin(tmp_path / "run"), 2, 4)
+    return tmp_path / "run"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def flip(path, place):
+    """Flip a bit of one byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_flipped_bit_in_any_part_of_a_checkpoint_is_noticed(run, capsys):
+    whole = (run / "last.pt").read_bytes()
+    with zipfile.ZipFile(run / "last.pt") as archive:
+        parts = [(part.filename, part.header_offset, part.file_size)
+                 for part in archive.infolist() if part.file_size]
+    assert sum("/data/" in name for name, *_ in parts) > 4 and len(parts) > 6
+    for name, offset, size in parts:
+        (run / "last.pt").write_bytes(whole)
+        head = whole[offset:offset + 30]
+        start = offset + 30 + int.from_bytes(head[26:28], "little")
+        start += int.from_bytes(head[28:30], "little")
+        flip(run / "last.pt", start + size // 2)
+        assert common.checkpoint(run, verbose=True)["step"] == 2, name
+        assert f"its part {name} is damaged" in capsys.readouterr().out
+    assert common.checkpoint(run, verbose=True, repair=True)["step"] == 2
+    assert "renamed to unreadable.pt. Going on from previous.pt, step 2" in capsys.readouterr().out
+    assert (run / "unreadable.pt").exists() and not (run / "last.pt").exists()
+
+
+def eio_behind_another_error(*_):
+    try:
+        raise OSError(errno.EIO, "Input/output error")
+    except OSError:
+        raise zipfile.BadZipFile("File is not a zip file")  # noqa: B904
+
+
+def no_permission(*_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
+def no_memory_of_torch(*_, **__):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
+                       "memory: you tried to allocate 4096 bytes")
+
+
+@pytest.mark.parametrize("place, failure, why", [
+    ("zipfile.ZipFile", eio_behind_another_error, "File is not a zip file"),
+    ("zipfile.ZipFile", no_permission, "Permission denied"),
+    ("zipfile.ZipFile", no_memory, "MemoryError"),
+    ("torch.load", no_memory_of_torch, "allocate"),
+])
+def test_what_cannot_be_read_just_now_is_not_called_damaged(
+        run, monkeypatch, place, failure, why):
+    before = contents(run)
+    monkeypatch.setattr(f"common.{place}", failure)
+    for read in (partial(common.checkpoint, run, True, True), partial(begin, run)):
+        with pytest.raises(SystemExit) as refusal:
+            read()
+        message = str(refusal.value)
+        assert "last.pt: cannot be read just now (" in message and why in message, message
+        assert "nothing was changed" in message and "elete" not in message
+    assert contents(run) == before
+    monkeypatch.undo()
+    assert common.checkpoint(run)["step"] == 4
+
+
+def test_weights_that_cannot_be_read_just_now_are_not_called_damaged(run, monkeypatch):
+    monkeypatch.setattr("safetensors.safe_open", no_memory)
+    with pytest.raises(SystemExit, match="safetensors: cannot be read just now"):
+        common.read_units(run)
+
+
+def test_no_advice_is_to_delete_a_run():
+    for script in ("common", "clap", "cmcr", "simipu", "finetune"):
+        source = (ROOT / f"{script}.py").read_text()
+        assert not re.search(r"[Dd]elete (the|this) (run|folder)", source), script
+
+
+def rewrite(path, change):
+    """Write the tensors of a safetensors file again, changed, under the same header."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(path, "pt") as file:
+        tensors = {name: change(file.get_tensor(name)) for name in file.keys()}
+        header = file.metadata()
+    save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize("how", ["a bit", "zeros", "float16", "the header"])
+def test_weights_that_have_changed_are_refused_wherever_they_are_read(run, how):
+    path = run / "backbones.safetensors"
+    if how == "a bit":
+        flip(path, -1)
+    if how == "zeros":
+        rewrite(path, torch.zeros_like)
+    if how == "float16":
+        rewrite(path, torch.Tensor.half)
+    if how == "the header":
+        raw = path.read_bytes()
+        path.write_bytes(raw.replace(b'"step":"4"', b'"step":"5"'))
+        assert path.read_bytes() != raw
+    export = finetune.Config(export="openpcdet", init=str(run), out=str(run / "x.pth"))
+    for read in (partial(common.read_units, run), partial(finetune.export, export),
+                 partial(common.load_resnet, run, None, 0),
+                 partial(common.load_resnet, path, None, 0)):
+        with pytest.raises(SystemExit, match="its bytes are not those that were written"):
+            read()
+
+
+def test_weights_without_a_digest_are_still_read(run):
+    from safetensors.torch import save_file
+    path, header, tensors = common.read_units(run)
+    assert "digest" not in header
+    save_file(tensors, path, header)
+    assert common.read_units(run)[1] == header
+
+
+def test_weights_that_are_not_finite_are_never_saved(run):
+    before = contents(run)
+    cfg = begin(run)
+    model = small_model()
+    with torch.no_grad():
+        model["lidar"].weight[0, 0] = math.nan
+    with pytest.raises(SystemExit, match="after step 6, 1 of the 2 tensors of the model are not "
+                                         "finite, first lidar.weight; this is not saved"):
+        common.save(cfg, 6, model, [], ("lidar",), data.GRIDS["nuscenes", "small"])
+    after = contents(run)
+    assert {name: after[name] for name in before if name[:4] not in ("prov", "conf")} == {
+        name: before[name] for name in before if name[:4] not in ("prov", "conf")}
+    with torch.no_grad():
+        model["lidar"].weight[0] = 3e38  # its sum is not finite, the weights are
+    assert common.not_finite(model.state_dict()) == []
+
+
+def store(run, **changes):
+    """Write last.pt again, with other fields."""
+    state = torch.load(run / "last.pt", weights_only=True)
+    torch.save({**state, **changes}, run / "last.pt")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(step=-1), "its step is -1"),
+    (dict(step=2.5), "its step is 2.5"),
+    (dict(step="x"), "its step is 'x'"),
+    (dict(config="not JSON"), "JSONDecodeError"),
+    (dict(config="[]"), "its configuration is none"),
+    (dict(model=[1]), "its model is not a dict"),
+    (dict(optimizers={}), "its optimizers are not a list"),
+    (dict(model={"lidar.weight": torch.full((2, 2), math.inf)}), "1 of its 1 tensors are not fin"),
+])
+def test_a_checkpoint_with_odd_fields_falls_back(run, capsys, changes, message):
+    store(run, **changes)
+    assert common.checkpoint(run, verbose=True)["step"] == 2
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model=small_model(3).state_dict()),
+     r"1 of the 2 tensors of this model do not fit, first lidar.weight: \(2, 3\) in the file, "
+     r"\(2, 2\) in the model"),
+    (dict(model=small_model().half().state_dict()), r"\(2,\) torch.float16 in the file"),
+    (dict(optimizers=[]), "empty states of 0 optimisers, expected those of 1"),
+    (dict(optimizers=[{"state": {}, "param_groups": []}]), "empty states of 1 optimisers"),
+    (dict(optimizers=[{"state": {0: {}}, "param_groups": []}]), "the optimisers' states do not"),
+])
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(run, changes, message):
+    store(run, **changes)
+    model = small_model()
+    with pytest.raises(SystemExit, match=message) as refusal:
+        common.resume(run, model, torch.optim.AdamW(model.parameters()))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="of step 1000000000, and a run with .* has 4 steps"):
+        common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 10**9, 4, CPU, "a test")
+
+
+def test_weights_for_another_project_are_named_as_such(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    path = tmp_path / "backbones.safetensors"
+    weights = {"w": torch.ones(2)}
+    good = dict(config='{"preset": "small"}', grid="{}", commit="x", step="3", units="lidar")
+    for header in (None, {}, {**good, "config": "x"}, {**good, "config": "[]"},
+                   {**good, "step": "x"}, {**good, "units": ""}):
+        save_file(weights, path, header)
+        with pytest.raises(SystemExit, match="its header is not one that these scripts write"):
+            common.read_units(tmp_path)
+    save_file(weights, path, good)
+    monkeypatch.setattr(sys, "argv", ["it.py", "--init", str(tmp_path), "--data", "x"])
+    assert common.parse(Config, dict(steps=340)).preset == "small"  # no config.json there
+    with pytest.raises(SystemExit, match="no such file; --init names"):
+        common.read_units("x" * 5000)
+    for text in ("[]", "{}", '{"preset": 3}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match="no readable configuration of a run"):
+            common.parse(Config, {})
+
+
+def test_unfinished_and_fine_tuned_weights_are_said(run):
+    _, header, _ = common.read_units(run)
+    remarks = partial(common.remarks, run)
+    assert remarks(header, {"steps": 9}) == " of 9: that run is not finished"
+    (run / "log.jsonl").write_text("")
+    assert "never scored" in remarks(header, {"steps": 0})
+    (run / "metrics.json").write_text("{}")
+    assert remarks(header, {"steps": 4}) == ""
+    assert "has seen labels" in remarks({**header, "units": "lidar,heads"}, {})
+
+
+# ---- §10 run folders: whose they are, and what data they began with -------------------
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "metrics.json", "labels.txt", "x.py"])
+def test_somebody_else_s_folder_is_refused_and_not_changed(tmp_path, name):
+    (tmp_path / name).write_text('{"preset": "small"}')
+    (tmp_path / "shell.log").write_text("")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=f"--out {tmp_path} holds {name}, and no run of this"):
+        begin(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_log_of_the_shell_and_a_run_that_has_saved_nothing_are_no_hindrance(tmp_path):
+    (tmp_path / "train.log").write_text("")
+    (tmp_path / ".nfs0001").write_text("")
+    begin(tmp_path)
+    begin(tmp_path, lr=1.0)  # killed before its first checkpoint
+    # killed in its first save, after the weights and before the checkpoint
+    (tmp_path / "backbones.safetensors").write_text("")
+    (tmp_path / "last.pt.0123456789abcdef.part").write_text("")
+    begin(tmp_path)
+    assert not (tmp_path / "backbones.safetensors").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("left", ["backbones.safetensors", "metrics.json"])
+def test_a_run_without_its_checkpoints_is_not_started_over(run, left):
+    (run / "metrics.json").write_text("{}")
+    for name in ("last.pt", "previous.pt", "backbones.safetensors", "metrics.json"):
+        if name != left:
+            (run / name).unlink()
+    before = contents(run)
+    with pytest.raises(SystemExit, match=r"a run without its checkpoints \(last.pt, previous.pt\)"):
+        begin(run)
+    assert contents(run) == before
+
+
+def test_a_run_does_not_write_where_it_reads(run, tmp_path):
+    for file in ("last.pt", "previous.pt"):
+        (run / file).unlink()
+    inside = tmp_path / "data" / "v1.0-mini"
+    inside.mkdir(parents=True)
+    dataset = FewFrames(root=str(tmp_path / "data"))
+    for out, message in ((str(run), f"--out {run} is the run of --init"),
+                         (str(inside), "lies inside the data set"),
+                         (str(tmp_path / "data"), "lies inside the data set"),
+                         ("", "--out is empty")):
+        cfg = finetune.Config(preset="small", gpus=0, out=out, init=str(run))
+        with pytest.raises(SystemExit, match=message):
+            common.start(cfg, 0, 1, dataset, dataset.split("train"), "labels.txt")
+    assert not list(inside.iterdir())
+
+
+def test_what_a_killed_save_left_is_swept_and_no_link_is_followed(tmp_path):
+    """The names of parts cannot be foreseen, and links in a run folder lead nowhere."""
+    out = tmp_path / "run"
+    cfg = begin(out)
+    victim = tmp_path / "victim"
+    names = ["last.pt", "config.json", "data.json", "provenance.json", "frames.txt"]
+    for name in names:
+        (out / f"{name}.part").symlink_to(victim)
+    (out / "figures").mkdir()
+    (out / "figures" / "a.png.0123456789abcdef.part").write_text("")
+    begin(out)
+    save_steps(cfg, 2)
+    assert not victim.exists() and not list(out.rglob("*.part"))
+    assert not any((out / name).is_symlink() for name in names)
+    (out / "lock").unlink()
+    (out / "lock").symlink_to(victim)
+    with pytest.raises(SystemExit, match="run: cannot write there"):
+        begin(out)
+    assert not victim.exists()
+
+
+def test_a_run_whose_lock_was_removed_does_not_save_over_another_process(run):
+    cfg = begin(run)
+    (run / "lock").unlink()
+    save_steps(cfg, 6)  # nobody else: the lock is taken again
+    assert (run / "lock").exists()
+    (run / "lock").unlink()
+    code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('locked', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, str(run / "lock")], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
+        before = contents(run)
+        with pytest.raises(SystemExit, match="another process is writing this run"):
+            save_steps(cfg, 8)
+        other.stdin.close()
+    assert contents(run) == before
+
+
+def test_data_that_has_changed_is_refused_and_data_that_has_moved_is_not(run):
+    begin(run, FewFrames(root="/elsewhere"), data="/elsewhere")
+    before = contents(run)
+    for dataset, message in (
+            (FewFrames(names=("s/0", "s/1", "s/9")), "val: this run began with 1 frames; now there "
+             r"are 1, 1 of them new, 1 gone \(s/2, s/9, ...\)"),
+            (FewFrames(names=("s/0", "s/3", "s/2")), "frames.txt: this run began with 2 frames"),
+            (FewFrames(holds="moved labels"), "1 of the 2 parts that are compared, first tables")):
+        with pytest.raises(SystemExit, match=message):
+            begin(run, dataset, data="/third")
+        assert contents(run) == before
+    (run / "data.json").unlink()  # a run of before
+    with pytest.raises(SystemExit, match="data was '', is '/third'"):
+        begin(run, data="/third")
+    begin(run)
+    assert (run / "data.json").exists()
+
+
+def test_side_files_that_cannot_be_parsed_stop_no_run(run, capsys):
+    whole = (run / "provenance.json").read_bytes()
+    for content in (b"", b"{}", whole[:30], b"\xff"):
+        (run / "provenance.json").write_bytes(content)
+        begin(run)
+        assert "provenance.json: cannot be parsed" in capsys.readouterr().out
+        assert (run / "provenance.unreadable.json").read_bytes() == content
+    for content in (b"[", b"{}", b'{"val": 3}'):
+        (run / "data.json").write_bytes(content)
+        begin(run)
+        assert "data.json: " in capsys.readouterr().out
+    (run / "frames.txt").write_bytes(b"\xff\n")
+    cfg = begin(run)
+    assert "frames.txt: no text in UTF-8" in capsys.readouterr().out
+    assert (run / "frames.txt").read_text() == "s/0\ns/1\n"
+    (run / "provenance.json").unlink()  # while it runs
+    save_steps(cfg, 6)
+    assert common.read_units(run)[1]["commit"] == "unknown"
+
+
+def test_log_lines_that_cannot_be_parsed_stop_no_run(tmp_path, capsys):
+    rows = ['{"step": 0, "loss": 1.0}', '{"step": 1, \0\0\0}', '{"loss": 2}', '{"step": "x"}',
+            "[1]", '{"step": 1, "loss": 2.0}', '{"step": 2, "lo']
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 3, 10, CPU, "a test").close()
+    assert (tmp_path / "log.jsonl").read_text() == f"{rows[0]}\n{rows[5]}\n"
+    assert "4 of 7 lines cannot be parsed and are left out, first line 2" in capsys.readouterr().out
+    common.loss_curves(tmp_path)
+
+
+def test_a_log_that_was_removed_is_named(tmp_path):
+    run = common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 0, 10, CPU, "a test")
+    run.write(0, dict(loss=1.0))
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(SystemExit, match="log.jsonl: step 1 .* It was removed while the run"):
+        run.write(1, dict(loss=1.0))
+    run.close()
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match=r"last.pt: could not be written \(No space left on dev"):
+        with common.atomic_write(tmp_path / "last.pt") as part:
+            part.symlink_to("/dev/full")
+            raise RuntimeError("unexpected pos 410368 vs 410264")  # as torch.save says it
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SystemExit, match=r"a.png: could not be written \(No space left"):
+        common.figure(tmp_path / "figures" / "a.png", [("", np.zeros((2, 2)))], 1)
+    monkeypatch.setattr(common.shutil, "copy", full)
+    with pytest.raises(SystemExit, match=r"py: could not be written \(No space left"):
+        begin(tmp_path / "run")
+
+
+def test_a_flag_whose_tool_is_absent_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert common.load_tool("figures") is None
+    with pytest.raises(SystemExit, match="--profile: .*tests/profiling.py is absent"):
+        common.load_tool("profiling", "--profile")
 
 
 # ---- §11 log and figures -------------------------------------------------------------

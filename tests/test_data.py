@@ -1347,6 +1347,70 @@ def test_cache_dir_knows_the_home_folder_and_can_do_without(monkeypatch, tmp_pat
     assert not (tmp_path / "~").exists()
 
 
+def spoil_a_picture(root):
+    Image.new("RGB", (8, 8)).save(next(root.rglob("*.jpg")))
+
+
+def move_the_labels(root):
+    path = next(root.glob("v1.0-*/sample_annotation.json"))
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["translation"][0] += 3
+    path.write_text(json.dumps(rows))
+
+
+def exchange_category_names(root):
+    path = next(root.glob("v1.0-*/category.json"))
+    text = path.read_text().replace("vehicle.car", "x").replace("human.pedestrian.adult", "y")
+    path.write_text(text.replace('"x"', '"human.pedestrian.adult"').replace('"y"', '"vehicle.car"'))
+
+
+@pytest.mark.parametrize("change, part", [
+    (spoil_a_picture, "samples/CAM_"),
+    (move_the_labels, "tables of v1.0-"),
+    (exchange_category_names, "tables of v1.0-"),
+])
+def test_a_fingerprint_changes_with_the_data_and_not_with_the_place(
+        three_frames, tmp_path, change, part):
+    before = data.open_dataset(three_frames, "small").fingerprint()
+    assert len(before) == 1 + 3 * 7
+    root = Path(shutil.copytree(three_frames, tmp_path / "root", copy_function=shutil.copyfile))
+    assert data.open_dataset(root, "paper").fingerprint() == before
+    change(root)
+    after = data.open_dataset(root, "small").fingerprint()
+    changed = [name for name in before if before[name] != after[name]]
+    assert len(changed) == 1 and changed[0].startswith(part), changed
+
+
+def test_the_fingerprints_of_kitti_and_waymo_change_with_the_data_only(kitti, waymo, tmp_path):
+    for source, pattern in ((kitti, "training/label_2/*"), (kitti / "2011_09_26", "calib_velo*"),
+                            (waymo, "training/lidar_box/*")):
+        root = tmp_path / pattern.replace("/", "_")
+        shutil.copytree(source, root, copy_function=shutil.copyfile)
+        before = data.open_dataset(source).fingerprint()
+        assert data.open_dataset(root).fingerprint() == before
+        path = sorted(root.glob(pattern))[0]
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])    # the same size
+        dataset = data.open_dataset(source)    # Waymo's reads files when it opens
+        dataset.root = str(root)
+        after = dataset.fingerprint()
+        assert [name for name in before if before[name] != after[name]] == [
+            str(path.relative_to(root))]
+
+
+def test_a_table_of_the_same_size_and_time_is_noticed(three_frames, tmp_path):
+    """As cp -p and rsync -t leave it."""
+    root = Path(shutil.copytree(three_frames, tmp_path / "root"))
+    before = data.NuScenes(root, "small").key
+    path = next(root.glob("v1.0-*/category.json"))
+    times = path.stat()
+    path.write_text(path.read_text().replace("vehicle.car", "vehicle.cat"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert data.NuScenes(root, "small").key != before
+
+
 # ---- broken nuScenes folders: a message says where, what was found, what to do -------
 
 # Ways to break a copy: each returns a function of its root.

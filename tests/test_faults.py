@@ -238,6 +238,18 @@ def steps_logged(out):
     return [row["step"] for row in log_rows(out) if "loss" in row]
 
 
+def break_weights(module, steps):
+    """Fault: the update before the save of this step leaves a NaN in the weights."""
+    save = module.save
+
+    def broken(cfg, step, model, *words):
+        if step == steps:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[0] = float("nan")
+        save(cfg, step, model, *words)
+    module.save = broken
+
+
 def step_of(path):
     return torch.load(path, weights_only=True)["step"]
 
@@ -366,7 +378,8 @@ def test_a_kill_while_saving_loses_no_checkpoint(folders, tmp_path, moment, mess
     out = tmp_path / "run"
     code, output = folders.again("finetune", out, kill_while_saving, moment)
     assert code == -signal.SIGKILL, output
-    assert (out / "last.pt.part").exists() and (out / "last.pt").exists() == (moment == "writing")
+    assert list(out.glob("last.pt.*.part"))
+    assert (out / "last.pt").exists() == (moment == "writing")
     code, output = folders.again("finetune", out)
     assert code == 0 and message in output and folders.same("finetune", out), output
 
@@ -707,6 +720,24 @@ def test_nan_ends_the_run_before_the_update(folders, tmp_path, script, where, te
     assert code == 1 and message in output and "Traceback" not in output, output
     assert "nothing was updated, the last checkpoint stands" in output, output
     assert step_of(out / "last.pt") == 1 and steps_logged(out) == [0]
+
+
+def test_a_run_that_broke_its_weights_saves_nothing_and_fails(folders, tmp_path):
+    """At the last step, too, after which no loss would show it."""
+    out = folders.begun("finetune", tmp_path)
+    before = files(out)
+    code, output = folders.again("finetune", out, break_weights, STEPS)
+    assert code == 1 and "of the model are not finite, first " in output, output
+    after = files(out)
+    for name in ("last.pt", "previous.pt", "backbones.safetensors"):
+        assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_each_script_saves_with_the_function_that_looks_at_the_weights(script):
+    module = importlib.import_module(script)
+    assert module.save is common.save
+    assert (ROOT / f"{script}.py").read_text().count(" save(cfg, step + 1, model, ") == 1
 
 
 @pytest.mark.parametrize("script", ["simipu", "cmcr"])
@@ -1097,6 +1128,51 @@ def test_resume_allows_new_logging_flags(folders, three_frames, tmp_path):
     moved = out.rename(tmp_path / "elsewhere")
     code, output = folders.again("finetune", moved, None, None, save_every=3, workers=1)
     assert code == 0 and folders.same("finetune", moved), output
+
+
+def test_resume_takes_the_same_data_elsewhere_and_refuses_other_data(
+        folders, server, three_frames, tmp_path):
+    out = folders.begun("finetune", tmp_path)
+    moved = Path(shutil.copytree(three_frames, tmp_path / "moved", copy_function=shutil.copyfile))
+    pictures = {path: path.read_bytes() for path in moved.glob("samples/CAM_FRONT/*.jpg")}
+    one, other = list(pictures.values())[:2]
+    for path in pictures:
+        path.write_bytes(other if pictures[path] == one else one)
+    cfg = config("finetune", moved, out)
+    code, output = run(server, "finetune", cfg, path=tmp_path / "1")
+    assert code == 1 and "the data set has changed since the run began" in output, output
+    assert "parts that are compared, first samples/CAM_FRONT/" in output, output
+    for path, picture in pictures.items():
+        path.write_bytes(picture)
+    code, output = run(server, "finetune", cfg, path=tmp_path / "2")
+    assert code == 0 and folders.same("finetune", out), output
+    assert json.loads((out / "config.json").read_text())["data"] == str(moved)
+
+
+def test_eval_only_says_which_checkpoint_and_which_data_it_takes(
+        folders, three_frames, tmp_path, monkeypatch, capsys):
+    out = folders.begun("finetune", tmp_path)
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
+    stored = json.loads((out / "data.json").read_text())
+    (out / "data.json").write_text(json.dumps({**stored, "val": ["nuscenes/gone/1"]}))
+    monkeypatch.setattr(finetune, "finish", lambda *_: None)
+    cfg = replace(finetune.Config(), eval_only=str(out), gpus=0, workers=0)
+    finetune.train(0, 1, cfg)
+    printed = capsys.readouterr().out
+    assert "last.pt: not a readable checkpoint of this program" in printed
+    assert "Going on from previous.pt, step 2." in printed
+    assert f"{out}: the weights after step 2" in printed
+    assert "scored on other data than the run's: val: this run began with 1 frames" in printed
+    assert (out / "last.pt").stat().st_size == 1000    # to score changes no checkpoint
+
+    whole = json.loads((out / "config.json").read_text())
+    for name, value, message in (("width", 8, "tensors of this model do not fit, first "),
+                                 ("modality", "camera", "tensors of this model do not fit"),
+                                 ("width", "4", "width is '4', expected something like 16")):
+        (out / "config.json").write_text(json.dumps({**whole, name: value}))
+        with pytest.raises(SystemExit, match=message) as refusal:
+            finetune.train(0, 1, cfg)
+        assert "\n" not in str(refusal.value)
 
 
 # ---- 20, 22, 23 ----------------------------------------------------------------------
