@@ -829,6 +829,26 @@ def split_frames(dataset, split_of, name):
     return indices
 
 
+def has_box(dataset, i):
+    """Whether frame i has a 3-D box of a class that is detected."""
+    rows = dataset.annotations(i)
+    return ((rows["label"] >= 0) & (rows["box"][:, 3:6] > 0).all(1)).any()
+
+
+def labelled_val_frames(dataset, n):
+    """Up to n val frames with a box, spread over the split -> list of int.
+
+    DataError if there is none, since nothing could be scored.
+    """
+    val = dataset.split("val")
+    candidates = dict.fromkeys([*spread(val, 10 * n).tolist(), *val.tolist()])
+    frames = list(islice((i for i in candidates if has_box(dataset, i)), n))
+    if not frames:
+        raise DataError(f"{dataset.what}: none of its {len(val)} val frames has a 3-D box of a "
+                        "detection class, so there is nothing to score; give their labels too")
+    return frames
+
+
 # ---- camera images -------------------------------------------------------------------
 
 REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
@@ -935,6 +955,15 @@ TEXTS = {
     "token", "sensor_token", "sample_token", "ego_pose_token", "calibrated_sensor_token",
     "scene_token", "instance_token", "category_token",
     "channel", "filename", "name", "prev", "next",
+}
+
+
+# what nuscenes-devkit takes as truth of a box, by column
+SCORED = {
+    "attribute_tokens": "[] or one token of attribute.json",
+    "num_lidar_pts": "a whole number",
+    "num_radar_pts": "a whole number (0 where there is no radar)",
+    "size": "three numbers above 0",
 }
 
 
@@ -1589,6 +1618,71 @@ class NuScenes:
         sweep).
         """
         return self.boxes[slice(*self.frames["boxes"][i])]
+
+    def lacking_for_scoring(self):
+        """What nuscenes-devkit would trip over when it scores the val frames -> list of str.
+
+        It opens tables, columns and images that load() does not read.
+        """
+        folder = Path(self.root, self.version)
+        try:
+            Table(folder, "visibility", "")
+            Table(folder, "sensor", "modality")
+            log = Table(folder, "log", "")
+            maps = Table(folder, "map", "filename log_tokens")
+            return self.map_faults(maps, log) + self.truth_faults(folder)
+        except DataError as error:
+            return [f"{error} (nuscenes-devkit wants it when it scores)"]
+
+    def map_faults(self, maps, log):
+        """Maps that are missing, and logs that are on no map -> list of str."""
+        faults = []
+        for file in maps["filename"]:
+            path = Path(self.root, file)
+            if not path.is_file():
+                faults.append(f"{path} is missing, which nuscenes-devkit opens before it scores; "
+                              "extract the maps/ of the metadata archive too")
+        on_a_map = {str(token) for tokens in maps["log_tokens"] for token in tokens}
+        lost = [token for token in log["token"] if token not in on_a_map]
+        if lost or not len(maps):
+            faults.append(f"{maps.path}: of {len(log)} logs {len(lost)} are in the log_tokens of "
+                          f"none of its {len(maps)} rows, first {lost[:1]}; nuscenes-devkit wants "
+                          "each log on a map when it scores: extract the metadata archive again")
+        return faults
+
+    def truth_faults(self, folder):
+        """Val frames and their boxes that cannot be truth of the metric -> list of str."""
+        val = self.split("val")
+        faults = []
+        for token in self.frames["token"][val]:
+            if b"/" in token:
+                faults.append(f"{folder / 'sample.json'}: token {token.decode()!r}, expected one "
+                              "without a slash, which separates the parts of a frame's name; "
+                              "correct the tables")
+        boxes = np.concatenate([self.annotations(i) for i in val])
+        boxes = boxes[boxes["label"] >= 0]  # the metric knows no others
+        size_of = {box["token"].decode(): box["box"][3:6] for box in boxes}
+        attribute = Table(folder, "attribute", "name")
+        truth = Table(folder, "sample_annotation", "attribute_tokens num_lidar_pts num_radar_pts",
+                      lambda row: row.get("token") in size_of)
+        wrong = {}  # column: [(token, value)]
+        for n, token in enumerate(truth["token"]):
+            names = truth["attribute_tokens"][n]
+            if not (isinstance(names, list) and len(names) <= 1
+                    and all(str(name) in attribute.row_of for name in names)):
+                wrong.setdefault("attribute_tokens", []).append((token, names))
+            for column in ("num_lidar_pts", "num_radar_pts"):
+                if type(truth[column][n]) is not int:
+                    wrong.setdefault(column, []).append((token, truth[column][n]))
+            if not (size_of[token] > 0).all():
+                wrong.setdefault("size", []).append((token, size_of[token].tolist()))
+        for column, cells in wrong.items():
+            token, value = cells[0]
+            faults.append(f"{truth.path}: row {token} has {column} {str(value)[:80]}, expected "
+                          f"{SCORED[column]}, without which nuscenes-devkit cannot score; so have "
+                          f"{len(cells)} of {len(truth)} boxes of val: correct the table, or "
+                          "extract the metadata archive again")
+        return faults
 
     def calibration_files(self, i):
         """Which files say where the cameras of frame i are: for messages."""
@@ -2699,11 +2793,26 @@ def doctor(root, everything=False):
         num_workers=workers)
     reports = list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
     faults = [fault for report in reports for fault in report.faults]
+    faults += [fault for fault in scoring_faults(dataset, indices) if fault not in faults]
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"
         faults += summary_faults(dataset, readable, cameras)
     return faults
+
+
+def scoring_faults(dataset, indices):
+    """What would keep finetune.py from a score -> list of str.
+
+    Nothing if the frames `indices` have no box: these data are not for detection.
+    """
+    try:
+        if not any(len(dataset.annotations(i)) for i in indices):
+            return []
+        labelled_val_frames(dataset, 1)
+        return dataset.lacking_for_scoring() if dataset.grid.dataset == "nuscenes" else []
+    except DataError as error:
+        return [str(error)]
 
 
 def summary_faults(dataset, reports, check_cameras):
