@@ -1489,12 +1489,12 @@ def first_line(error):
 
 
 @contextmanager
-def atomic_write(path, keep=None):
+def atomic_write(path, keep=None, advice="the same command goes on from the last checkpoint"):
     """Write to the yielded path; at the end it becomes `path`.
 
     The old file becomes `keep` if that is given, else it is replaced. A reader sees the old
     file or the new one, whole. If writing fails, the old file stays, no part of the new one
-    does, and the error says so.
+    does, and the error says so. advice: what to do when the cause is gone.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -1510,8 +1510,8 @@ def atomic_write(path, keep=None):
             part.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or first_line(error)
         raise SystemExit(f"{path}: could not be written ({why}); the old file, if there was one, "
-                         "is unchanged. Make room there, or make the folder writable; the same "
-                         "command goes on from the last checkpoint.") from error
+                         "is unchanged. Make room there, or make the folder writable; "
+                         f"{advice}.") from error
 
 
 def write_text(path, text):

@@ -835,7 +835,7 @@ LOADED = {}  # (root, version): the devkit's tables, and the instances of which 
 def devkit(dataset, tokens):
     """The devkit with its own tables, for scoring these frames. They are read once and kept.
 
-    Rows that scoring never asks for are left out: full nuScenes would fill 8 GB and not 0.6.
+    Rows that scoring never asks for are left out: full nuScenes would fill 8 GB and not 0.7.
     """
     from nuscenes import NuScenes
     index = {token.decode(): i for i, token in enumerate(dataset.frames["token"])}
@@ -867,6 +867,10 @@ def devkit(dataset, tokens):
             rows = json.loads(text, object_hook=lambda row: row if keep(row) else None)
             return [row for row in rows if row is not None]
 
+    size = sum(file.stat().st_size for file in Path(dataset.root, dataset.version).glob("*.json"))
+    if size > 2e8:
+        print(f"{dataset.what}: nuscenes-devkit reads its {size / 1e9:.1f} GB of tables, once",
+              flush=True)
     tables = ScoringTables(dataset.version, str(dataset.root), verbose=False)
     LOADED[key] = tables, instances
     return tables
@@ -1558,7 +1562,7 @@ def export(cfg):
     else:
         depth = json.loads(header["config"])["resnet"]
         message = f"torchvision's resnet{depth} with fc = Identity()"
-    with atomic_write(path) as part:
+    with atomic_write(path, advice="then export again") as part:
         part.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
     step = header["step"]
