@@ -1924,12 +1924,12 @@ def unreadable_now(path, error):
 
 
 @contextmanager
-def atomic_write(path, keep=None):
+def atomic_write(path, keep=None, advice="the same command goes on from the last checkpoint"):
     """Write to the yielded path; at the end it becomes `path`.
 
     The old file becomes `keep` if that is given, else it is replaced. A reader sees the old
     file or the new one, whole. If writing fails, the old file stays, no part of the new one
-    does, and the error says so.
+    does, and the error says so. advice: what to do when the cause is gone.
     """
     # a name that nobody can foresee, and put a link there
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
@@ -1943,8 +1943,7 @@ def atomic_write(path, keep=None):
     except (OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"{path}: could not be written ({why_not_written(part, error)}); the old "
                          "file, if there was one, is unchanged. Make room there, or make the "
-                         "folder writable; the same command goes on from the last "
-                         "checkpoint.") from error
+                         f"folder writable; {advice}.") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

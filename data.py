@@ -1171,6 +1171,26 @@ def file_digest(path):
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def has_box(dataset, i):
+    """Whether frame i has a 3-D box of a class that is detected."""
+    rows = dataset.annotations(i)
+    return ((rows["label"] >= 0) & (rows["box"][:, 3:6] > 0).all(1)).any()
+
+
+def labelled_val_frames(dataset, n):
+    """Up to n val frames with a box, spread over the split -> list of int.
+
+    DataError if there is none, since nothing could be scored.
+    """
+    val = dataset.split("val")
+    candidates = dict.fromkeys([*spread(val, 10 * n).tolist(), *val.tolist()])
+    frames = list(islice((i for i in candidates if has_box(dataset, i)), n))
+    if not frames:
+        raise DataError(f"{dataset.what}: none of its {len(val)} val frames has a 3-D box of a "
+                        "detection class, so there is nothing to score; give their labels too")
+    return frames
+
+
 # ---- camera images -------------------------------------------------------------------
 
 REDUCED = {  # a JPEG decodes at 1/2, 1/4 and 1/8 of its size for less
@@ -1322,6 +1342,15 @@ TEXTS = {
     "token", "sensor_token", "sample_token", "ego_pose_token", "calibrated_sensor_token",
     "scene_token", "instance_token", "category_token",
     "channel", "filename", "name", "prev", "next",
+}
+
+
+# what nuscenes-devkit takes as truth of a box, by column
+SCORED = {
+    "attribute_tokens": "[] or one token of attribute.json",
+    "num_lidar_pts": "a whole number",
+    "num_radar_pts": "a whole number (0 where there is no radar)",
+    "size": "three numbers above 0",
 }
 
 
@@ -2117,18 +2146,69 @@ class NuScenes:
         return self.boxes[slice(*self.frames["boxes"][i])]
 
     def lacking_for_scoring(self):
-        """What nuscenes-devkit opens when it scores, and what is not there -> list of str."""
+        """What nuscenes-devkit would trip over when it scores the val frames -> list of str.
+
+        It opens tables, columns and images that load() does not read.
+        """
         folder = Path(self.root, self.version)
         try:
-            for name in ("attribute", "visibility", "log"):
-                Table(folder, name, "")
-            maps = Table(folder, "map", "filename")
-            files = [path_inside(self.root, file, maps.path) for file in maps["filename"]]
+            Table(folder, "visibility", "")
+            Table(folder, "sensor", "modality")
+            log = Table(folder, "log", "")
+            maps = Table(folder, "map", "filename log_tokens")
+            return self.map_faults(maps, log) + self.truth_faults(folder)
         except DataError as error:
-            return [str(error)]
-        return [f"{file} is missing, which nuscenes-devkit opens before it scores; "
-                "extract the maps/ of the metadata archive too"
-                for file in files if not os.path.isfile(file)]
+            return [f"{error} (nuscenes-devkit wants it when it scores)"]
+
+    def map_faults(self, maps, log):
+        """Maps that are missing, and logs that are on no map -> list of str."""
+        faults = []
+        for file in maps["filename"]:
+            path = path_inside(self.root, file, maps.path)
+            if not os.path.isfile(path):
+                faults.append(f"{path} is missing, which nuscenes-devkit opens before it scores; "
+                              "extract the maps/ of the metadata archive too")
+        on_a_map = {str(token) for tokens in maps["log_tokens"] for token in tokens}
+        lost = [token for token in log["token"] if token not in on_a_map]
+        if lost or not len(maps):
+            faults.append(f"{maps.path}: of {len(log)} logs {len(lost)} are in the log_tokens of "
+                          f"none of its {len(maps)} rows, first {lost[:1]}; nuscenes-devkit wants "
+                          "each log on a map when it scores: extract the metadata archive again")
+        return faults
+
+    def truth_faults(self, folder):
+        """Val frames and their boxes that cannot be truth of the metric -> list of str."""
+        val = self.split("val")
+        faults = []
+        for token in self.frames["token"][val]:
+            if b"/" in token:
+                faults.append(f"{folder / 'sample.json'}: token {token.decode()!r}, expected one "
+                              "without a slash, which separates the parts of a frame's name; "
+                              "correct the tables")
+        boxes = np.concatenate([self.annotations(i) for i in val])
+        boxes = boxes[boxes["label"] >= 0]  # the metric knows no others
+        size_of = {box["token"].decode(): box["box"][3:6] for box in boxes}
+        attribute = Table(folder, "attribute", "name")
+        truth = Table(folder, "sample_annotation", "attribute_tokens num_lidar_pts num_radar_pts",
+                      lambda row: row.get("token") in size_of)
+        wrong = {}  # column: [(token, value)]
+        for n, token in enumerate(truth["token"]):
+            names = truth["attribute_tokens"][n]
+            if not (isinstance(names, list) and len(names) <= 1
+                    and all(str(name) in attribute.row_of for name in names)):
+                wrong.setdefault("attribute_tokens", []).append((token, names))
+            for column in ("num_lidar_pts", "num_radar_pts"):
+                if type(truth[column][n]) is not int:
+                    wrong.setdefault(column, []).append((token, truth[column][n]))
+            if not (size_of[token] > 0).all():
+                wrong.setdefault("size", []).append((token, size_of[token].tolist()))
+        for column, cells in wrong.items():
+            token, value = cells[0]
+            faults.append(f"{truth.path}: row {token} has {column} {str(value)[:80]}, expected "
+                          f"{SCORED[column]}, without which nuscenes-devkit cannot score; so have "
+                          f"{len(cells)} of {len(truth)} boxes of val: correct the table, or "
+                          "extract the metadata archive again")
+        return faults
 
     def calibration_files(self, i):
         """Which files say where the cameras of frame i are: for messages."""
@@ -2824,18 +2904,18 @@ class Waymo:
         self.what = f"{self.root}: Waymo v2"
         unread = ("camera_image", "camera_calibration") * (not images)
         unread += ("lidar_box",) * (not labels)
-        components = [component for component in COMPONENTS if component not in unread]
+        self.components = [component for component in COMPONENTS if component not in unread]
         segments = []  # their vehicle_pose files
         for folder in self.SPLITS:
             segments += sorted(Path(self.root, folder, "vehicle_pose").glob("[!.]*.parquet"))
-        files = [file for path in segments for file in segment_files(path, components)]
+        files = [file for path in segments for file in segment_files(path, self.components)]
         listing = {folder: files_in(folder) for folder in {file.parent for file in files}}
         missing = [file for file in files if file.name not in listing[file.parent]]
         partial = {(file.parents[1].name, file.name) for file in missing}
         if len(partial) == len(segments):
             raise DataError(f"{self.what}: none of its {len(segments)} segments is whole, "
                             f"{missing[0]} is missing; download every component: "
-                            f"{', '.join(components)} (pre-training reads no lidar_box, "
+                            f"{', '.join(self.components)} (pre-training reads no lidar_box, "
                             "finetune.py --modality lidar no camera)")
         if partial:
             self.notes.append(f"{self.what}: {len(partial)} of its {len(segments)} segments lack "
@@ -2853,7 +2933,7 @@ class Waymo:
             segment = WaymoFrame(folder, path.stem, time=0)
             (times,) = self.read(segment, "vehicle_pose", [TIME_KEY])
             total += len(times)
-            for time in self.whole_times(segment, times, components, lacking):
+            for time in self.whole_times(segment, times, self.components, lacking):
                 self.frames.append(segment._replace(time=int(time)))
         if not total:
             raise DataError(f"{self.what}: no frame in its vehicle_pose files; "
@@ -3025,7 +3105,7 @@ class Waymo:
         """The files of the segment of frame i below the root."""
         frame = self.frames[i]
         first = Path(self.root, frame.folder, "vehicle_pose", f"{frame.segment}.parquet")
-        return [str(file.relative_to(self.root)) for file in segment_files(first)]
+        return [str(file.relative_to(self.root)) for file in segment_files(first, self.components)]
 
     def fingerprint(self):
         """What tells whether the data set is still the same -> {what: digest}."""
@@ -3434,13 +3514,26 @@ def doctor(root, everything=False):
     names = dataset.names
     faults = merge_faults([(names[i], fault) for i, report in zip(indices, reports)
                            for fault in report.faults])
-    if dataset.grid.dataset == "nuscenes" and len(dataset.boxes):
-        faults += dataset.lacking_for_scoring()
+    faults += [fault for fault in scoring_faults(dataset, indices) if fault not in faults]
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"
         faults += summary_faults(dataset, readable, cameras)
     return faults
+
+
+def scoring_faults(dataset, indices):
+    """What would keep finetune.py from a score -> list of str.
+
+    Nothing if the frames `indices` have no box: these data are not for detection.
+    """
+    try:
+        if not any(len(dataset.annotations(i)) for i in indices):
+            return []
+        labelled_val_frames(dataset, 1)
+        return dataset.lacking_for_scoring() if dataset.grid.dataset == "nuscenes" else []
+    except DataError as error:
+        return [str(error)]
 
 
 def summary_faults(dataset, reports, check_cameras):

@@ -28,10 +28,14 @@ Departures:
   D5  Loss weights, learning rate and rotation are those for nuScenes on every data set.
 """
 import hashlib
+import io
 import json
 import math
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,13 +52,14 @@ from common import (
     all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
-    read_units, load_units,
+    checkpoint, read_units, load_units, refuse_misfit, first_line,
     destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
 )
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"  # what pre-training may have written
 CODE = 2, 1, 3, 2, 2         # channels: offset, z, log size, sin and cos of yaw, velocity
 MAX_BOXES = 500              # boxes a frame [devkit]
+TRIAL_FRAMES = 3             # val frames whose truth is scored before the first step [ours]
 FIGURE_FRAMES = 4            # frames in the figures [ours]
 FIGURE_SCORE = 0.3           # least score of a box in the figures [ours]
 GROUPS = {                   # classes that share a head [code CenterPoint]
@@ -149,14 +154,44 @@ def check(cfg, dataset):
     require(any(len(dataset.annotations(i)) for i in frames),
             f"{dataset.what}: no box is annotated here, "
             "so there is nothing to learn detection from")
+    for name in dataset.names:
+        require(name.isprintable(),
+                f"{dataset.what}: the name of frame {name!a} is no text that can be printed and "
+                "written in UTF-8; rename its files")
+
+
+def try_score(val_loader, modality):
+    """End with a message unless the truth of some val frames can be scored. Rank 0 only.
+
+    It is scored as predictions are at the end of the run, with all that is read for that.
+    """
+    dataset = val_loader.dataset
+    began = time.monotonic()
+    indices = data.labelled_val_frames(dataset, TRIAL_FRAMES)
     if dataset.grid.dataset == "nuscenes":
-        check_devkit_files(dataset)
-
-
-def check_devkit_files(dataset):
-    """Refuse a root without the files that only nuscenes-devkit opens, when it scores."""
-    for message in dataset.lacking_for_scoring():
-        require(False, message)
+        faults = dataset.lacking_for_scoring()
+        more = f" (and {len(faults) - 1} more faults: see python data.py)" * (len(faults) > 1)
+        require(not faults, "".join(faults[:1]) + more)
+    frames = {}
+    for i in indices:
+        frame, _ = val_loader[0, i, False]
+        scores = np.linspace(0.9, 0.5, len(frame.boxes))
+        boxes = np.nan_to_num(frame.boxes)
+        frames[frame.name] = boxes, frame.labels, scores, frame.lidar2world
+    try:
+        if dataset.grid.dataset == "nuscenes":
+            tokens = [dataset.frames["token"][i].decode() for i in val_loader.indices]
+            devkit(dataset, tokens)
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            score_frames(val_loader, frames, Path(folder), modality)
+    except Exception as error:
+        raise SystemExit(f"{dataset.what}: the labelled boxes of {', '.join(frames)} cannot be "
+                         f"scored ({reason(error)}), so neither could a run at its end; mend "
+                         "what this names, or leave those frames out") from error
+    seconds = time.monotonic() - began
+    if seconds > 5:
+        print(f"{dataset.what}: the metric works on the labels of {len(frames)} val frames "
+              f"({seconds:.0f} s; done once, before the first step)", flush=True)
 
 
 def asked_units(cfg):
@@ -505,18 +540,20 @@ def train(rank, world, cfg):
     check_flags(cfg)
     if cfg.eval_only:
         return rescore(rank, world, cfg)
+    asked, possible = asked_units(cfg)
+    if cfg.init != "none":
+        read_units(cfg.init)  # refused before the embedded world is written
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset, images=cfg.modality != "lidar")
     data.announce(dataset, cfg.batch)
     check(cfg, dataset)
-    asked, possible = asked_units(cfg)
     # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
     # frames (ground-truth sampling)
     split = dataset.split("train")
     drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
-    require(any((dataset.annotations(i)["label"] >= 0).any() for i in drawn),
-            f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no box of a detection class in "
+    require(any(data.has_box(dataset, i) for i in drawn),
+            f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no 3-D box of a detection class in "
             f"the {len(drawn)} frames drawn; draw more, or with another seed")
     crop = dataset.grid.dataset == "kitti"  # labels end where its image does [code OpenPCDet]
     warp = partial(augment, rotation=cfg.rotation, scale=cfg.scale,
@@ -525,6 +562,8 @@ def train(rank, world, cfg):
                          workers=cfg.workers, crop=crop, indices=drawn, augment=warp)
     val_loader = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed,
                              workers=cfg.workers, crop=crop)
+    if rank == 0 and not cfg.profile:
+        try_score(val_loader, cfg.modality)
 
     # model, optimiser
     torch.manual_seed(cfg.seed)
@@ -613,11 +652,10 @@ def rescore(rank, world, cfg):
     dataset = data.open_dataset(trained.data, trained.preset,
                                 images=trained.modality != "lidar")
     data.announce(dataset, trained.batch)
-    model = Detector(trained, dataset.grid).to(device)
-    step = resume(cfg.eval_only, model, verbose=rank == 0)
-    require(step > 0,
-            f"--eval-only {cfg.eval_only}: no checkpoint there; finish a run first")
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
+    model = Detector(trained, dataset.grid).to(device)
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model))
+    step = resume(cfg.eval_only, model, verbose=rank == 0)
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
         changes = data_changes(cfg.eval_only, describe_data(dataset))
@@ -627,7 +665,33 @@ def rescore(rank, world, cfg):
     crop = dataset.grid.dataset == "kitti"
     val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
                              workers=trained.workers, crop=crop)
+    rank0_first(rank, lambda: try_score(val_loader, trained.modality))
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
+
+
+def check_run(run, trained, dataset, model):
+    """End with a message if a run's folder, its checkpoint and this data set do not fit.
+
+    trained: the configuration in its config.json; model: made from it.
+    """
+    listing = Path(run, "labels.txt")
+    names = listing.read_text(errors="replace") if listing.is_file() else ""
+    kind = names.partition("/")[0] or dataset.grid.dataset
+    require(kind == dataset.grid.dataset,
+            f"--eval-only {run}: a run on {kind}, and {dataset.what} is {dataset.grid.dataset}; "
+            f"give the root of {kind} as --data")
+    state = checkpoint(run, verbose=True, mmap=True)
+    require(state, f"--eval-only {run}: no checkpoint there; finish a run first")
+    stored = json.loads(state["config"])
+    for field in ("preset", "modality", "resnet", "width", "bins"):
+        now = getattr(trained, field)
+        before = stored.get(field, now)
+        require(before == now,
+                f"{run}/config.json: {field} is {now!r}, in the checkpoint it is {before!r}; "
+                "put the file back as the run wrote it")
+    refuse_misfit(f"{run}: checkpoint of step {state['step']}", model.state_dict(),
+                  state["model"], "this detector",
+                  "; put config.json back as the run wrote it, and give its data set")
 
 
 # ---- prediction ----------------------------------------------------------------------
@@ -691,15 +755,44 @@ def finish(model, cfg, out, val_loader, device, rank):
     if rank:
         return
     folder = Path(out)
-    score = dict(
-        nuscenes=partial(finish_nuscenes, modality=cfg.modality),
+    try:
+        scores = score_frames(val_loader, frames, folder, cfg.modality)
+    except (Exception, SystemExit) as error:
+        place = folder / PREDICTIONS[val_loader.grid.dataset]
+        predictions = f"the predictions are in {place}, " * place.exists()
+        raise SystemExit(f"{out}: not scored ({reason(error)}). Nothing else is lost: "
+                         f"{predictions}the weights in {folder / 'last.pt'}. When the cause is "
+                         f"mended, score again: python finetune.py --eval-only {out}") from error
+    try:
+        save_figures(val_loader, frames, folder)
+    finally:  # whatever becomes of the figures
+        print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
+              f"| seed {cfg.seed} | {scores} |", flush=True)
+
+
+def reason(error):
+    """Why something failed: the message that is meant for a user, else the error's first line."""
+    return str(error) if isinstance(error, (SystemExit, data.DataError)) else first_line(error)
+
+
+PREDICTIONS = {  # files in the run folder, written before they are scored
+    "nuscenes": "results_nusc.json",
+    "kitti": "kitti",
+    "waymo": "predictions.npz",
+}
+
+
+def score_frames(val_loader, frames, folder, modality):
+    """Write predictions, score them, write metrics.json, print the table -> scores of the row.
+
+    frames as predict_all's.
+    """
+    finish_dataset = dict(
+        nuscenes=partial(finish_nuscenes, modality=modality),
         kitti=finish_kitti,
         waymo=finish_waymo,
     )
-    scores = score[val_loader.grid.dataset](val_loader, frames, folder)
-    save_figures(val_loader, frames, folder)
-    print(f"{out}: | {cfg.init} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
-          f"| seed {cfg.seed} | {scores} |")
+    return finish_dataset[val_loader.grid.dataset](val_loader, frames, folder)
 
 
 # ---- nuScenes' metric ----------------------------------------------------------------
@@ -757,11 +850,51 @@ def nuscenes_results(frames, classes, modality="fusion"):
     return dict(meta=meta, results=results)
 
 
-@cache
-def devkit(version, root):
-    """The devkit's own tables, read once."""
+LOADED = {}  # (root, version): the devkit's tables, and the instances of which they have boxes
+
+
+def devkit(dataset, tokens):
+    """The devkit with its own tables, for scoring these frames. They are read once and kept.
+
+    Rows that scoring never asks for are left out: full nuScenes would fill 8 GB and not 0.7.
+    """
     from nuscenes import NuScenes
-    return NuScenes(version, root, verbose=False)
+    index = {token.decode(): i for i, token in enumerate(dataset.frames["token"])}
+    rows = [dataset.annotations(index[token])["instance"] for token in tokens]
+    instances = {instance.decode() for instance in np.concatenate(rows)}
+    key = dataset.root, dataset.version
+    tables, present = LOADED.get(key, (None, set()))
+    if instances <= present:
+        return tables
+
+    class ScoringTables(NuScenes):
+        def __load_table__(self, name):  # in the order of the devkit
+            if name == "ego_pose":
+                lidars = {row["token"] for row in self.sensor if row["channel"] == "LIDAR_TOP"}
+                mounts = {row["token"] for row in self.calibrated_sensor
+                          if row["sensor_token"] in lidars}
+                self.keyframes = self.rows("sample_data", lambda row: (
+                    row["is_key_frame"] and row["calibrated_sensor_token"] in mounts))
+                poses = {row["ego_pose_token"] for row in self.keyframes}
+                return self.rows(name, lambda row: row["token"] in poses)
+            if name == "sample_data":
+                return self.keyframes
+            if name == "sample_annotation":
+                return self.rows(name, lambda row: row["instance_token"] in instances)
+            return self.rows(name, lambda row: True)
+
+        def rows(self, name, keep):
+            text = Path(self.table_root, f"{name}.json").read_bytes()
+            rows = json.loads(text, object_hook=lambda row: row if keep(row) else None)
+            return [row for row in rows if row is not None]
+
+    size = sum(file.stat().st_size for file in Path(dataset.root, dataset.version).glob("*.json"))
+    if size > 2e8:
+        print(f"{dataset.what}: nuscenes-devkit reads its {size / 1e9:.1f} GB of tables, once",
+              flush=True)
+    tables = ScoringTables(dataset.version, str(dataset.root), verbose=False)
+    LOADED[key] = tables, instances
+    return tables
 
 
 def nuscenes_score(dataset, path, tokens, reach=math.inf):
@@ -777,7 +910,7 @@ def nuscenes_score(dataset, path, tokens, reach=math.inf):
         load_prediction_of_sample_tokens)
     from nuscenes.eval.detection.data_classes import DetectionBox
     from nuscenes.eval.detection.evaluate import DetectionEval
-    official = devkit(dataset.version, str(dataset.root))
+    official = devkit(dataset, tokens)
 
     # its constructor insists on an official split, so the fields are set from here
     scorer = DetectionEval.__new__(DetectionEval)
@@ -790,7 +923,8 @@ def nuscenes_score(dataset, path, tokens, reach=math.inf):
     most = scorer.cfg.max_boxes_per_sample
     predicted, scorer.meta = load_prediction_of_sample_tokens(
         str(path), most, DetectionBox, tokens)
-    truth = load_gt_of_sample_tokens(official, tokens, DetectionBox)
+    with redirect_stderr(io.StringIO()):  # a progress bar, which would end with the terminal
+        truth = load_gt_of_sample_tokens(official, tokens, DetectionBox)
     for boxes in (predicted, truth):
         require(any(boxes[token] for token in tokens),
                 f"{path}: no predicted box, or no labelled one, in any of its {len(tokens)} "
@@ -1116,14 +1250,15 @@ def kitti_score(dataset, frames, folder):
     """
     index = {name: i for i, name in enumerate(dataset.names)}
     folder.mkdir(parents=True, exist_ok=True)
-    cases = []
+    detections = {}  # i: rows, scores
     for name, (boxes, labels, scores, _) in frames.items():
         i = index[name]
         rows, which = kitti_rows(dataset, i, boxes.astype(np.float64), labels)
         scores = scores[which]
-        cases.append((dataset.annotations(i), rows, scores))
+        detections[i] = rows, scores
         lines = [kitti_line(row, score) for row, score in zip(rows, scores)]
         write_text(folder / f"{name.rsplit('/', 1)[1]}.txt", "".join(lines))
+    cases = [(dataset.annotations(i), *parts) for i, parts in detections.items()]
     metrics = {}
     for kind in ("2d", "bev", "3d"):
         metrics[kind] = {}
@@ -1134,10 +1269,40 @@ def kitti_score(dataset, frames, folder):
     return metrics
 
 
+def kitti_truths(dataset, names):
+    """How many boxes of these frames count -> {class: [easy, moderate, hard]}."""
+    index = {name: i for i, name in enumerate(dataset.names)}
+    counts = {name: [0, 0, 0] for name in dataset.grid.classes}
+    for frame in names:
+        rows = dataset.annotations(index[frame])
+        for name, levels in counts.items():
+            for level in range(3):
+                state, _ = kitti_states(rows, rows[:0], name, level)
+                levels[level] += int((state == 0).sum())
+    return counts
+
+
+def kitti_bound(total):
+    """AP|R40 and AP|R11 of a perfect detector, in %: under 100 for fewer than 41 truths.
+
+    n truths give n thresholds, and by the official definition no precision beyond them.
+    """
+    if not total:
+        return math.nan, math.nan
+    precision = np.arange(41) < total  # at recall 0, 1/40, 2/40, ...
+    return 100 * precision[1:].mean(), 100 * precision[::4].mean()
+
+
 def finish_kitti(val_loader, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the row's scores."""
     metrics = kitti_score(val_loader.dataset, frames, out / "kitti")
-    write_text(out / "metrics.json", to_json(metrics | dict(frames=len(frames))))
+    truths = kitti_truths(val_loader.dataset, frames)
+    bounds = {}
+    for name, counts in truths.items():
+        levels = [kitti_bound(count) for count in counts]
+        bounds[name] = dict(R40=[r40 for r40, _ in levels], R11=[r11 for _, r11 in levels])
+    write_text(out / "metrics.json", to_json(
+        metrics | dict(frames=len(frames), truths=truths, perfect_detector=bounds)))
     levels = f"{'easy':>8}{'mod.':>8}{'hard':>8}"
     print(f"{'':16}{'AP|R40':>24}   {'AP|R11':>24}")
     print(f"{'':16}{levels}   {levels}")
@@ -1146,6 +1311,13 @@ def finish_kitti(val_loader, frames, out):
             r40 = "".join(f"{value:8.2f}" for value in ap["R40"])
             r11 = "".join(f"{value:8.2f}" for value in ap["R11"])
             print(f"{kind:4}{name:12}{r40}   {r11}")
+    for name, counts in truths.items():
+        if min(counts) < 41:
+            n = "".join(f"{count:8}" for count in counts)
+            r40 = "".join(f"{value:8.2f}" for value in bounds[name]["R40"])
+            r11 = "".join(f"{value:8.2f}" for value in bounds[name]["R11"])
+            print(f"{'n':4}{name:12}{n}   truths, fewer than 41: a perfect detector gets")
+            print(f"{'max':4}{name:12}{r40}   {r11}")
     moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
     scores = ", ".join(f"{name} {value:.2f}" for name, value in moderate.items())
     return f"3D AP|R40 moderate {scores}"
@@ -1278,8 +1450,25 @@ def waymo_score(dataset, frames):
     return metrics
 
 
+def save_predictions(path, frames):
+    """Write what predict_all returned, the boxes of all frames in a row.
+
+    frame (F,) names, count (F,) boxes of each; boxes (n, 9), labels (n,), scores (n,).
+    """
+    parts = list(frames.values())
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez(
+            file,
+            frame=list(frames),
+            count=[len(scores) for _, _, scores, _ in parts],
+            boxes=np.concatenate([boxes for boxes, _, _, _ in parts]),
+            labels=np.concatenate([labels for _, labels, _, _ in parts]),
+            scores=np.concatenate([scores for _, _, scores, _ in parts]))
+
+
 def finish_waymo(val_loader, frames, out):
-    """metrics.json, the table -> the row's scores."""
+    """predictions.npz, metrics.json, the table -> the row's scores."""
+    save_predictions(out / PREDICTIONS["waymo"], frames)
     metrics = waymo_score(val_loader.dataset, frames)
     write_text(out / "metrics.json", to_json(metrics | dict(frames=len(frames))))
     print(f"{'':12}{'L1 AP':>8}{'APH':>8}{'L2 AP':>8}{'APH':>8}"
@@ -1398,7 +1587,7 @@ def export(cfg):
     else:
         depth = json.loads(header["config"]).get("resnet")
         message = f"torchvision's resnet{depth} with fc = Identity()"
-    with atomic_write(path) as part:
+    with atomic_write(path, advice="then export again") as part:
         part.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
     step = header["step"]

@@ -316,7 +316,7 @@ def test_a_unit_that_the_run_has_not_trained_is_refused(
     ("none", "none/backbones.safetensors: no such file; --init names"),
     ("cut", "not a whole safetensors file"),
     ("folder", "expected a name that ends in .pth"),
-    ("taken", "could not be written"),
+    ("taken", "could not be written .*; then export again.$"),
 ])
 def test_exports_that_cannot_work_are_refused(lidar, tmp_path, case, message):
     run = lidar[0]

@@ -2,6 +2,8 @@
 that are known to be right, few labels, weights in and out."""
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -815,6 +817,248 @@ def test_files_that_the_devkit_lacks_are_named_before_training(
     next(root.glob(pattern)).unlink()
     cfg = replace(TINY, data=str(root), out=str(tmp_path / "run"))
     with pytest.raises((SystemExit, data.DataError), match=message):
+        finetune.train(0, 1, cfg)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- a run that cannot end in a score ------------------------------------------------
+
+def change_rows(name, change):
+    """-> a function of the tables' folder that changes every row of a table."""
+    def edit(tables):
+        path = tables / f"{name}.json"
+        rows = json.loads(path.read_text())
+        for row in rows:
+            change(row)
+        path.write_text(json.dumps(rows))
+    return edit
+
+
+def two_attributes(row):
+    row["attribute_tokens"] = row["attribute_tokens"] * 2
+
+
+def flatten_some(row):
+    row["size"][0] *= row["num_lidar_pts"] % 2
+
+
+def no_box_in_val(tables):
+    splits = json.loads((tables / "splits.json").read_text())
+    val = [scenes for name, scenes in splits.items() if name.endswith("val")][0]
+    scenes = {row["token"] for row in json.loads((tables / "scene.json").read_text())
+              if row["name"] in val}
+    samples = {row["token"] for row in json.loads((tables / "sample.json").read_text())
+               if row["scene_token"] in scenes}
+    path = tables / "sample_annotation.json"
+    rows = [row for row in json.loads(path.read_text()) if row["sample_token"] not in samples]
+    path.write_text(json.dumps(rows))
+
+
+def slash_in_tokens(tables):
+    tokens = [row["token"] for row in json.loads((tables / "sample.json").read_text())]
+    for path in tables.glob("sample*.json"):
+        text = path.read_text()
+        for token in tokens:
+            text = text.replace(token, f"a/{token}")
+        path.write_text(text)
+
+
+UNSCORABLE = {
+    "no attributes": (
+        change_rows("sample_annotation", lambda row: row.pop("attribute_tokens")),
+        "sample_annotation.json: row .* has no field attribute_tokens.*nuscenes-devkit"),
+    "no radar points": (
+        change_rows("sample_annotation", lambda row: row.pop("num_radar_pts")),
+        "sample_annotation.json: row .* has no field num_radar_pts.*nuscenes-devkit"),
+    "two attributes": (
+        change_rows("sample_annotation", two_attributes),
+        r"row \w+ has attribute_tokens \['\w+', '\w+'\], expected \[\] or one token of attribute"),
+    "unknown attribute": (
+        change_rows("attribute", lambda row: row.update(token=row["token"] + "x")),
+        "has attribute_tokens .*expected .* one token of attribute.json"),
+    "radar points as text": (
+        change_rows("sample_annotation", lambda row: row.update(num_radar_pts="1")),
+        "has num_radar_pts 1, expected a whole number"),
+    "no size": (
+        change_rows("sample_annotation", flatten_some),
+        "has size .*0.0.*, expected three numbers above 0"),
+    "no map": (
+        lambda tables: (tables / "map.json").write_text("[]"),
+        "map.json: of . logs . are in the log_tokens of none of its 0 rows"),
+    "no log on a map": (
+        change_rows("map", lambda row: row.update(log_tokens=["x"])),
+        "map.json: of 3 logs 3 are in the log_tokens of none of its . rows"),
+    "no modality": (
+        change_rows("sensor", lambda row: row.pop("modality")),
+        "sensor.json: row .* has no field modality.*nuscenes-devkit"),
+    "slash": (slash_in_tokens, "sample.json: token 'a/.*expected one without a slash"),
+    "no box in val": (no_box_in_val, "none of its 1 val frames has a 3-D box"),
+}
+
+
+@pytest.mark.parametrize("case", UNSCORABLE)
+def test_what_the_devkit_trips_over_is_named_before_training(three_frames, tmp_path, case):
+    spoil, message = UNSCORABLE[case]
+    root = Path(shutil.copytree(three_frames, tmp_path / "root"))
+    tables, = root.glob("v1.0-*")
+    spoil(tables)
+    cfg = replace(TINY, data=str(root), out=str(tmp_path / "run"), gpus=0)
+    with pytest.raises((SystemExit, data.DataError), match=message):
+        finetune.train(0, 1, cfg)
+    assert not (tmp_path / "run").exists()
+    dataset = data.open_dataset(root)
+    faults = data.scoring_faults(dataset, [0, 1, 2])  # the doctor's
+    assert len(faults) == 1 and re.search(message, faults[0]), faults
+
+
+def test_the_doctor_looks_at_what_scoring_needs(three_frames, tmp_path):
+    root = Path(shutil.copytree(three_frames, tmp_path / "root"))
+    next(root.glob("maps/*.png")).unlink()
+    fault, = data.doctor(str(root))
+    assert "png is missing, which nuscenes-devkit opens" in fault
+    next(root.glob("v1.0-*/sample_annotation.json")).write_text("[]")
+    assert data.doctor(str(root)) == []  # not for detection
+
+
+def test_any_other_error_of_the_metric_is_one_line_before_training(
+        three_frames, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyError("something")
+    monkeypatch.setattr(finetune, "nuscenes_score", fail)
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0)
+    message = "the labelled boxes of nuscenes/.* cannot be scored .KeyError: 'something'.*mend"
+    with pytest.raises(SystemExit, match=message):
+        finetune.train(0, 1, cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_fails_at_the_end_loses_nothing(world, tmp_path, monkeypatch, capsys):
+    dataset = data.open_dataset(world, "small")
+    frames = truth_as_predictions(dataset, dataset.split("val"))
+    monkeypatch.setattr(finetune, "predict_all", lambda *_: frames)
+    loader = SimpleNamespace(grid=GRID, dataset=dataset)
+
+    def fail(*_):
+        raise RuntimeError("no room")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "nuscenes_score", fail)
+        message = (f"{tmp_path}: not scored .RuntimeError: no room.. Nothing else is lost: the "
+                   f"predictions are in {tmp_path}/results_nusc.json, the weights in "
+                   f"{tmp_path}/last.pt. .*python finetune.py --eval-only {tmp_path}$")
+        with pytest.raises(SystemExit, match=message):
+            finetune.finish(None, TINY, tmp_path, loader, None, 0)
+    results = json.loads((tmp_path / "results_nusc.json").read_text())["results"]
+    assert len(results) == len(frames)
+
+    monkeypatch.setattr(finetune, "save_figures", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        finetune.finish(None, TINY, tmp_path, loader, None, 0)
+    assert "| seed 0 | mAP " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_devkit_scores_the_same_from_the_rows_that_are_kept(world, tmp_path, monkeypatch):
+    """Frames of one scene, predicted half a metre away: velocities and filters matter too."""
+    from nuscenes import NuScenes
+    dataset = data.open_dataset(world, "small")
+    frames = truth_as_predictions(dataset, dataset.split("val"), 0.4)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(finetune.nuscenes_results(frames, GRID.classes)))
+    tokens = [name.rsplit("/", 1)[1] for name in frames]
+    monkeypatch.setattr(finetune, "LOADED", {})
+
+    class Terminal:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+        flush = write
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())  # it was closed
+        metrics, _, present = finetune.nuscenes_score(dataset, path, tokens)
+    kept, _ = finetune.LOADED[dataset.root, dataset.version]
+    whole = NuScenes(dataset.version, dataset.root, verbose=False)
+    assert len(kept.sample_data) == len(dataset) < len(whole.sample_data)
+    assert 0 < len(kept.sample_annotation) < len(whole.sample_annotation)
+    assert finetune.devkit(dataset, tokens[:1]) is kept
+    monkeypatch.setattr(finetune, "devkit", lambda *_: whole)
+    expected, _, also_present = finetune.nuscenes_score(dataset, path, tokens)
+    for result in (metrics, expected):
+        del result["eval_time"]
+    assert to_text(metrics) == to_text(expected) and present == also_present
+
+
+def to_text(metrics):
+    return json.dumps(metrics, sort_keys=True)  # NaN equals NaN
+
+
+@pytest.fixture(scope="module")
+def two_steps(three_frames, tmp_path_factory):
+    """The folder of a run with last.pt of step 2 and previous.pt of step 1."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    cfg = replace(TINY, data=str(three_frames), out=str(out), gpus=0, modality="lidar",
+                  fraction=1.0, batch=1, steps=2, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "save_figures", lambda *_: None)
+        finetune.train(0, 1, cfg)
+    return out
+
+
+@pytest.mark.parametrize("case, message", [
+    ("data", "a run on nuscenes, and .* is kitti; give the root of nuscenes as --data"),
+    ("width", "config.json: width is 8, in the checkpoint it is 4; put the file back"),
+    ("modality", "config.json: modality is 'camera', in the checkpoint it is 'lidar'"),
+    ("tensor", r"step 2: 1 of the \d+ tensors of this detector do not fit, first neck.reduce"),
+    ("empty", "no checkpoint there; finish a run first"),
+])
+def test_a_run_is_not_scored_with_what_does_not_fit_it(
+        two_steps, kitti, tmp_path, case, message):
+    run = Path(shutil.copytree(two_steps, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    fields = {}
+    if case == "data":
+        fields = dict(data=str(kitti))
+    if case == "width":
+        config["width"] = 8
+    if case == "modality":
+        config["modality"] = "camera"
+    if case == "tensor":
+        state = torch.load(run / "last.pt", weights_only=True)
+        state["model"]["neck.reduce.0.weight"] = torch.zeros(3)
+        torch.save(state, run / "last.pt")
+    if case == "empty":
+        (run / "last.pt").unlink()
+        (run / "previous.pt").unlink()
+    (run / "config.json").write_text(json.dumps(config))
+    scores = (run / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit, match=message) as refusal:
+        rescored(run, **fields)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert (run / "metrics.json").read_bytes() == scores
+
+
+def test_scoring_says_that_it_takes_the_checkpoint_before(two_steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "finish", lambda *_: None)
+    run = Path(shutil.copytree(two_steps, tmp_path / "run"))
+    os.truncate(run / "last.pt", 1000)
+    rescored(run)
+    printed = capsys.readouterr().out
+    assert "last.pt: not a readable checkpoint" in printed and "previous.pt, step 1" in printed
+    assert "the weights after step 1" in printed
+
+
+def test_weights_are_looked_for_before_the_data_set_is_opened(stored, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError("the data set was opened")
+    monkeypatch.setattr(data, "open_dataset", opened)
+    cfg = replace(TINY, init=str(tmp_path / "typo"), out=str(tmp_path / "run"), gpus=0)
+    for init in (cfg.init, str(tmp_path / "backbones.safetensors")):
+        with pytest.raises(SystemExit, match="no such file; --init names the folder"):
+            finetune.train(0, 1, replace(cfg, init=init))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_do_not_fit_leave_no_run_folder(stored, three_frames, tmp_path):
+    cfg = replace(TINY, data=str(three_frames), init=str(tmp_path), out=str(tmp_path / "run"),
+                  width=8, gpus=0)
+    with pytest.raises(SystemExit, match="tensors of lidar do not fit"):
         finetune.train(0, 1, cfg)
     assert not (tmp_path / "run").exists()
 

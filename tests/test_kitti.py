@@ -2,6 +2,8 @@
 official rules, and the labels themselves."""
 import json
 import math
+import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -450,7 +452,15 @@ def labels_as_detections(dataset, numbers, annotations):
     return frames
 
 
-def test_metrics_and_result_files_of_a_kitti_run(kitti, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n", [1, 2, 5, 10, 39, 40, 41, 60])
+def test_the_bound_is_what_a_perfect_detector_gets(n):
+    truth = many(n)
+    perfect = ap(truth, truth, np.linspace(0.9, 0.5, n))
+    assert finetune.kitti_bound(n) == pytest.approx(perfect)
+    assert (perfect[0] == 100) == (n > 40)
+
+
+def test_metrics_and_result_files_of_a_kitti_run(kitti, tmp_path, monkeypatch, capsys):
     """Three frames whose labels are, in this order, easy, moderate and hard."""
     dataset = data.open_dataset(kitti)
     numbers = np.flatnonzero([bool(frame.labels) for frame in dataset.frames])[:3]
@@ -467,7 +477,16 @@ def test_metrics_and_result_files_of_a_kitti_run(kitti, tmp_path, monkeypatch):
     message = finetune.finish_kitti(model, frames, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["frames"] == 3
-    assert set(metrics) == {"2d", "bev", "3d", "frames"}
+    assert set(metrics) == {"2d", "bev", "3d", "frames", "truths", "perfect_detector"}
+    assert metrics["truths"] == {"Car": [1, 2, 3], "Pedestrian": [0] * 3, "Cyclist": [0] * 3}
+    bound = metrics["perfect_detector"]
+    assert bound["Car"]["R40"] == pytest.approx([0, 2.5, 5])
+    assert bound["Car"]["R11"] == pytest.approx([100 / 11] * 3)
+    assert bound["Cyclist"]["R40"] == [None] * 3
+    table = capsys.readouterr().out.splitlines()
+    number = table.index("n   Car                1       2       3   truths, fewer than 41: "
+                         "a perfect detector gets")
+    assert table[number + 1].split() == "max Car 0.00 2.50 5.00 9.09 9.09 9.09".split()
     assert metrics["bev"]["Cyclist"]["R40"] == [None] * 3
     assert metrics["bev"]["Car"]["R40"] == pytest.approx([0, 2.5, 5])
     assert metrics["bev"]["Car"]["R11"] == pytest.approx([100 / 11] * 3)
@@ -559,7 +578,7 @@ def test_a_detector_is_trained_and_scored_on_kitti(kitti, tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
     APs = [ap for one in metrics["3d"].values() for ap in one["R40"]]
     assert None in APs                               # a class without truth
-    assert set(metrics) == {"2d", "bev", "3d", "frames"}
+    assert set(metrics) == {"2d", "bev", "3d", "frames", "truths", "perfect_detector"}
     assert metrics["frames"] == 1
     assert "3D AP|R40 moderate Car" in last
     lines = (out / "kitti" / "000007.txt").read_text().splitlines()
@@ -571,3 +590,65 @@ def test_a_detector_is_trained_and_scored_on_kitti(kitti, tmp_path, capsys):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="belong to no scene"):
         finetune.train(0, 1, replace(cfg, draw="scenes", out=str(tmp_path / "other")))
+
+
+def with_labels(root, folder, labels):
+    """A copy of a KITTI root in which these frames have this label file."""
+    copy = Path(shutil.copytree(root, folder))
+    for number, text in labels.items():
+        (copy / "training" / "label_2" / f"{number}.txt").write_text(text)
+    return copy
+
+
+FLAT = "Car 0 0 0 500 150 700 300 -1 -1 -1 -1000 -1000 -1000 -10\n"
+
+
+@pytest.mark.parametrize("labels, message", [
+    ({"000000": FLAT, "000003": FLAT}, "no 3-D box of a detection class in the 2 frames drawn"),
+    ({"000007": FLAT}, "none of its 1 val frames has a 3-D box of a detection class"),
+    ({"000007": ""}, "none of its 1 val frames has a 3-D box of a detection class"),
+])
+def test_labels_that_teach_or_score_nothing_are_refused(kitti, tmp_path, labels, message):
+    """Label tools write 2-D boxes with sides of -1 m."""
+    root = with_labels(kitti, tmp_path / "root", labels)
+    out = tmp_path / "run"
+    cfg = finetune.Config(preset="small", data=str(root), out=str(out), gpus=0, fraction=1., **TINY)
+    refusal = f"{message}|sides of the box between"  # a reader may refuse 2-D boxes itself
+    with pytest.raises((SystemExit, data.DataError), match=refusal):
+        finetune.train(0, 1, cfg)
+    assert not out.exists()
+    if "000007" in labels:
+        faults = data.scoring_faults(data.open_dataset(root), [0, 1, 2])
+        assert any(re.search(refusal, fault) for fault in faults), faults
+
+
+def test_result_files_are_written_before_a_label_is_read(kitti, tmp_path, monkeypatch):
+    dataset = data.open_dataset(kitti)
+    frames = labels_as_detections(dataset, [0, 1, 2], dataset.annotations)
+
+    def damaged(i):
+        raise data.DataError("label_2/000000.txt, line 1 is 'x'")
+    monkeypatch.setattr(dataset, "annotations", damaged)
+    monkeypatch.setattr(finetune, "predict_all", lambda *_: frames)
+    loader = SimpleNamespace(dataset=dataset, grid=dataset.grid)
+    out = tmp_path / "run"
+    out.mkdir()
+    message = (f"{out}: not scored .label_2/000000.txt, line 1 is 'x'.. Nothing else is lost: the "
+               f"predictions are in {out}/kitti, .*--eval-only {out}$")
+    with pytest.raises(SystemExit, match=message):
+        finetune.finish(None, finetune.Config(), str(out), loader, None, 0)
+    assert len(list((out / "kitti").iterdir())) == 3
+
+
+def test_a_frame_whose_name_is_no_text_is_refused(kitti, tmp_path):
+    root = with_labels(kitti, tmp_path / "root", {})
+    shutil.rmtree(root / "ImageSets")
+    for file in list(root.glob("training/*/000007.*")):
+        if file.suffix != ".npy":
+            file.rename(file.with_name(os.fsdecode(b"caf\xe9") + file.suffix))
+    out = tmp_path / "run"
+    cfg = finetune.Config(preset="small", data=str(root), out=str(out), gpus=0, **TINY)
+    message = r"the name of frame 'kitti/training/caf\\udce9' is no text that can be printed"
+    with pytest.raises(SystemExit, match=message):
+        finetune.train(0, 1, cfg)
+    assert not out.exists()

@@ -733,6 +733,20 @@ def test_metrics_of_a_waymo_run(tmp_path):
     assert metrics["frames"] == 2
 
 
+def test_predictions_are_on_disk_before_they_are_scored(tmp_path, monkeypatch):
+    boxes = np.arange(27.).reshape(3, 9)
+    frames = {"waymo/s/0": (boxes[:2], np.array([0, 1]), np.array([0.9, 0.8]), np.eye(4)),
+              "waymo/s/1": (boxes[2:], np.array([2]), np.array([0.7]), np.eye(4))}
+    monkeypatch.setattr(finetune, "waymo_score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune.finish_waymo(SimpleNamespace(dataset=None), frames, tmp_path)
+    with np.load(tmp_path / "predictions.npz", allow_pickle=False) as stored:
+        assert stored["frame"].tolist() == list(frames) and stored["count"].tolist() == [2, 1]
+        assert np.array_equal(stored["boxes"], boxes)
+        assert stored["labels"].tolist() == [0, 1, 2]
+        assert stored["scores"].tolist() == [0.9, 0.8, 0.7]
+
+
 # ---- whole runs ---------------------------------------------------------------------
 
 TINY = {
