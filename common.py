@@ -28,7 +28,8 @@ To fork a method, read its file, the functions that it imports from here, and da
     §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
                             to_json, run_config,
                             describe_data, data_changes,
-                            lock_run_folder,
+                            checkpoint, refuse_misfit,
+                            first_line, lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
                             load_resnet
