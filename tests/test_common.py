@@ -1240,6 +1240,8 @@ def test_side_files_that_cannot_be_parsed_stop_no_run(run, capsys):
         begin(run)
         assert "provenance.json: cannot be parsed" in capsys.readouterr().out
         assert (run / "provenance.unreadable.json").read_bytes() == content
+    assert {path.name for path in run.glob("source*")} == {"source"} | {
+        f"source-{n}" for n in (2, 3, 4, 5)}
     for content in (b"[", b"{}", b'{"val": 3}'):
         (run / "data.json").write_bytes(content)
         begin(run)
