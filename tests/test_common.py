@@ -3,6 +3,7 @@ import errno
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -1146,6 +1147,30 @@ def test_a_log_of_the_shell_and_a_run_that_has_saved_nothing_are_no_hindrance(tm
     begin(tmp_path)
     assert not (tmp_path / "backbones.safetensors").exists()
     assert not list(tmp_path.glob("*.part"))
+
+
+def killed_in_its_first_save(out):
+    """A process that dies between the weights and the checkpoint."""
+    cfg = begin(out)
+    move = os.replace
+
+    def die(source, target):
+        if Path(target).name == "last.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(source, target)
+    common.os.replace = die
+    save_steps(cfg, 2)
+
+
+def test_a_run_killed_in_its_first_save_starts_over(server, tmp_path):
+    process = server.Process(target=killed_in_its_first_save, args=(tmp_path / "run",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "run" / "backbones.safetensors").exists()
+    assert not (tmp_path / "run" / "last.pt").exists()
+    save_steps(begin(tmp_path / "run"), 2)
+    assert common.checkpoint(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("left", ["backbones.safetensors", "metrics.json"])
