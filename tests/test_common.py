@@ -1151,6 +1151,7 @@ def test_a_log_of_the_shell_and_a_run_that_has_saved_nothing_are_no_hindrance(tm
 
 def killed_in_its_first_save(out):
     """A process that dies between the weights and the checkpoint."""
+    sys.modules["__main__"] = clap
     cfg = begin(out)
     move = os.replace
 
