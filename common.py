@@ -1667,7 +1667,7 @@ def open_run(cfg, world, dataset, indices, listing, free):
     write_text(out / "provenance.json", json.dumps(starts, indent=1))
     write_text(out / listing, "".join(name + "\n" for name in names))
     write_text(out / "data.json", json.dumps(now, indent=1))
-    copy_source(out, len(starts))
+    copy_source(out, len(starts), overwrite=not state)
 
 
 def check_place(cfg, dataset):
@@ -1681,7 +1681,7 @@ def check_place(cfg, dataset):
                 f"--out {cfg.out} is the run of --{field.replace('_', '-')}, which would be "
                 "overwritten; give another --out")
     root = os.path.realpath(dataset.root)
-    begun = os.path.lexists(os.path.join(place, "last.pt"))
+    begun = any(os.path.lexists(os.path.join(place, name)) for name in ("last.pt", "previous.pt"))
     require(begun or os.path.commonpath([root, place]) != root,
             f"--out {cfg.out} lies inside the data set {root}; give a place outside it")
 
@@ -1724,10 +1724,16 @@ def sweep(out):
                     os.unlink(os.path.join(folder, name))
 
 
-def copy_source(out, start):
-    """Copy the script, common.py and data.py into source/, source-2/ at the second start, ..."""
+def copy_source(out, start, overwrite):
+    """Copy the script, common.py and data.py into source/, source-2/ at the second start, ...
+
+    overwrite: a run that starts over has no earlier copy to keep.
+    """
     script = Path(sys.modules["__main__"].__file__)
     folder = out / ("source" if start == 1 else f"source-{start}")
+    while folder.exists() and not overwrite:  # provenance.json was lost
+        start += 1
+        folder = out / f"source-{start}"
     for file in {script, Path(__file__), Path(__file__).with_name("data.py")}:
         with atomic_write(folder / file.name) as part:
             folder.mkdir(exist_ok=True)
@@ -1822,6 +1828,8 @@ def refuse_other_frames(path, now):
         before = path.read_text().splitlines()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise SystemExit(unreadable_now(path, error)) from error
     except ValueError:
         print(f"{path}: no text in UTF-8; the frames are not compared, and it is written again",
               flush=True)
@@ -2135,7 +2143,9 @@ def save(cfg, step, model, opts, units, grid):
 
 def started_commit(out):
     """The commit that a run was started or resumed with: files may have changed since."""
-    starts = read_json(out / "provenance.json", list)
+    starts = None
+    with suppress(SystemExit):  # that it cannot be read now is no reason not to save
+        starts = read_json(out / "provenance.json", list)
     if starts and isinstance(starts[-1], dict):
         return str(starts[-1].get("commit", "unknown"))
     return "unknown"

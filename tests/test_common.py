@@ -1241,6 +1241,31 @@ def test_a_log_of_the_shell_and_a_run_that_has_saved_nothing_are_no_hindrance(tm
     assert not list(tmp_path.glob("*.part"))
 
 
+def killed_in_its_first_save(out):
+    """A process that dies between the weights and the checkpoint."""
+    sys.modules["__main__"] = clap
+    cfg = begin(out)
+    move = os.replace
+
+    def die(source, target):
+        if Path(target).name == "last.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(source, target)
+    common.os.replace = die
+    save_steps(cfg, 2)
+
+
+def test_a_run_killed_in_its_first_save_starts_over(server, tmp_path):
+    process = server.Process(target=killed_in_its_first_save, args=(tmp_path / "run",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "run" / "backbones.safetensors").exists()
+    assert not (tmp_path / "run" / "last.pt").exists()
+    save_steps(begin(tmp_path / "run"), 2)
+    assert common.checkpoint(tmp_path / "run")["step"] == 2
+
+
 @pytest.mark.parametrize("left", ["backbones.safetensors", "metrics.json"])
 def test_a_run_without_its_checkpoints_is_not_started_over(run, left):
     (run / "metrics.json").write_text("{}")
@@ -1333,6 +1358,8 @@ def test_side_files_that_cannot_be_parsed_stop_no_run(run, capsys):
         begin(run)
         assert "provenance.json: cannot be parsed" in capsys.readouterr().out
         assert (run / "provenance.unreadable.json").read_bytes() == content
+    assert {path.name for path in run.glob("source*")} == {"source"} | {
+        f"source-{n}" for n in (2, 3, 4, 5)}
     for content in (b"[", b"{}", b'{"val": 3}'):
         (run / "data.json").write_bytes(content)
         begin(run)
