@@ -1209,10 +1209,10 @@ def place_in_job(cfg):
     rank = environment_number("RANK", 0, 0)
     require(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment: expected a "
                           f"rank below the number of processes; {hint}")
-    here = environment_number("LOCAL_WORLD_SIZE", world, 1)
-    require(not cfg.gpus or cfg.gpus == here,
+    local_world = environment_number("LOCAL_WORLD_SIZE", world, 1)
+    require(not cfg.gpus or cfg.gpus == local_world,
             f"--gpus {cfg.gpus}, but RANK={rank} and WORLD_SIZE={world} in the environment say "
-            f"that {here} processes run on this machine; {hint}, or leave --gpus out")
+            f"that {local_world} processes run on this machine; {hint}, or leave --gpus out")
     return rank, world
 
 
@@ -1226,7 +1226,7 @@ def run_rank(train, rank, world, cfg):
         with one_line():
             record(train)(rank, world, cfg)  # tells the launcher what went wrong here
     except SystemExit as stop:
-        status = stop.code
+        status = stop.code or 0
         if isinstance(status, str):
             print(status, file=sys.stderr)
             get_error_handler().record_exception(stop)  # the launcher's last line repeats it

@@ -587,6 +587,12 @@ ALMOST = {
 }
 
 
+def has_layout(root, reader):
+    """Whether root holds one of the reader's layouts."""
+    patterns = [pattern for places in reader.LAYOUTS.values() for pattern in places]
+    return any(True for pattern in patterns for _ in root.glob(pattern))
+
+
 def announce(dataset, batch):
     """Say which data set a run reads. A batch (frames of a rank) beyond it is refused."""
     train = len(dataset.split("train"))
@@ -596,12 +602,6 @@ def announce(dataset, batch):
         raise DataError(f"--batch {batch}: the train split of {dataset.what} has {train} frames; "
                         f"give at most {most}")
     print_once(f"{dataset.what}, {train} train and {val} val frames")
-
-
-def has_layout(root, reader):
-    """Whether root holds one of the reader's layouts."""
-    patterns = [pattern for places in reader.LAYOUTS.values() for pattern in places]
-    return any(True for pattern in patterns for _ in root.glob(pattern))
 
 
 def embedded_world():

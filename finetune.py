@@ -648,24 +648,25 @@ def rescore(rank, world, cfg):
     trained = config_of(cfg.eval_only)
     trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
                       workers=cfg.workers, eval_only="")
-    device = init_process(cfg, world)
     dataset = data.open_dataset(trained.data, trained.preset,
                                 images=trained.modality != "lidar")
     data.announce(dataset, trained.batch)
+    crop = dataset.grid.dataset == "kitti"
+    val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
+                             workers=trained.workers, crop=crop)
+    if rank == 0:
+        try_score(val_loader, trained.modality)
+    device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     model = Detector(trained, dataset.grid).to(device)
     rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model))
-    step = resume(cfg.eval_only, model, verbose=rank == 0)
+    step = resume(cfg.eval_only, model)
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
         changes = data_changes(cfg.eval_only, describe_data(dataset))
         if changes:
             print(f"{cfg.eval_only}: scored on other data than the run's: {'; '.join(changes)}",
                   flush=True)
-    crop = dataset.grid.dataset == "kitti"
-    val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
-                             workers=trained.workers, crop=crop)
-    rank0_first(rank, lambda: try_score(val_loader, trained.modality))
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
 
 
@@ -856,7 +857,8 @@ LOADED = {}  # (root, version): the devkit's tables, and the instances of which 
 def devkit(dataset, tokens):
     """The devkit with its own tables, for scoring these frames. They are read once and kept.
 
-    Rows that scoring never asks for are left out: full nuScenes would fill 8 GB and not 0.7.
+    Rows that scoring never asks for are left out, sweeps, images and other frames' boxes: full
+    nuScenes would fill 8 GB of memory, and so fills 0.7.
     """
     from nuscenes import NuScenes
     index = {token.decode(): i for i, token in enumerate(dataset.frames["token"])}
@@ -868,8 +870,8 @@ def devkit(dataset, tokens):
         return tables
 
     class ScoringTables(NuScenes):
-        def __load_table__(self, name):  # in the order of the devkit
-            if name == "ego_pose":
+        def __load_table__(self, name):
+            if name == "ego_pose":  # comes before sample_data, which says what poses are needed
                 lidars = {row["token"] for row in self.sensor if row["channel"] == "LIDAR_TOP"}
                 mounts = {row["token"] for row in self.calibrated_sensor
                           if row["sensor_token"] in lidars}
