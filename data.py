@@ -1147,8 +1147,8 @@ def split_frames(dataset, split_of, name):
 def file_digests(dataset):
     """Digests of the files of some frames, spread over the data set -> {file: digest}.
 
-    They are what a run compares when it is resumed, wherever the data set lies then: no path,
-    no time. Of each file, its size and its last 64 KiB.
+    They are what a run compares when it is resumed, wherever the data set lies then: no
+    path, no time. Of each file, its size and its last 64 KiB.
     """
     digests = {}
     for i in spread(np.arange(len(dataset)), DIGEST_FRAMES):
@@ -1828,15 +1828,15 @@ class NuScenes:
 
     A partial download works: frames of which a file is missing are left out, and their
     number is printed. Where no sweep but the keyframes' is on disk, each frame has that
-    one alone, which is printed too. If train or val has no frame on disk, both are cut 80/20 in
-    order of time from the frames on disk (split_frames). Own lists of scenes go into
-    splits.json next to the tables (official_splits).
+    one alone, which is printed too. If train or val has no frame on disk, both are cut
+    80/20 in order of time from the frames on disk (split_frames). Own lists of scenes
+    go into splits.json next to the tables (official_splits).
 
     A frame has the keyframe sweep and up to Grid.sweeps - 1 sweeps before it, moved to
     its place. The LiDAR's axes on disk (x right, y forward) become ours, intensity
-    0..255 becomes 0..1, and the points on the car itself are taken off. The images (six,
-    or those of CAMERAS that the tables have) are projected each from the car's pose at
-    its own shutter. v1.0-test has no labels.
+    0..255 becomes 0..1, and the points on the car itself are taken off. The images
+    (six, or those of CAMERAS that the tables have) are projected each from the car's
+    pose at its own shutter. v1.0-test has no labels.
 
     .grid  .root  .version  .frames (structured array, a row a frame, see build_index)  .names
     .split(name)  .load(i)
@@ -2876,12 +2876,12 @@ class Waymo:
 
     Images are freed of their lens distortion after resizing, and each is projected from
     the vehicle's pose when its middle column is exposed. That is exact in this column,
-    and everywhere for a vehicle at rest in a rigid world. The cameras read their columns
-    one after the other (rolling shutter), which no single matrix follows: at 3.7 m/s and
-    50 ms, the official projection differs by 5 of 1920 px in the median within 10 m and by
-    1 px at 20 to 40 m in the front image, by 17 and 4 px in a side image. Testing has no
-    labels. No real Waymo frame may be shared, so all this is tested on a fabricated
-    segment in the official column names and types.
+    and everywhere for a vehicle at rest in a rigid world. The cameras read their
+    columns one after the other (rolling shutter), which no single matrix follows: at
+    3.7 m/s and 50 ms, the official projection differs by 5 of 1920 px in the median
+    within 10 m and by 1 px at 20 to 40 m in the front image, by 17 and 4 px in a side
+    image. Testing has no labels. No real Waymo frame may be shared, so all this is
+    tested on a fabricated segment in the official column names and types.
 
     .grid  .root  .frames (list of WaymoFrame)  .names  .split(name)  .load(i)
     """
