@@ -154,10 +154,6 @@ def check(cfg, dataset):
     require(any(len(dataset.annotations(i)) for i in frames),
             f"{dataset.what}: no box is annotated here, "
             "so there is nothing to learn detection from")
-    for name in dataset.names:
-        require(name.isprintable(),
-                f"{dataset.what}: the name of frame {name!a} is no text that can be printed and "
-                "written in UTF-8; rename its files")
 
 
 def try_score(val_loader, modality):

@@ -1166,8 +1166,8 @@ def test_eval_only_says_which_checkpoint_and_which_data_it_takes(
     assert (out / "last.pt").stat().st_size == 1000    # to score changes no checkpoint
 
     whole = json.loads((out / "config.json").read_text())
-    for name, value, message in (("width", 8, "tensors of this model do not fit, first "),
-                                 ("modality", "camera", "tensors of this model do not fit"),
+    for name, value, message in (("width", 8, "width is 8, in the checkpoint it is 4; put"),
+                                 ("modality", "camera", "modality is .camera., in the check"),
                                  ("width", "4", "width is '4', expected something like 16")):
         (out / "config.json").write_text(json.dumps({**whole, name: value}))
         with pytest.raises(SystemExit, match=message) as refusal:
