@@ -178,6 +178,8 @@ def check(cfg):
     require(cfg.w_intra + cfg.w_inter > 0,
             f"--w-intra {cfg.w_intra} and --w-inter {cfg.w_inter}: "
             "expected weights that are not both 0")
+    require(cfg.radius_scale >= 0.001,
+            f"--radius-scale {cfg.radius_scale}: expected a number from 0.001 to 1000")
     require(cfg.scale < 1, f"--scale {cfg.scale}: expected a number below 1")
     require(cfg.zoom_low <= cfg.zoom_high,
             f"--zoom-low {cfg.zoom_low}, --zoom-high {cfg.zoom_high}: "
