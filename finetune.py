@@ -140,7 +140,7 @@ def check_flags(cfg):
             "expected numbers below 1")
     asked_units(cfg)
     if cfg.init != "none":
-        read_units(cfg.init)
+        read_units(cfg.init)  # refused before the embedded world is written
 
 
 def check(cfg, dataset):
@@ -536,9 +536,6 @@ def train(rank, world, cfg):
     check_flags(cfg)
     if cfg.eval_only:
         return rescore(rank, world, cfg)
-    asked, possible = asked_units(cfg)
-    if cfg.init != "none":
-        read_units(cfg.init)  # refused before the embedded world is written
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset, images=cfg.modality != "lidar")
@@ -564,6 +561,7 @@ def train(rank, world, cfg):
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = Detector(cfg, dataset.grid)
+    asked, possible = asked_units(cfg)
     loaded = set()
     if cfg.init != "none":
         loaded = load_units(cfg.init, model, asked, possible, dataset.grid, rank)
