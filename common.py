@@ -1477,12 +1477,13 @@ def keep_large_buffers():
 def rank0_first(rank, act):
     """Run act() on rank 0 while the others wait.
 
-    If it raises SystemExit, every process exits, rank 0 with the message.
+    If it raises what one_line turns into a message, every process exits, rank 0 with it.
     """
     message = [None]  # a list, because torch broadcasts the objects in a list
     if rank == 0:
         try:
-            act()
+            with one_line():
+                act()
         except SystemExit as refusal:
             message = [str(refusal)]
     if processes() > 1:

@@ -920,6 +920,20 @@ def test_metrics_are_json_without_nan():
     assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 0.1]}
 
 
+def refuse_the_data(rank):
+    """What a process that opens a run folder on broken data gives back."""
+    def act():
+        raise data.DataError("nuscenes/scene/token: the scan is missing; extract it again")
+    with pytest.raises(SystemExit) as refusal:
+        common.rank0_first(rank, act)
+    return refusal.value.code
+
+
+def test_all_ranks_end_if_rank_0_refuses_the_data(server, tmp_path):
+    codes = on_two(server, refuse_the_data, tmp_path)
+    assert codes == ["nuscenes/scene/token: the scan is missing; extract it again", 1]
+
+
 def outlive(pid_file):
     """A process that starts a rank, which ends with it."""
     die_with_the_server()
