@@ -1154,21 +1154,19 @@ def file_digests(dataset):
     for i in spread(np.arange(len(dataset)), DIGEST_FRAMES):
         for file in dataset.files(int(i)):
             if file not in digests:
-                digests[file] = file_digest(path_inside(dataset.root, file, dataset.what))
+                path = path_inside(dataset.root, file, dataset.what)
+                digests[file] = file_digest(path, dataset.what)
     return digests
 
 
-def file_digest(path):
-    """Size and CRC of the last 64 KiB of a file, as text."""
+def file_digest(path, owner):
+    """Size and CRC of the last 64 KiB of a file, as text. owner: begins an error's message."""
     if not os.path.isfile(path):
         return "absent"
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 2**16, 0))
-            return f"{size} {zlib.crc32(file.read()):08x}"
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    with reading(owner, "extract it again"), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 2**16, 0))
+        return f"{size} {zlib.crc32(file.read()):08x}"
 
 
 def has_box(dataset, i):
