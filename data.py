@@ -562,8 +562,8 @@ def recognise(root):
             if has_layout(place, reader):
                 raise DataError(f"{root}: this is not the root of a data set, which holds "
                                 f"{reader.LAYOUT_HINT}; give {place}")
-    for pattern, message in ALMOST.items():
-        for path in root.glob(pattern):
+    for patterns, message in ALMOST.items():
+        for path in (path for pattern in patterns for path in root.glob(pattern)):
             raise DataError(f"{root}: {path.relative_to(root)} is here, but {message}")
     listing = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
     raise DataError(f"{root}: no data set here; looked for nuScenes ({NuScenes.LAYOUT_HINT}), "
@@ -573,17 +573,16 @@ def recognise(root):
 
 # what is found where something else lacks, and what that is
 ALMOST = {
-    "samples": "no table (v1.0-*/*.json); extract the metadata archive of nuScenes here too",
-    "sweeps": "no table (v1.0-*/*.json); extract the metadata archive of nuScenes here too",
-    "*/*.tfrecord*": "version 2 of the Waymo Open Dataset is read, which is parquet; "
-                     "download waymo_open_dataset_v_2",
-    "*.tfrecord*": "version 2 of the Waymo Open Dataset is read, which is parquet; "
-                   "download waymo_open_dataset_v_2",
-    "*/camera_image/*.parquet": "no training/vehicle_pose; download the component vehicle_pose",
-    "*/lidar/*.parquet": "no training/vehicle_pose; download the component vehicle_pose",
-    "training/image_2": "no training/velodyne; extract the scans of KITTI's object frames",
-    "training/calib": "no training/velodyne; extract the scans of KITTI's object frames",
-    "*/*_sync": "no velodyne_points; extract the synced scans of KITTI's raw drives",
+    ("samples", "sweeps"):
+        "no table (v1.0-*/*.json); extract the metadata archive of nuScenes here too",
+    ("*/*.tfrecord*", "*.tfrecord*"):
+        "version 2 of the Waymo Open Dataset is read, which is parquet; "
+        "download waymo_open_dataset_v_2",
+    ("*/camera_image/*.parquet", "*/lidar/*.parquet"):
+        "no training/vehicle_pose; download the component vehicle_pose",
+    ("training/image_2", "training/calib"):
+        "no training/velodyne; extract the scans of KITTI's object frames",
+    ("*/*_sync",): "no velodyne_points; extract the synced scans of KITTI's raw drives",
 }
 
 
