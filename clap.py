@@ -339,7 +339,8 @@ def pixel_weights(weights, xyz, b, batch, blur):
     """
     count = len(batch.images)
     H, W = batch.images.shape[-2:]
-    point, view, uv, _ = project(xyz, b, batch.lidar2img, batch.hw, batch.size)
+    counts = torch.bincount(b, minlength=batch.size).tolist()
+    point, view, uv, _ = project(xyz, counts, batch.lidar2img, batch.hw)
     u, v = uv.long().unbind(1)
     pixel = (view * H + v) * W + u
     hit = weights.new_zeros(count * H * W)              # D1: the largest of a pixel's points

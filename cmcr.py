@@ -503,7 +503,7 @@ class CMCR(nn.Module):
         """
         xyz = batch.points[:, :3]
         point, image, uv, _ = project(
-            xyz, batch.b_points, batch.lidar2img, batch.hw, batch.size, near=1.0)
+            xyz, batch.counts, batch.lidar2img, batch.hw, near=1.0)
         column, row = (uv / STRIDE).long().unbind(1)
         h, w = self.cells
         return point, image, uv, (image * h + row) * w + column

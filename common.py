@@ -5,9 +5,10 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             Cells, multilinear, gather_weighted,   clap, cmcr, simipu
-                            project, valid_pixels, rays,
-                            sample_image, box_exit, inside_boxes
+    §1 geometry             constant, Cells, multilinear,          clap, cmcr, simipu
+                            gather_weighted, project,
+                            valid_pixels, rays, sample_image,
+                            box_exit, inside_boxes
     §2 matching             pair_points                            simipu
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
@@ -110,6 +111,15 @@ TIMEOUT = environment_number("LIDAR_CAMERA_TIMEOUT", 300, 1)
 # ---- §1 geometry ---------------------------------------------------------------------
 # Where cells are, multilinear interpolation, the pinhole camera, boxes. Source: textbook.
 
+@functools.cache
+def constant(values, device, dtype=torch.float32):
+    """These numbers as a tensor, made once for each device: the GPU is not waited for again.
+
+    values: a tuple, of tuples for more axes. The tensor is shared: do not change it in place.
+    """
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 class Cells(NamedTuple):
     """Where the cells of one resolution are.
 
@@ -121,13 +131,15 @@ class Cells(NamedTuple):
 
     def centre(self, zyx):
         """zyx (..., 3) int or float -> xyz (..., 3) m."""
-        step = zyx.new_tensor(self.step, dtype=torch.float32)
-        first = zyx.new_tensor(self.first, dtype=torch.float32)
+        step = constant(self.step, zyx.device)
+        first = constant(self.first, zyx.device)
         return zyx.flip(-1) * step + first
 
     def index(self, xyz):
         """xyz (..., 3) m -> fractional zyx (..., 3); whole numbers at cell centres."""
-        return ((xyz - xyz.new_tensor(self.first)) / xyz.new_tensor(self.step)).flip(-1)
+        first = constant(self.first, xyz.device, xyz.dtype)
+        step = constant(self.step, xyz.device, xyz.dtype)
+        return ((xyz - first) / step).flip(-1)
 
     def centres(self, device):
         """The centre of every cell in memory order -> (Z Y X, 3) m."""
@@ -202,36 +214,45 @@ def gather_weighted(table, index, weight):
     return GatherWeighted.apply(table.contiguous(), index.contiguous(), weight)
 
 
-def project(xyz, b, lidar2img, hw, size, near=0.1):
+def project(xyz, counts, lidar2img, hw, near=0.1, far=math.inf):
     """Every pair of a point and an image that sees it.
 
-    Seen: deeper than near, and inside that image's own height and width.
-    xyz (N, 3) m, b (N,) frame, lidar2img (B K, 4, 4), hw (B K, 2) px, size B
+    Seen: deeper than near, less than far, and inside that image's own height and width.
+    xyz (N, 3) m, sorted by frame; counts: how many of them are in each of the B frames;
+    lidar2img (B K, 4, 4), hw (B K, 2) px
     -> point (M,) row of xyz, image (M,) row of lidar2img, uv (M, 2) px, depth (M,) m.
     Pixel centres are at +0.5. Pairs are sorted by frame, image, point.
     """
-    K = len(lidar2img) // size
+    K = len(lidar2img) // len(counts)
+    rows = torch.arange(len(xyz), device=xyz.device).split(counts)
+    images = torch.arange(len(lidar2img), device=xyz.device).split(K)
     parts = []
-    for frame in range(size):
-        images = slice(frame * K, (frame + 1) * K)
-        rows = (b == frame).nonzero()[:, 0]
-        k, n, uv, depth = project_frame(xyz[rows], lidar2img[images], hw[images], near)
-        parts.append((rows[n], k + frame * K, uv, depth))
-    return tuple(torch.cat([part[i] for part in parts]) for i in range(4))
+    for row, image, points in zip(rows, images, xyz.split(counts)):
+        at = slice(len(parts) * K, (len(parts) + 1) * K)
+        seen, uv, depth = project_frame(points, lidar2img[at], hw[at], near, far)
+        point = row.expand(K, -1)                 # (K, n), as the others
+        parts.append((seen, point, image[:, None].expand(-1, len(row)), uv, depth))
+    seen, point, image, uv, depth = [torch.cat([x.flatten(0, 1) for x in part])
+                                     for part in zip(*parts)]
+    pair = seen.nonzero()[:, 0]                   # the only wait for the GPU here
+    return tuple(x.index_select(0, pair) for x in (point, image, uv, depth))
 
 
-def project_frame(xyz, lidar2img, hw, near):
-    """project for one frame. xyz (n, 3), lidar2img (K, 4, 4), hw (K, 2)
-    -> image (m,), point (m,), uv (m, 2) px, depth (m,) m."""
+def project_frame(xyz, lidar2img, hw, near, far):
+    """Where the points of a frame land in each of its images.
+
+    xyz (n, 3), lidar2img (K, 4, 4), hw (K, 2)
+    -> seen (K, n) bool, uv (K, n, 2) px, depth (K, n) m.
+    """
     turn = lidar2img[:, :3, :3].transpose(1, 2)
     uvd = xyz @ turn + lidar2img[:, None, :3, 3]  # (K, n, 3): u d, v d, d
     depth = uvd[..., 2]                           # (K, n)
     uv = uvd[..., :2] / depth.clamp_min(near)[..., None]
     u, v = uv.unbind(-1)                          # (K, n) each
     height, width = hw[:, :, None].unbind(1)      # (K, 1) each
-    seen = (depth > near) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    k, n = seen.nonzero(as_tuple=True)
-    return k, n, uv[k, n], depth[k, n]
+    seen = (depth > near) & (depth < far)
+    seen = seen & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return seen, uv, depth
 
 
 def valid_pixels(hw, padded_hw):
@@ -252,7 +273,8 @@ def rays(uv, image, lidar2img):
     uv (R, 2) px, image (R,), lidar2img (B K, 4, 4)
     -> origin (R, 3) m, direction (R, 3) of unit length.
     """
-    inverse = torch.linalg.inv(lidar2img.double()).float()[image]  # (R, 4, 4)
+    # inv_ex: inv would wait for the GPU, to see whether a matrix is singular
+    inverse = torch.linalg.inv_ex(lidar2img.double())[0].float()[image]  # (R, 4, 4)
     pixel = F.pad(uv, (0, 1), value=1.0)[..., None]  # (R, 3, 1)
     away = (inverse[:, :3, :3] @ pixel)[..., 0]      # (R, 3) m per metre of depth
     return inverse[:, :3, 3], F.normalize(away, dim=1)
@@ -265,7 +287,7 @@ def grid_index(uv, feature_hw, padded_hw):
     """
     scale_u = feature_hw[1] / padded_hw[1]
     scale_v = feature_hw[0] / padded_hw[0]
-    return (uv * uv.new_tensor([scale_u, scale_v]) - 0.5).flip(1)
+    return (uv * constant((scale_u, scale_v), uv.device) - 0.5).flip(1)
 
 
 def sample_image(features, image, uv, padded_hw):
@@ -287,8 +309,8 @@ def box_exit(origin, direction, low, high):
     """
     flat = direction.abs() < 1e-6
     slope = torch.where(flat, torch.full_like(direction, 1e-6), direction)
-    to_low = (origin.new_tensor(low) - origin) / slope
-    to_high = (origin.new_tensor(high) - origin) / slope
+    to_low = (constant(tuple(low), origin.device) - origin) / slope
+    to_high = (constant(tuple(high), origin.device) - origin) / slope
     return torch.maximum(to_low, to_high).amin(1)
 
 
@@ -981,8 +1003,8 @@ class ResNet(nn.Module):
         images (B K, 3, H, W) uint8, masked (B K, H, W) bool, True = masked
         -> 3 x (B K, C, H / stride, W / stride). A masked pixel becomes the mean colour.
         """
-        mean = torch.tensor(self.MEAN, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.STD, device=images.device).view(1, 3, 1, 1)
+        mean = constant(self.MEAN, images.device).view(1, 3, 1, 1)
+        std = constant(self.STD, images.device).view(1, 3, 1, 1)
         x = (images.float() / 255 - mean) / std  # (B K, 3, H, W)
         x = x.contiguous(memory_format=torch.channels_last)
         if masked is not None:
@@ -1035,17 +1057,10 @@ class CameraNet(ResNet):
         """
         C = features.shape[1]
         V = math.prod(cells.shape)
-        centres = cells.centres(features.device)             # (V, 3)
-        b = torch.arange(batch.size, device=centres.device)
-        b = b.repeat_interleave(V)                           # (B V,)
-        xyz = centres.repeat(batch.size, 1)                  # (B V, 3)
-        cell, image, uv, depth = project(xyz, b, batch.lidar2img, batch.hw, batch.size,
-                                         self.near)
-        within = depth < self.max_depth
-        cell = cell[within]
-        image = image[within]
-        uv = uv[within]
-        depth = depth[within]
+        centres = cells.centres(features.device)  # (V, 3)
+        xyz = centres.repeat(batch.size, 1)       # (B V, 3)
+        cell, image, uv, depth = project(xyz, [V] * batch.size, batch.lidar2img, batch.hw,
+                                         self.near, self.max_depth)
         padded_hw = batch.images.shape[-2:]
         pulled = sample_image(features, image, uv, padded_hw)  # (M, C)
         p = self.depth_probability(probability, image, uv, depth, padded_hw)

@@ -273,6 +273,8 @@ class Batch:
     seeds: torch.Tensor             # (B,) int64, random stream of a frame: (seed, epoch, index)
     size: int                       # B
     cameras: int                    # K
+    counts: list[int]               # points of each frame, B
+    box_counts: list[int] | None    # boxes of each frame, B
 
     def map(self, change):
         """The same batch with change(tensor) for each tensor."""
@@ -311,11 +313,12 @@ def collate(frames, seeds):
         padded[:, :h, :w] = torch.from_numpy(image)
 
     points = [frame.points for frame in frames]
-    boxes = b_boxes = labels = None
+    boxes = b_boxes = labels = box_counts = None
     if all(frame.boxes is not None for frame in frames):
         boxes = join([frame.boxes for frame in frames])
         b_boxes = frame_of_rows([frame.boxes for frame in frames])
         labels = join([frame.labels for frame in frames])
+        box_counts = [len(frame.boxes) for frame in frames]
     extra = {}
     for name in frames[0].extra:
         arrays = [frame.extra[name] for frame in frames]
@@ -339,6 +342,8 @@ def collate(frames, seeds):
         seeds=torch.tensor(seeds, dtype=torch.int64),
         size=len(frames),
         cameras=len(frames[0].images),
+        counts=[len(frame.points) for frame in frames],
+        box_counts=box_counts,
     )
 
 

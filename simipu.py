@@ -612,7 +612,8 @@ class SimIPU(nn.Module):
         """
         xyz = l.flatten(0, 1)
         frame = torch.arange(len(xyz), device=l.device) // l.shape[1]
-        point, image, uv, _ = project(xyz, frame, batch.lidar2img, batch.hw, batch.size)
+        counts = [l.shape[1]] * batch.size
+        point, image, uv, _ = project(xyz, counts, batch.lidar2img, batch.hw)
         # D7: one pair a point, as with one camera. Rows come image by image, so a point's
         # first row is in its first image
         row = torch.arange(len(point), device=l.device)

@@ -701,13 +701,12 @@ def bench_images(rounds, frame, key, C=64):
     """Row 7: the keyframe sweep's points (N, 3) into six feature maps of stride 4."""
     H, W = frame.images[0].shape[1:]
     matrix = move(torch.from_numpy(frame.lidar2img))
-    b = move(torch.zeros(len(key), dtype=torch.int64))
     hw = move(torch.tensor([image.shape[1:] for image in frame.images]))
     features = torch.randn(len(matrix), C, H // 4, W // 4, generator=seeded(0))
     features = move(features).to(memory_format=torch.channels_last)    # as the networks make them
 
     def ours():
-        point, image, uv, _ = common.project(key, b, matrix, hw, 1)
+        point, image, uv, _ = common.project(key, [len(key)], matrix, hw)
         return point, image, common.sample_image(features, image, uv, (H, W))
 
     def everywhere():

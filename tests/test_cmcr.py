@@ -44,8 +44,8 @@ def model():
 
 def pairs_of(batch):
     """What CMCR.pairs should give: point, image, uv, cell."""
-    point, image, uv, _ = common.project(batch.points[:, :3], batch.b_points, batch.lidar2img,
-                                         batch.hw, batch.size, near=1.0)
+    point, image, uv, _ = common.project(batch.points[:, :3], batch.counts, batch.lidar2img,
+                                         batch.hw, near=1.0)
     h, w = (size // 32 for size in batch.images.shape[2:])
     row = (uv[:, 1] / 32).long()
     column = (uv[:, 0] / 32).long()

@@ -98,8 +98,8 @@ def test_rays_undo_a_projection_which_sees_only_what_is_ahead():
     lidar2img = pinhole(2, 4)
     hw = torch.tensor([[48, 64]] * 7 + [[30, 40]])
     xyz = torch.randn(500, 3) * 8
-    b = torch.arange(500) % 2
-    point, image, uv, depth = common.project(xyz, b, lidar2img, hw, 2)
+    b = (torch.arange(500) >= 200).long()
+    point, image, uv, depth = common.project(xyz, [200, 300], lidar2img, hw)
     origin, away = common.rays(uv, image, lidar2img)
     along = (xyz[point] - origin).norm(dim=1)
     torch.testing.assert_close(origin + away * along[:, None], xyz[point], atol=1e-4, rtol=1e-4)
@@ -203,8 +203,8 @@ def test_the_coordinates_of_an_image_survive_the_lift():
     v, u = torch.meshgrid(torch.arange(6) * 8.0 + 4, torch.arange(8) * 8.0 + 4, indexing="ij")
     features = torch.stack([u, v])[None].repeat(4, 1, 1, 1)
     volume, seen = camera.lift(features, torch.full((4, 4, 6, 8), 0.25), batch, cells)
-    b = torch.zeros(len(centres), dtype=torch.int64)
-    point, image, uv, depth = common.project(centres, b, batch.lidar2img, batch.hw, 1, near=1.0)
+    point, image, uv, depth = common.project(centres, [len(centres)], batch.lidar2img, batch.hw,
+                                             near=1.0)
     by_one_camera = (torch.bincount(point, minlength=len(centres)) == 1)[point]
     inner = ((uv > 4) & (uv < torch.tensor([60.0, 44.0]))).all(1)
     once = by_one_camera & inner

@@ -177,12 +177,12 @@ def test_maps_change_where_the_input_changes(batch, modality):
             cluster = torch.cat(parts, 1)
             first = torch.zeros(200, dtype=torch.int64)
             changed = replace(batch, points=torch.cat([cluster, batch.points]),
-                              b_points=torch.cat([first, batch.b_points]))
+                              b_points=torch.cat([first, batch.b_points]),
+                              counts=[200 + batch.counts[0], *batch.counts[1:]])
         else:
             images = batch.images.clone()
-            zero = torch.zeros(1, dtype=torch.int64)
-            _, image, uv = common.project(
-                xyz, zero, batch.lidar2img, batch.hw, batch.size)[:3]
+            counts = [1, *[0] * (batch.size - 1)]
+            _, image, uv = common.project(xyz, counts, batch.lidar2img, batch.hw)[:3]
             for n, (u, v) in zip(image, uv):
                 rows = slice(max(int(v) - 4, 0), int(v) + 5)
                 columns = slice(max(int(u) - 4, 0), int(u) + 5)

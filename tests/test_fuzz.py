@@ -50,8 +50,7 @@ def test_projected_points_lie_on_their_rays(seed, focal, yaw, pitch):
     xyz = torch.as_tensor(points[:, :3], dtype=torch.float32)
     lidar2img = torch.as_tensor(matrix, dtype=torch.float32)[None]
     hw = torch.tensor([[96, 256]])
-    b = torch.zeros(60, dtype=torch.int64)
-    point, image, uv, depth = common.project(xyz, b, lidar2img, hw, 1, near=1.0)
+    point, image, uv, depth = common.project(xyz, [60], lidar2img, hw, near=1.0)
     origin, direction = common.rays(uv, image, lidar2img)
     along = ((xyz[point] - origin) * direction).sum(1, keepdim=True)
     torch.testing.assert_close(origin + along * direction, xyz[point], atol=0.02, rtol=1e-3)
