@@ -109,6 +109,7 @@ class Config:
     epochs: int = 24           # 0: steps decide [ours]
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 3             # frames for each rank [sister, on 8 ranks]
+    accumulate: int = 1        # batches of a step, one after the other [ours]
     lr: float = 2e-4           # AdamW, half a cosine to 0; for a global batch of 24 [sister]
     warmup: int = 500          # steps, from lr / 3 [code UniPAD]
     weight_decay: float = 0.01  # prototypes included [code UniPAD, PonderV2]
@@ -174,8 +175,8 @@ def check(cfg):
     """Refuse flags that contradict each other, before anything is written."""
     check_numbers(
         cfg,
-        "batch eval_every save_every lr clip width bins neighbours rays pixels blur samples "
-        "importance_samples dims tau epsilon sinkhorn",
+        "batch accumulate eval_every save_every lr clip width bins neighbours rays pixels blur "
+        "samples importance_samples dims tau epsilon sinkhorn",
         dict(workers=256, width=512, bins=10_000, dims=10_000, prototypes=100_000, neighbours=1000,
              blur=999, samples=10_000, importance_samples=10_000, sinkhorn=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
@@ -962,7 +963,8 @@ def train(rank, world, cfg):
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, augment=augment, prepare=prepare)
+                         workers=cfg.workers, augment=augment, prepare=prepare,
+                         accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, prepare=prepare,
                              indices=data.spread(dataset.split("val"), VAL_FRAMES))
 
@@ -992,20 +994,22 @@ def train(rank, world, cfg):
     val_batches = list(val_loader.once())  # the same on every rank
 
     # train
-    for step, batch in run.batches(loader, first):
+    for step, batches in run.batches(loader, first):
         uniform = cfg.sampler == "sdf" and step < uniform_steps
         if step % cfg.eval_every == 0:
-            run.log(step, ["val frames"], prefix="val_",
-                    **evaluate(model, val_batches, device, uniform))
+            run.log_val(step, evaluate(model, val_batches, device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)
         for group in opt.param_groups:
             group["lr"] = lr
-        loss, terms = net(batch, uniform)
         opt.zero_grad()
-        loss.backward()
+        terms = []
+        for batch in batches:  # one, without --accumulate
+            loss, more = net(batch, uniform)
+            (loss / cfg.accumulate).backward()
+            terms.append(dict(loss=loss, **more))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # raises if a term is not finite, before the update
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
+        run.log(step, batches, terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
