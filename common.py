@@ -5,10 +5,10 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, Cells, multilinear,          clap, cmcr, simipu
-                            gather_weighted, project,
-                            valid_pixels, rays, sample_image,
-                            box_exit, inside_boxes
+    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu
+                            multilinear, gather_weighted,
+                            project, valid_pixels, rays,
+                            sample_image, box_exit, inside_boxes
     §2 matching             pair_points                            simipu
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
@@ -118,6 +118,15 @@ def constant(values, device, dtype=torch.float32):
     values: a tuple, of tuples for more axes. The tensor is shared: do not change it in place.
     """
     return torch.tensor(values, device=device, dtype=dtype)
+
+
+def rows_where(mask, counts):
+    """The rows that a mask keeps, and how many of them each frame has: one wait for the GPU.
+
+    mask (N,) bool, sorted by frame; counts: of the frames' rows -> (M,) int64, list of int.
+    """
+    left = torch.stack([part.sum() for part in mask.split(counts)]).tolist()
+    return torch.nonzero_static(mask, size=sum(left))[:, 0], left
 
 
 class Cells(NamedTuple):
@@ -314,20 +323,19 @@ def box_exit(origin, direction, low, high):
     return torch.maximum(to_low, to_high).amin(1)
 
 
-def inside_boxes(xyz, b, boxes, b_boxes):
+def inside_boxes(xyz, counts, boxes, box_counts):
     """Which points lie strictly inside some box of their own frame.
 
-    xyz (N, 3), b (N,), boxes (M, 9) centre, l, w, h, yaw, ..., b_boxes (M,) -> (N,) bool.
+    xyz (N, 3), boxes (M, 9) centre, l, w, h, yaw, ..., sorted by frame; counts and box_counts:
+    how many each frame has -> (N,) bool.
     """
-    inside = torch.zeros(len(xyz), dtype=torch.bool, device=xyz.device)
-    for frame in b_boxes.unique().tolist():
-        rows = (b == frame).nonzero()[:, 0]
-        box = boxes[b_boxes == frame]
+    inside = []
+    for points, box in zip(xyz.split(counts), boxes.split(box_counts)):
         cos, sin = box[:, 6].cos(), box[:, 6].sin()
-        x, y, z = (xyz[rows, None] - box[None, :, :3]).unbind(-1)  # (n, m) each
+        x, y, z = (points[:, None] - box[None, :, :3]).unbind(-1)  # (n, m) each
         local = torch.stack([x * cos + y * sin, y * cos - x * sin, z], -1)
-        inside[rows] = (local.abs() < box[None, :, 3:6] / 2).all(-1).any(1)
-    return inside
+        inside.append((local.abs() < box[None, :, 3:6] / 2).all(-1).any(1))
+    return torch.cat(inside)
 
 
 # ---- §2 matching ---------------------------------------------------------------------
