@@ -48,8 +48,8 @@ from torch import nn
 
 import data
 from common import (
-    trunk, bf16_autocast,  # networks
-    all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
+    BatchNorm, trunk, bf16_autocast,  # networks
+    all_reduce, mean_over_ranks, mean_rows, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
     checkpoint, read_units, load_units, refuse_misfit, first_line,
@@ -276,7 +276,7 @@ def heat_targets(cell, label, b, boxes, shape, cells, cfg):
 
 def with_norm(conv):
     """The convolution, then batch norm and ReLU."""
-    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3)
+    norm = BatchNorm(conv.out_channels, eps=1e-3)
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 
@@ -702,7 +702,6 @@ def predict_all(model, loader, device):
     -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))}, arrays, in the
     order of the split.
     """
-    share_buffers(model)
     model.eval()
     predicted = {}
     for batch in loader.once():

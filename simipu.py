@@ -777,6 +777,7 @@ def train(rank, world, cfg):
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
     device = start(cfg, rank, world, dataset, loader.indices)
+    torch.backends.cudnn.benchmark = False  # the pictures' size changes from batch to batch
     model.to(device)
     others = [*model.camera.parameters(), *model.head_intra.parameters(),
               *model.head_point.parameters(), *model.head_image.parameters()]
