@@ -427,7 +427,10 @@ def info_nce(queries, keys, tau):
 
 def perplexity(assigned, n):
     """How many of n prototypes are in use: exp of the entropy of the assignment. (N,) -> ()."""
-    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
+    # not bincount, which waits for the GPU
+    count = torch.zeros(n, device=assigned.device)
+    count.index_add_(0, assigned, torch.ones_like(assigned, dtype=count.dtype))
+    p = count / max(len(assigned), 1)
     return torch.special.entr(p).sum().exp()
 
 
@@ -1151,11 +1154,12 @@ def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
 def mean_over_ranks(total, count):
     """The mean over the rows of every process: (sum of totals) / (sum of counts).
 
-    total (): this process's sum, with gradient; count: its number of rows -> ().
+    total (): this process's sum, with gradient; count: its number of rows, an int or a
+    tensor () -> ().
     DDP averages gradients over processes. So each process returns its total x world / all
     counts: the average of those is the mean, and so is the average of their gradients.
     """
-    rows = all_reduce(total.new_full((), float(count)))
+    rows = all_reduce(total.new_ones(()) * count)
     return total * processes() / rows.clamp_min(1)
 
 
