@@ -434,7 +434,10 @@ def info_nce(queries, keys, tau):
 
 def perplexity(assigned, n):
     """How many of n prototypes are in use: exp of the entropy of the assignment. (N,) -> ()."""
-    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
+    # not bincount, which waits for the GPU
+    count = torch.zeros(n, device=assigned.device)
+    count.index_add_(0, assigned, torch.ones_like(assigned, dtype=count.dtype))
+    p = count / max(len(assigned), 1)
     return torch.special.entr(p).sum().exp()
 
 
