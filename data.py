@@ -2541,6 +2541,8 @@ class Kitti:
         """Read frame i -> Frame. image (H, W) is the size of its image, default the grid's."""
         frame = self.frames[i]
         scan = self.sweep(i)
+        points = np.zeros((len(scan), 5), np.float32)  # one sweep: 0 s before itself
+        points[:, :4] = scan
         lidar2rect, rect2img = self.calibration(i)
         images = []
         lidar2img = np.zeros((0, 4, 4))
@@ -2557,7 +2559,7 @@ class Kitti:
         if self.layout == "raw drives":
             time = 0.1 * int(frame.name.rsplit("/", 1)[1])  # 10 Hz
         return Frame(
-            points=np.pad(scan, ((0, 0), (0, 1))),  # one sweep: 0 s before itself
+            points=points,
             origin=np.zeros(3, np.float32),
             images=images,
             lidar2img=projections(lidar2img, self.grid.cameras, frame.name,
@@ -2583,8 +2585,9 @@ class Kitti:
             raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 16 (four float32 "
                             "for each point, N > 0); the file is truncated: extract it again")
         points = raw.view(np.float32).reshape(-1, 4)
-        low = points.min(0)
-        high = points.max(0)  # NaN where any is
+        columns = np.ascontiguousarray(points.T)
+        low = columns.min(1)
+        high = columns.max(1)  # NaN where any is
         if not ((low[:3] > -300).all() and (high[:3] < 300).all()
                 and low[3] >= 0 and high[3] <= 1):
             raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite "
