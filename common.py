@@ -5,7 +5,7 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu
+    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu, finetune
                             multilinear, gather_weighted,
                             project, valid_pixels, rays,
                             sample_image, box_exit, inside_boxes
