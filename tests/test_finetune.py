@@ -724,7 +724,8 @@ def test_train_is_these_steps(world, stored, tmp_path, monkeypatch, accumulate, 
     cfg = replace(
         TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3,
         init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
-        epochs=1, steps=0, batch=1, accumulate=accumulate, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5,
+        epochs=1, steps=0, batch=1, accumulate=accumulate, lr=2e-3, lr_pretrained=5e-4,
+        weight_decay=0.3, clip=0.5,
         rotation=0.3, scale=0.2)
     finetune.train(0, 1, cfg)
 
