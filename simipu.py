@@ -698,8 +698,7 @@ class SimIPU(nn.Module):
     def inter_pairs(self, l, batch):
         """M_2, the pairs of Eq. 6. -> point (M',) of (B p), image (M',), uv (M', 2) px."""
         point, image, uv = self.in_images(l, batch)
-        rows = torch.arange(len(point), device=point.device)
-        rows = self.draw_pairs(rows, batch)
+        rows = self.draw_pairs(torch.arange(len(point), device=point.device), batch)
         return point[rows], image[rows], uv[rows]
 
     @torch.no_grad()
@@ -714,7 +713,8 @@ class SimIPU(nn.Module):
         frames = zip(l, batch.lidar2img.split(K), batch.hw.split(K), batch.extra["seen"])
         parts = []
         for frame, (xyz, lidar2img, hw, count) in enumerate(frames):
-            seen, uv, _ = project_frame(xyz, lidar2img, hw, 0.1, math.inf)  # (K, p), (K, p, 2)
+            # (K, p) bool, (K, p, 2) px
+            seen, uv, _ = project_frame(xyz, lidar2img, hw, near=0.1, far=math.inf)
             image = seen.byte().argmax(0)       # (p,) D7: one pair a point, as with one camera
             uv = uv[image, torch.arange(len(image), device=l.device)]       # (p, 2)
             shown = seen.any(0) if count else seen.new_zeros(len(image))

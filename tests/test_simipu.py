@@ -705,7 +705,8 @@ def test_a_frame_that_shows_no_point_has_no_pair(world, model):
     assert not len(cKDTree(frames[1].points[:, :3]).query_pairs(2 * 9.6))
     loss, terms = model.train()(data.collate(frames, [0, 1]))
     assert loss.isfinite() and terms["chance_intra"] == pytest.approx(math.log(16))
-    both = data.collate(frames, [0, 1])
+    both = data.collate(frames, [0, 1]).to("cpu")
+    assert isinstance(both.extra["seen"], list) and both.extra["seen"][1] == 0   # never on a GPU
     stand_in = both.points.view(2, -1, 5)[1, :, :3]
     assert data.visible_points(stand_in.numpy(), frames[1].lidar2img, [(9999, 9999)] * 6).any()
     point, _, _ = model.in_images(both.points.view(2, -1, 5)[..., :3], both)
