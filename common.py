@@ -7,8 +7,9 @@ To fork a method, read its file, the functions that it imports from here, and da
     MATHEMATICS
     §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu, finetune
                             multilinear, gather_weighted,
-                            project, valid_pixels, rays,
-                            sample_image, box_exit, inside_boxes
+                            project, project_frame,
+                            valid_pixels, rays, sample_image,
+                            box_exit, inside_boxes
     §2 matching             pair_points                            simipu
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu

@@ -197,7 +197,7 @@ class Frame:
                                        velocity xy (m/s, NaN where unknown)
     labels       (M,) int64, None      index into Grid.classes
     extra        {name: array}         what `prepare` computed; "points_*" has one row for each
-                                       point and follows the points
+                                       point and follows the points. An augment may add an int
     name         str                   "nuscenes/scene-0061/<sample token>"; every error about
                                        this frame starts with it
     """
@@ -272,7 +272,8 @@ class Batch:
     boxes: torch.Tensor | None      # (M, 9) float32
     b_boxes: torch.Tensor | None    # (M,) int64
     labels: torch.Tensor | None     # (M,) int64
-    extra: dict[str, torch.Tensor]  # rows joined; "b_" + name too where rows are not points
+    # rows joined; "b_" + name too where rows are not points. Of an int: a list of B, on the CPU
+    extra: dict[str, torch.Tensor | list[int]]
     names: list[str]
     seeds: torch.Tensor             # (B,) int64, random stream of a frame: (seed, epoch, index)
     size: int                       # B
@@ -285,7 +286,8 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: change(value) for name, value in values.items()
                    if isinstance(value, torch.Tensor) and name not in leave}
-        extra = {name: change(value) for name, value in self.extra.items()}
+        extra = {name: change(value) if isinstance(value, torch.Tensor) else value
+                 for name, value in self.extra.items()}
         return replace(self, **tensors, extra=extra)
 
     def to(self, device):
@@ -326,6 +328,9 @@ def collate(frames, seeds):
     extra = {}
     for name in frames[0].extra:
         arrays = [frame.extra[name] for frame in frames]
+        if isinstance(arrays[0], int):
+            extra[name] = arrays
+            continue
         extra[name] = join(arrays)
         if not name.startswith("points_"):
             extra["b_" + name] = frame_of_rows(arrays)
