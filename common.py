@@ -635,16 +635,16 @@ def later_neighbours(coords, shape, size):
     starts = (X - 1, Y * X - X - 1, Y * X - 1, Y * X + X - 1)
     target = keys + constant(starts, device, keys.dtype)[:, None]  # (4, V)
     place = torch.searchsorted(keys, target, out_int32=True)
-    found = []
+    places = []
     for _ in range(3):
         # table[place] takes a third longer
         hit = table.index_select(0, place.flatten()).view_as(place) == target
-        found.append(torch.where(hit, place, n))
+        places.append(torch.where(hit, place, n))
         target = target + 1
         place = place + hit
     after = torch.arange(1, n + 1, device=device, dtype=torch.int32)
     after = torch.where(table[1:] == keys + 1, after, n)  # in order, x + 1 comes next
-    return [after, *(rows for trio in zip(*found) for rows in trio)]
+    return [after, *(rows for trio in zip(*places) for rows in trio)]
 
 
 def fed_outputs(coords, shape, pad, size):
