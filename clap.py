@@ -606,9 +606,9 @@ class CLAP(nn.Module):
         """
         points = batch.points[~masked]
         b = batch.b_points[~masked]
-        lidar = self.lidar(points, b)[-1]               # P^, sparse
+        lidar = self.lidar(points, b, batch.size)[-1]   # P^, sparse
         image, seen = self.camera(batch, lidar.cells, masked_px)  # I^
-        fused = self.fuse(lidar.dense(batch.size), image)  # F^ (B, 4 width, Z, Y, X)
+        fused = self.fuse(lidar.dense(), image)  # F^ (B, 4 width, Z, Y, X)
         # not in bfloat16: the sdf sampler takes second differences of it
         shallow = self.shallow(fused)                   # F~ (B, 2 width, Z, Y, X)
         table = shallow.permute(0, 2, 3, 4, 1).flatten(0, 3)
@@ -715,9 +715,9 @@ class CLAP(nn.Module):
         zyx = zyx.clamp_min(0).minimum(last)            # border cells reach to the faces
         bzyx = torch.cat([b_points[inside, None], zyx], 1)
         occupied = torch.zeros_like(seen).flatten()     # (B Z Y X,)
-        occupied[ravel(bzyx, cells.shape).long()] = True
+        occupied[ravel(bzyx, cells.shape, lidar.size).long()] = True
         shared = seen.flatten() & occupied
-        shared = shared[ravel(lidar.coords, cells.shape).long()]  # (V,)
+        shared = shared[lidar.keys()]                   # (V,)
         b = lidar.coords[:, 0]
         drawn = []
         for frame, rng in enumerate(rngs):

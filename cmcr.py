@@ -468,7 +468,7 @@ class CMCR(nn.Module):
 
     def points_3d(self, batch):
         """-> F^3D (N, D), Z^3D = G^3D + F-bar^3D (N, D), G^3D (N, D) or None."""
-        levels = self.lidar(batch.points, batch.b_points)
+        levels = self.lidar(batch.points, batch.b_points, batch.size)
         f = self.lidar.point_features(levels, batch.points, batch.b_points)
         F_3D = F.normalize(self.shared_3d(f), dim=1)
         Z_3D = self.quantise(F_3D)

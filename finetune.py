@@ -365,7 +365,7 @@ class Detector(nn.Module):
         """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one for each group."""
         lidar = camera = None  # (B, C, Z, Y, X) each
         if self.lidar is not None:
-            lidar = self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
+            lidar = self.lidar(batch.points, batch.b_points, batch.size)[-1].dense()
         if self.camera is not None:
             camera = self.camera(batch, self.cells)[0]
         volume = self.fuse(lidar, camera)  # (B, 4 w, Z, Y, X)
