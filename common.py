@@ -623,7 +623,7 @@ def strided_map(coords, shape, pad, size):
 def later_neighbours(coords, shape, size):
     """The site at each of the kernel offsets 14 to 26 of each site.
 
-    -> 13 x (V,) int32 row of coords, V where there is no site.
+    -> 13 x (hit (V,) whether there is one, row (V,) int32 of coords if so).
     Keys carry one empty cell on every side, so neighbours never alias. There is one search for
     each row of three cells: the other two follow by stepping. [ours]
     """
@@ -634,17 +634,17 @@ def later_neighbours(coords, shape, size):
     table = F.pad(keys, (0, 1), value=-1)
     starts = (X - 1, Y * X - X - 1, Y * X - 1, Y * X + X - 1)
     target = keys + constant(starts, device, keys.dtype)[:, None]  # (4, V)
-    place = torch.searchsorted(keys, target, out_int32=True)
-    places = []
+    row = torch.searchsorted(keys, target, out_int32=True)
+    steps = []
     for _ in range(3):
-        # table[place] takes a third longer
-        hit = table.index_select(0, place.flatten()).view_as(place) == target
-        places.append(torch.where(hit, place, n))
+        # table[row] takes a third longer
+        hit = table.index_select(0, row.flatten()).view_as(row) == target
+        steps.append(zip(hit, row))
         target = target + 1
-        place = place + hit
-    after = torch.arange(1, n + 1, device=device, dtype=torch.int32)
-    after = torch.where(table[1:] == keys + 1, after, n)  # in order, x + 1 comes next
-    return [after, *(rows for trio in zip(*places) for rows in trio)]
+        row = row + hit
+    following = torch.arange(1, n + 1, device=device, dtype=torch.int32)
+    after = table[1:] == keys + 1, following  # x + 1 comes next in order
+    return [after, *(found for trio in zip(*steps) for found in trio)]
 
 
 def fed_outputs(coords, shape, pad, size):
@@ -710,9 +710,9 @@ class KernelPairs(NamedTuple):
     @classmethod
     def submanifold(cls, later):
         """later: of later_neighbours. The earlier 13 offsets have their pairs exchanged."""
-        n = len(later[0])
-        outs = [(rows < n).nonzero()[:, 0] for rows in later]
-        ins = [rows.index_select(0, out).long() for rows, out in zip(later, outs)]
+        n = len(later[0][0])
+        outs = [hit.nonzero()[:, 0] for hit, _ in later]
+        ins = [row.index_select(0, out).long() for (_, row), out in zip(later, outs)]
         middle = [torch.arange(n)]
         counts = [len(rows) for rows in outs]
         ends = torch.tensor(counts[::-1] + [n] + counts).cumsum(0, dtype=torch.int32)
@@ -793,8 +793,9 @@ class KernelTable(NamedTuple):
     @classmethod
     def submanifold(cls, later):
         """later: of later_neighbours. The earlier 13 offsets are the way back."""
-        later = torch.stack(later)  # (13, V)
-        n = later.shape[1]
+        hit, row = map(torch.stack, zip(*later))  # (13, V) each
+        n = row.shape[1]
+        later = torch.where(hit, row, n)
         rows = torch.arange(n, device=later.device, dtype=torch.int32)[None]
         earlier = later.new_full((13, n + 1), n)
         earlier = earlier.scatter_(1, later.long(), rows.expand(13, -1))[:, :n]
