@@ -1821,33 +1821,7 @@ def test_a_term_that_is_not_finite_on_one_process_ends_all_of_them_at_once(serve
     assert logged_steps(tmp_path) == []
 
 
-def test_coordinates_are_not_rounded_to_bfloat16(monkeypatch):
-    """The first convolution reads metres: in bfloat16 50.1 m is 50.0 m."""
-    net = common.VoxelResNet(**GRID, width=2)
-    kinds = []
-    for conv in (net.conv_input.conv, net.conv1[0].conv1):
-        conv.register_forward_hook(lambda module, words, out: kinds.append(out.dtype))
-    monkeypatch.setattr(common, "bf16_autocast", bf16_on_cpu)
-    net(*cloud(), 3)
-    assert kinds == [torch.float32, torch.bfloat16]
-
-
-def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
-    torch.manual_seed(0)
-    net = common.VoxelResNet((-8., -8., -2.), (8., 8., 2.), (0.25, 0.25, 0.25), 8)
-    size = torch.tensor([16., 16., 1., 1., 0.])
-    points = torch.rand(4000, 5) * size - torch.tensor([8., 8., 1., 0., 0.])
-    b = torch.zeros(4000, dtype=torch.int64)
-    exact = net(points, b, 1)
-    monkeypatch.setattr(common, "bf16_autocast", bf16_on_cpu)
-    rough = net(points, b, 1)
-    for x, y in zip(exact, rough, strict=True):
-        assert y.features.dtype == torch.float32 and torch.equal(x.coords, y.coords)
-        assert (x.features - y.features).norm() < 0.05 * x.features.norm()
-        assert not torch.equal(x.features, y.features)
-    rough[-1].features.square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-
+# ---- every script --------------------------------------------------------------------
 
 def prepared(script, module, dataset, cfg):
     """What a script's loader does to each frame -> (augment, prepare)."""
