@@ -1731,7 +1731,7 @@ def wrap(model, device, world):
     if world == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
+    return nn.parallel.DistributedDataParallel(model, devices, forward_sync_buffers=False,
                                                gradient_as_bucket_view=True)
 
 

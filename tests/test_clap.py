@@ -1205,19 +1205,17 @@ MONITORS = {"h", "cells", "perplexity_P", "perplexity_I", "perplexity_Q", "agree
 
 
 def test_two_processes_give_the_loss_and_gradient_of_one(server, batch, model, tmp_path):
-    """With all points, and with none in one frame, batch norm in eval mode.
+    """With all points, and with none in one frame, batch norm in eval mode and in training.
 
-    In the third case batch norm trains, and must not hang on the frame without points.
+    In training the last bit of the weights changes some gradients by 1 %, since ReLUs switch.
     """
-    model.eval()
     empty = only(batch, batch.b_points == 0)
-    training = copy.deepcopy(model).train()
-    cases = [(copy.deepcopy(model), halves(batch)), (copy.deepcopy(model), halves(empty)),
-             (training, halves(empty))]
-    ranks = on_two(server, a_frame_each, tmp_path, cases)
+    pairs = [(copy.deepcopy(model).train(training), whole)
+             for training in (False, True) for whole in (batch, empty)]
+    ranks = on_two(server, a_frame_each, tmp_path,
+                   [(copy.deepcopy(model), halves(whole)) for model, whole in pairs])
 
-    for i, whole in enumerate((batch, empty)):
-        one = copy.deepcopy(model)
+    for i, (one, whole) in enumerate(pairs):
         loss, terms = one(whole)
         loss.backward()
         (loss_0, terms_0, gradients_0), (loss_1, terms_1, gradients_1) = ranks[0][i], ranks[1][i]
@@ -1227,14 +1225,14 @@ def test_two_processes_give_the_loss_and_gradient_of_one(server, batch, model, t
             assert name.startswith("L_")
             close((terms_0[name] + terms_1[name]) / 2, terms[name].detach(), msg=name)
         for name, p in one.named_parameters():
-            close(gradients_0[name], p.grad, rtol=1e-4,
-                  atol=1e-5 * float(p.grad.abs().max()) + 1e-9,
-                  msg=lambda text, name=name: f"{name}: {text}")
+            if one.training:
+                apart = (gradients_0[name] - p.grad).norm()
+                assert apart <= 0.03 * p.grad.norm() + 1e-9, (name, apart, p.grad.norm())
+            else:
+                close(gradients_0[name], p.grad, rtol=1e-4,
+                      atol=1e-5 * float(p.grad.abs().max()) + 1e-9,
+                      msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(gradients_0[name], gradients_1[name]), name
-    for rank in ranks:
-        loss, _, gradients = rank[2]
-        assert loss.isfinite()
-        assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 # ---- runs that are stopped -----------------------------------------------------------

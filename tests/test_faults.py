@@ -839,33 +839,35 @@ def test_a_few_strange_numbers_give_one_line_or_a_run(
 def test_fine_tuning_on_two_processes_matches_one(server, three_frames, tmp_path):
     """Loss and gradient of two frames at once, and of one on each process.
 
-    In the second case one frame has neither point nor box. In the third batch norm trains, too.
+    In every second case one frame has neither point nor box. In the last two batch norm trains:
+    there the last bit of the weights changes some gradients by 1 to 5 %, since ReLUs switch.
     """
     dataset = data.open_dataset(three_frames, "small")
     frames = [dataset.load(i) for i in range(2)]
     bare = replace(frames[1], points=frames[1].points[:0], boxes=frames[1].boxes[:0],
                    labels=frames[1].labels[:0])
     torch.manual_seed(0)
-    model = finetune.Detector(config("finetune", three_frames, ""), dataset.grid).eval()
+    model = finetune.Detector(config("finetune", three_frames, ""), dataset.grid)
     pairs = (frames, [frames[0], bare])
     together = [data.collate(pair, [0, 1]) for pair in pairs]
     apart = [[data.collate([frame], [n]) for n, frame in enumerate(pair)] for pair in pairs]
-    cases = [(copy.deepcopy(model), batches) for batches in apart]
-    cases.append((copy.deepcopy(model).train(), apart[1]))
+    models = [copy.deepcopy(model).train(training) for training in (False, True) for _ in pairs]
+    cases = [(copy.deepcopy(one), batches) for one, batches in zip(models, 2 * apart, strict=True)]
     parts = on_two(server, a_frame_each, tmp_path, cases)
-    for joined, (loss, _, gradient), (other, _, same) in zip(together, *parts):
-        one = copy.deepcopy(model)
+    for one, joined, (loss, _, gradient), (other, _, same) in zip(models, 2 * together, *parts):
         whole, _ = one(joined)
         whole.backward()
-        tiny = 1e-6 * max(float(p.grad.abs().max()) for p in one.parameters())
         torch.testing.assert_close((loss + other) / 2, whole.detach(), rtol=1e-5, atol=1e-6)
+        tiny = 1e-6 * max(float(p.grad.abs().max()) for p in one.parameters())
+        apart_2 = 0.0  # squared distance of all gradients
         for name, p in one.named_parameters():
-            torch.testing.assert_close(gradient[name], p.grad, rtol=1e-4, atol=tiny,
-                                       msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(gradient[name], same[name]), name
-    for part in parts:
-        loss, _, gradient = part[2]
-        assert loss.isfinite() and all(g.isfinite().all() for g in gradient.values())
+            apart_2 += float((gradient[name] - p.grad).square().sum())
+            if not one.training:
+                torch.testing.assert_close(gradient[name], p.grad, rtol=1e-4, atol=tiny,
+                                           msg=lambda text, name=name: f"{name}: {text}")
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]))
+        assert apart_2 ** 0.5 < 0.03 * norm
 
 
 def resumed(rank, folders):
