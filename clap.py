@@ -55,6 +55,7 @@ Departures and readings; the reasons are in the code, at the same numbers:
   D11  Ranges and distances are of the scene scaled to +-1, in the losses too.
   D12  Projection heads are Linear, batch norm, ReLU, Linear; bfloat16 encoders on CUDA.
 """
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ from torch import nn
 import data
 from common import (
     project, rays, box_exit, valid_pixels, inside_boxes,  # geometry
-    multilinear, gather_weighted,
+    constant, rows_where, multilinear, gather_weighted,
     neus_weights, stratified, importance,  # rendering
     perplexity, surface_variation,  # contrast, curvature
     trunk, mlp, conv3d, ravel,  # networks
@@ -109,6 +110,7 @@ class Config:
     epochs: int = 24           # 0: steps decide [ours]
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 3             # frames for each rank [sister, on 8 ranks]
+    accumulate: int = 1        # batches of a step, one after the other [ours]
     lr: float = 2e-4           # AdamW, half a cosine to 0; for a global batch of 24 [sister]
     warmup: int = 500          # steps, from lr / 3 [code UniPAD]
     weight_decay: float = 0.01  # prototypes included [code UniPAD, PonderV2]
@@ -174,8 +176,8 @@ def check(cfg):
     """Refuse flags that contradict each other, before anything is written."""
     check_numbers(
         cfg,
-        "batch eval_every save_every lr clip width bins neighbours rays pixels blur samples "
-        "importance_samples dims tau epsilon sinkhorn",
+        "batch accumulate eval_every save_every lr clip width bins neighbours rays pixels blur "
+        "samples importance_samples dims tau epsilon sinkhorn",
         dict(workers=256, width=512, bins=10_000, dims=10_000, prototypes=100_000, neighbours=1000,
              blur=999, samples=10_000, importance_samples=10_000, sinkhorn=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
@@ -207,15 +209,17 @@ def mask_points(points, b, lidar, share, rngs):
     Each block is drawn by itself [ours]; UniPAD masks an exact share of the occupied ones.
     points (N, 5), b (N,), lidar a VoxelResNet -> (N,) bool, True = masked.
     """
-    low = points.new_tensor(lidar.low)                  # (3,) m
-    high = points.new_tensor(lidar.high)                # (3,) m
-    block = 8 * points.new_tensor(lidar.voxel)          # (3,) m
-    shape = ((high - low) / block).ceil().long()        # X, Y, Z
-    masked = torch.stack([
-        torch.rand(shape.tolist(), generator=rng, device=points.device) < share
-        for rng in rngs])                               # (B, X, Y, Z)
+    device = points.device
+    extent = torch.tensor(lidar.high) - torch.tensor(lidar.low)  # (3,) m, on the host
+    blocks = extent / (8 * torch.tensor(lidar.voxel))
+    shape = blocks.ceil().int().tolist()                # X, Y, Z
+    masked = torch.stack([torch.rand(shape, generator=rng, device=device) < share
+                          for rng in rngs])             # (B, X, Y, Z)
+    low = constant(tuple(lidar.low), device)            # (3,) m
+    block = 8 * constant(tuple(lidar.voxel), device)    # (3,) m
+    last = constant(tuple(n - 1 for n in shape), device, torch.int64)
     index = ((points[:, :3] - low) / block).long()      # (N, 3)
-    index = index.clamp_min(0).minimum(shape - 1)       # the encoder drops points outside
+    index = index.clamp_min(0).minimum(last)            # the encoder drops points outside
     x, y, z = index.unbind(1)
     return masked[b, x, y, z]
 
@@ -263,6 +267,15 @@ def pca_curvature(xyz, b, pca, sdf, step):
     return pca                                          # D1: it needs no trained SDF
 
 
+@functools.cache
+def second_differences(device):
+    """The sums of two of the six directions: distinct ones (19, 3), and which of them (36,)."""
+    unit = torch.cat([torch.eye(3), -torch.eye(3)])     # (6, 3): + x y z, - x y z
+    pairs = unit[:, None] + unit[None]                  # (6, 6, 3)
+    offsets, where = torch.unique(pairs.view(36, 3), dim=0, return_inverse=True)
+    return offsets.to(device), where.to(device)
+
+
 def sdf_curvature(xyz, b, pca, sdf, step):
     """omega = ||d n~ / d p||, n~ = grad s / ||grad s|| [paper, curvature sampling] D1
 
@@ -273,11 +286,7 @@ def sdf_curvature(xyz, b, pca, sdf, step):
     # field gives a norm 3.5 times too small, hence differences [ours]. Beyond the
     # outermost cell centres the feature is constant: tilted surfaces within two cells
     # of the box's faces can look bent.
-    unit = torch.cat([torch.eye(3), -torch.eye(3)])     # (6, 3): + x y z, - x y z
-    pairs = unit[:, None] + unit[None]                  # (6, 6, 3)
-    offsets, where = torch.unique(pairs.view(36, 3), dim=0, return_inverse=True)
-    offsets = offsets.to(xyz)                           # (19, 3)
-    where = where.to(xyz.device)                        # (36,)
+    offsets, where = second_differences(xyz.device)     # (19, 3), (36,)
     chunk = 4096 if xyz.device.type == "cpu" else 32768
     omega = [xyz.new_zeros(0)]
     for p, b_p in zip(xyz.split(chunk), b.split(chunk)):
@@ -306,40 +315,45 @@ def clean_weights(weights):
     They are clipped at their 99th percentile, so that a few outliers do not take every draw
     D1, and get a tiny floor [ours]. (M,) -> (M,)
     """
+    if len(weights) == 0:
+        return weights
     weights = torch.nan_to_num(weights, 0.0, 0.0, 0.0)
-    if len(weights) == 0 or weights.max() <= 0:
-        return torch.ones_like(weights)
     place = int(0.99 * (len(weights) - 1))
     top = weights.sort().values[place]
     # top is 0 where fewer than 1 % of the weights are positive: these become equal
-    weights = weights.clamp_max(top.clamp_min(1e-12))
-    return weights + 1e-6 * weights.mean()
+    clipped = weights.clamp_max(top.clamp_min(1e-12))
+    clipped = clipped + 1e-6 * clipped.mean()
+    return torch.where(weights.amax() > 0, clipped, 1.0)
 
 
-def draw_points(weights, b, n, rngs):
+def draw(weights, n, rng):
+    """n of each row's columns by weight, without replacement: torch.multinomial's own draws.
+
+    It would wait for the GPU, to see whether the weights are valid. weights (..., M) -> (..., n).
+    """
+    waiting = torch.empty_like(weights).exponential_(generator=rng)
+    return (weights / waiting).topk(n).indices
+
+
+def draw_points(weights, counts, n, rngs):
     """Draw at most n rows of each frame by weight [paper], without replacement [ours].
 
-    weights (M,), b (M,) -> rows (R,).
+    weights (M,), counts: of the frames' rows -> rows (R,).
     """
-    drawn = [b[:0]]
-    for frame, rng in enumerate(rngs):
-        rows = (b == frame).nonzero()[:, 0]
-        if len(rows):
-            count = min(n, len(rows))
-            order = torch.multinomial(weights[rows], count, generator=rng)
-            drawn.append(rows[order])
+    rows = torch.arange(len(weights), device=weights.device).split(counts)
+    drawn = [row[draw(part, min(n, len(part)), rng)]
+             for row, part, rng in zip(rows, weights.split(counts), rngs)]
     return torch.cat(drawn)
 
 
-def pixel_weights(weights, xyz, b, batch, blur):
+def pixel_weights(weights, xyz, counts, batch, blur):
     """Spread the weights of points over the images: a pixel's largest, then a Gaussian [paper].
 
     A point that stands behind another one in the image counts too [ours].
-    weights (M,), xyz (M, 3) m, b (M,) -> (B K, H, W).
+    weights (M,), xyz (M, 3) m, counts: of the frames' rows -> (B K, H, W).
     """
     count = len(batch.images)
     H, W = batch.images.shape[-2:]
-    counts = torch.bincount(b, minlength=batch.size).tolist()
     point, view, uv, _ = project(xyz, counts, batch.lidar2img, batch.hw)
     u, v = uv.long().unbind(1)
     pixel = (view * H + v) * W + u
@@ -368,23 +382,20 @@ def below_sky(batch, sky):
 def draw_pixels(weights, n, rngs):
     """Draw n pixels of each image by weight [paper], without replacement [ours].
 
-    Those of zero weight are dropped. weights (B K, H, W) -> (3, Q): view, v, u.
+    weights (B K, H, W) -> view, v, u (Q,), and positive (Q,) bool: False where the weight is 0.
     """
     W = weights.shape[-1]
-    cameras = len(weights) // len(rngs)
-    drawn = []
-    for frame, rng in enumerate(rngs):
-        first = frame * cameras
-        part = weights[first:first + cameras].flatten(1)  # (K, H W)
-        # multinomial refuses a row of zeros, and draws zeros where too few are positive
-        positive = part.sum(1, keepdim=True) > 0        # (K, 1)
-        filled = torch.where(positive, part, torch.ones_like(part))
-        count = min(n, part.shape[1])
-        pixel = torch.multinomial(filled, count, generator=rng)  # (K, n)
-        k, draw = (part.gather(1, pixel) > 0).nonzero(as_tuple=True)
-        pixel = pixel[k, draw]
-        drawn.append(torch.stack([first + k, pixel // W, pixel % W]))
-    return torch.cat(drawn, 1)
+    parts = weights.flatten(1)                          # (B K, H W)
+    # an image without a positive weight draws anywhere, and zeros come where few are positive
+    some = parts.sum(1, keepdim=True) > 0               # (B K, 1)
+    filled = torch.where(some, parts, 1.0)
+    count = min(n, parts.shape[1])
+    pixel = torch.cat([draw(part, count, rng)           # (B K, n)
+                       for part, rng in zip(filled.chunk(len(rngs)), rngs)])
+    positive = parts.gather(1, pixel) > 0
+    view = torch.arange(len(parts), device=pixel.device).repeat_interleave(count)
+    pixel = pixel.flatten()
+    return view, pixel // W, pixel % W, positive.flatten()
 
 
 # ---- field and rendering -------------------------------------------------------------
@@ -604,8 +615,9 @@ class CLAP(nn.Module):
         (B Z Y X, C), lidar Level, image (B, C', Z, Y, X), and the cells that a camera
         sees (B, Z, Y, X) bool.
         """
-        points = batch.points[~masked]
-        b = batch.b_points[~masked]
+        visible = (~masked).nonzero()[:, 0]
+        points = batch.points[visible]
+        b = batch.b_points[visible]
         lidar = self.lidar(points, b)[-1]               # P^, sparse
         image, seen = self.camera(batch, lidar.cells, masked_px)  # I^
         fused = self.fuse(lidar.dense(batch.size), image)  # F^ (B, 4 width, Z, Y, X)
@@ -617,7 +629,8 @@ class CLAP(nn.Module):
     def targets(self, batch):
         """Keyframe points in the box, over CLOSE from the LiDAR, masked or not.
 
-        -> rows (M,) of batch.points, direction (M, 3), range (M,) m from the LiDAR's place.
+        -> rows (M,) of batch.points, counts: how many of them in each frame, direction
+        (M, 3), range (M,) m from the LiDAR's place.
         """
         # D4: older sweeps, and Waymo's four other lasers (1 ms of age), were shot from
         # elsewhere. All rays of a sweep start where the LiDAR stands at the frame's
@@ -627,13 +640,13 @@ class CLAP(nn.Module):
         r = away.norm(dim=1)                            # (N,)
         keyframe = batch.points[:, 4] == 0
         valid = self.lidar.inside(batch.points) & keyframe & (r > CLOSE)
-        rows = valid.nonzero()[:, 0]
+        rows, counts = rows_where(valid, batch.counts)
         r = r[rows]
-        return rows, away[rows] / r[:, None], r
+        return rows, counts, away[rows] / r[:, None], r
 
     @torch.no_grad()
-    def sampling_weights(self, table, batch, rows, sampler):
-        """The sampler's weight of points, cleaned frame by frame. rows (M,) -> (M,)"""
+    def sampling_weights(self, table, batch, rows, counts, sampler):
+        """The sampler's weight of points, cleaned frame by frame. rows (M,), counts -> (M,)"""
         def sdf(xyz, b):
             return self.field.sdf(table, xyz, b)[0]
 
@@ -643,87 +656,87 @@ class CLAP(nn.Module):
         size = self.lidar.cells[-1].step[0]             # m, of a cell
         step = size / 2                                 # of the differences [ours]
         omega = SAMPLERS[sampler](xyz, b, pca, sdf, step)
-        cleaned = torch.empty_like(omega)
-        for frame in b.unique().tolist():
-            cleaned[b == frame] = clean_weights(omega[b == frame])
-        return cleaned
+        return torch.cat([clean_weights(part) for part in omega.split(counts)])
 
     @torch.no_grad()
-    def pixel_maps(self, omega, xyz, b, batch, sampler):
+    def pixel_maps(self, omega, xyz, counts, batch, sampler):
         """Weight of every pixel: the points' own, spread, or uniform. -> (B K, H, W)"""
         if sampler == "uniform":
             return below_sky(batch, self.cfg.sky)
-        return pixel_weights(omega, xyz, b, batch, self.cfg.blur)
+        return pixel_weights(omega, xyz, counts, batch, self.cfg.blur)
 
-    def ray_noise(self, b, rngs):
-        """Random numbers of rays in frame order, from their frame's stream. (R,) -> (R, S + S')"""
+    def ray_noise(self, counts, rngs):
+        """Random numbers of the rays of each frame, from its own stream. -> (R, S + S')"""
         width = self.cfg.samples + self.cfg.importance_samples
-        counts = torch.bincount(b, minlength=len(rngs)).tolist()  # rays of each frame
-        return torch.cat([torch.rand(n, width, generator=rng, device=b.device)
+        return torch.cat([torch.rand(n, width, generator=rng, device=rng.device)
                           for n, rng in zip(counts, rngs)])
 
-    def render(self, table, origin, direction, b, rngs, colour):
-        """Range and, if asked, colour along rays in frame order.
+    def render(self, table, origin, direction, b, counts, rngs, colour):
+        """Range and, if asked, colour along rays that leave the box farther than NEAR.
 
-        Rays that leave the box nearer than NEAR are dropped. Without gradient, 8192 at a time.
-        origin, direction (R, 3), b (R,) -> range (R',) m, colour (R', 3) or None, and
-        which rays remained: met (R,) bool with R' true.
+        Without gradient, 8192 at a time. origin, direction (R, 3), b (R,) sorted, counts: of
+        the frames' rays -> range (R,) m, colour (R, 3) or None.
         """
-        noise = self.ray_noise(b, rngs)                 # (R, S + S')
+        noise = self.ray_noise(counts, rngs)            # (R, S + S')
         far = box_exit(origin, direction, self.grid.low, self.grid.high)  # (R,) m
-        met = far > NEAR
-        rows = met.nonzero()[:, 0]                      # (R',)
         # split(0) would be an error
-        chunk = max(len(rows), 1) if torch.is_grad_enabled() else 8192
+        chunk = max(len(b), 1) if torch.is_grad_enabled() else 8192
         ranges = []
         colours = []
+        rows = torch.arange(len(b), device=b.device)
         for part in rows.split(chunk):
             jitter, quantile = noise[part].tensor_split([self.cfg.samples], 1)
             r, c = self.field.render(table, origin[part], direction[part], b[part],
                                      far[part], jitter, quantile, colour)
             ranges.append(r)
             colours.append(c)
-        if not colour:
-            return torch.cat(ranges), None, met
-        return torch.cat(ranges), torch.cat(colours), met
+        return torch.cat(ranges), torch.cat(colours) if colour else None
 
-    def render_pixels(self, table, batch, view, v, u, rngs):
-        """Colour of pixels, true and rendered, of rays that meet the box; others do not count.
+    def render_pixels(self, table, batch, view, v, u, positive, rngs):
+        """Colour of pixels, true and rendered.
 
-        view, v, u (Q,) -> c, c_hat (Q', 3).
+        Those of no weight do not count, nor those whose ray leaves the box nearer than NEAR.
+        view, v, u, positive (Q,) -> c, c_hat (Q', 3).
         """
         uv = torch.stack([u, v], 1) + 0.5               # (Q, 2) px, pixel centres
         origin, direction = rays(uv, view, batch.lidar2img)
+        far = box_exit(origin, direction, self.grid.low, self.grid.high)
+        drawn = [len(view) // batch.size] * batch.size
+        rows, counts = rows_where(positive & (far > NEAR), drawn)  # (Q',)
+        view = view[rows]
         b = view // batch.cameras
-        _, c_hat, met = self.render(table, origin, direction, b, rngs, colour=True)
-        c = batch.images[view, :, v, u].float()         # (Q, 3)
-        return c[met] / 255, c_hat
+        _, c_hat = self.render(table, origin[rows], direction[rows], b, counts, rngs, colour=True)
+        c = batch.images[view, :, v[rows], u[rows]].float()  # (Q', 3)
+        return c / 255, c_hat
 
     @torch.no_grad()
-    def shared_cells(self, lidar, seen, points, b_points, rngs, most=8192):
+    def shared_cells(self, lidar, seen, batch, masked, rngs, most=8192):
         """Sparse sites with a visible point in their own cell, which a camera sees. D7
 
-        lidar a Level of V sites, seen (B, Z, Y, X) bool, points (N, 5), b_points (N,)
+        lidar a Level of V sites, seen (B, Z, Y, X) bool, masked (N,) bool, True = masked
         -> rows (N_3D,) of the level, at most `most` random ones a frame [ours].
         """
         # D7: the paper does not say which cells. All sites of the encoder would be three to
         # four times as many: strided convolutions spread points over their neighbours.
         cells = lidar.cells
-        inside = self.lidar.inside(points)
-        zyx = cells.index(points[inside, :3]).round().long()
-        last = zyx.new_tensor(cells.shape) - 1
+        zyx = cells.index(batch.points[:, :3]).round().long()
+        last = constant(tuple(n - 1 for n in cells.shape), zyx.device, torch.int64)
         zyx = zyx.clamp_min(0).minimum(last)            # border cells reach to the faces
-        bzyx = torch.cat([b_points[inside, None], zyx], 1)
-        occupied = torch.zeros_like(seen).flatten()     # (B Z Y X,)
-        occupied[ravel(bzyx, cells.shape).long()] = True
-        shared = seen.flatten() & occupied
+        cell = ravel(torch.cat([batch.b_points[:, None], zyx], 1), cells.shape).long()
+        visible = self.lidar.inside(batch.points) & ~masked
+        points = torch.zeros(seen.numel(), dtype=torch.int32, device=cell.device)
+        points.index_add_(0, cell, visible.int())       # (B Z Y X,) visible points in each cell
+        shared = seen.flatten() & (points > 0)
         shared = shared[ravel(lidar.coords, cells.shape).long()]  # (V,)
-        b = lidar.coords[:, 0]
+        frames = torch.arange(batch.size + 1, device=cell.device)
+        first = torch.searchsorted(lidar.coords[:, 0].contiguous(), frames)
+        before = F.pad(shared.cumsum(0), (1, 0))[first]  # (B + 1,) shared sites before a frame
+        counts = before.diff().tolist()
+        rows = torch.nonzero_static(shared, size=sum(counts))[:, 0]
         drawn = []
-        for frame, rng in enumerate(rngs):
-            rows = (shared & (b == frame)).nonzero()[:, 0]
-            order = torch.randperm(len(rows), generator=rng, device=rows.device)
-            drawn.append(rows[order[:most]])
+        for part, rng in zip(rows.split(counts), rngs):
+            order = torch.randperm(len(part), generator=rng, device=part.device)
+            drawn.append(part[order[:most]])
         return torch.cat(drawn)
 
     def forward(self, batch, uniform=False):
@@ -737,20 +750,20 @@ class CLAP(nn.Module):
         table, lidar, image, seen = self.encode(batch, masked, masked_px)
 
         # 2 curvature sampling: points by omega, pixels by omega spread over the images
-        rows, direction, r = self.targets(batch)                # (M,) (M, 3) (M,)
+        rows, counts, direction, r = self.targets(batch)        # (M,) (M, 3) (M,)
         xyz, b = batch.points[rows, :3], batch.b_points[rows]   # (M, 3) (M,)
-        omega = self.sampling_weights(table, batch, rows, sampler)  # (M,)
-        maps = self.pixel_maps(omega, xyz, b, batch, sampler)   # (B K, H, W)
-        drawn = draw_points(omega, b, cfg.rays, rngs)           # (R,), R <= B N_L
-        view, v, u = draw_pixels(maps, cfg.pixels, rngs)        # (Q,), Q <= B N_C
+        omega = self.sampling_weights(table, batch, rows, counts, sampler)  # (M,)
+        maps = self.pixel_maps(omega, xyz, counts, batch, sampler)  # (B K, H, W)
+        drawn = draw_points(omega, counts, cfg.rays, rngs)      # (R,), R <= B N_L
+        pixels = draw_pixels(maps, cfg.pixels, rngs)            # view, v, u, positive (B N_C,)
         xyz, b, direction, r = xyz[drawn], b[drawn], direction[drawn], r[drawn]  # R rows now
+        counts = [min(count, cfg.rays) for count in counts]
 
         # 3 render range along LiDAR rays and colour along camera rays
-        # no LiDAR ray is dropped: its point lies in the box, farther than CLOSE > NEAR
         origin = batch.origin[b]                                # (R, 3)
-        r_hat, _, _ = self.render(table, origin, direction, b, rngs, colour=False)
+        r_hat, _ = self.render(table, origin, direction, b, counts, rngs, colour=False)
         s, _, _ = self.field.sdf(table, xyz, b)                 # (R,), 0 on a surface
-        c, c_hat = self.render_pixels(table, batch, view, v, u, rngs)  # (Q', 3)
+        c, c_hat = self.render_pixels(table, batch, *pixels, rngs)  # (Q', 3), Q' <= B N_C
         L_range = mean_rows((r - r_hat).abs()) * self.field.scale  # [paper, rendering] D11
         L_surface = mean_rows(s.abs())                          # [paper, rendering]
         L_colour = mean_rows((c - c_hat).abs()) / 3             # [paper, rendering]
@@ -761,8 +774,7 @@ class CLAP(nn.Module):
 
         # 4 prototypes: of a cell that both modalities see, each predicts the other's code
         if self.proto is not None:
-            points, b_points = batch.points[~masked], batch.b_points[~masked]
-            cell = self.shared_cells(lidar, seen, points, b_points, rngs)  # (N_3D,) D7
+            cell = self.shared_cells(lidar, seen, batch, masked, rngs)  # (N_3D,) D7
             b_cell, z, y, x = lidar.coords[cell].unbind(1)
             f_lidar = lidar.features[cell]                      # (N_3D, C)
             f_image = image[b_cell, :, z, y, x]                 # (N_3D, C')
@@ -771,19 +783,20 @@ class CLAP(nn.Module):
             L = L + cfg.w_proto * L_proto                       # [paper, total loss]
             terms |= dict(L_proto=L_proto, L_SwAV=L_SwAV, L_EM=L_EM, L_GMM=L_GMM,
                           cells=float(len(cell)), **monitors)
-        return L, terms | self.sampling_stats(batch, xyz, b)
+        return L, terms | self.sampling_stats(batch, xyz, counts)
 
     @torch.no_grad()
-    def sampling_stats(self, batch, xyz, b):
+    def sampling_stats(self, batch, xyz, counts):
         """Share of the drawn points within 0.3 m of a flat road, and in labelled boxes.
 
-        Labels are read for this monitor only. xyz (R, 3) m, b (R,) -> {name: ()}
+        Labels are read for this monitor only. xyz (R, 3) m, counts: of the frames' points
+        -> {name: ()}
         """
         count = max(len(xyz), 1)
         on_ground = (xyz[:, 2] - self.grid.ground).abs() < 0.3  # (R,)
         stats = dict(on_ground=on_ground.float().sum() / count)
         if batch.boxes is not None:
-            on_boxes = inside_boxes(xyz, b, batch.boxes, batch.b_boxes)  # (R,)
+            on_boxes = inside_boxes(xyz, counts, batch.boxes, batch.box_counts)  # (R,)
             stats["on_boxes"] = on_boxes.float().sum() / count
         return stats
 
@@ -806,9 +819,9 @@ def held_out_errors(model, batches, device):
         masked, masked_px = model.draw_masks(batch, rngs)
         table = model.encode(batch, masked, masked_px)[0]
         ray_table.append(val_rays(model, table, batch, masked, rngs))
-        view, v, u = val_pixels(model, table, batch, rngs)
+        pixels = val_pixels(model, table, batch, rngs)
         fresh = frame_rngs(batch.seeds, device)
-        c, c_hat = model.render_pixels(table, batch, view, v, u, fresh)
+        c, c_hat = model.render_pixels(table, batch, *pixels, fresh)
         colour_errors.append((c - c_hat).abs().mean(1))
     model.train()
     elevation, r, hidden, error, error_near = torch.cat(ray_table).cpu().double().unbind(1)
@@ -825,10 +838,10 @@ def val_rays(model, table, batch, masked, rngs):
 
     The errors are of the rendered range and of the nearest visible ray. -> (M, 5)
     """
-    rows, direction, r = model.targets(batch)
+    rows, counts, direction, r = model.targets(batch)
     b = batch.b_points[rows]
     hidden = masked[rows]
-    r_hat, _, _ = model.render(table, batch.origin[b], direction, b, rngs, colour=False)
+    r_hat, _ = model.render(table, batch.origin[b], direction, b, counts, rngs, colour=False)
     r_near = nearest_visible(direction, r, b, hidden)
     elevation = direction[:, 2].asin()
     error = (r - r_hat).abs()
@@ -837,13 +850,12 @@ def val_rays(model, table, batch, masked, rngs):
 
 
 def val_pixels(model, table, batch, rngs):
-    """Pixels of a batch, drawn as in training, masked or not. -> view, v, u (R,)"""
+    """Pixels of a batch, drawn as in training, masked or not. -> view, v, u, positive (Q,)"""
     cfg = model.cfg
-    rows, _, _ = model.targets(batch)
+    rows, counts, _, _ = model.targets(batch)
     xyz = batch.points[rows, :3]
-    b = batch.b_points[rows]
-    omega = model.sampling_weights(table, batch, rows, cfg.sampler)
-    maps = model.pixel_maps(omega, xyz, b, batch, cfg.sampler)
+    omega = model.sampling_weights(table, batch, rows, counts, cfg.sampler)
+    maps = model.pixel_maps(omega, xyz, counts, batch, cfg.sampler)
     return draw_pixels(maps, cfg.pixels, rngs)
 
 
@@ -888,9 +900,9 @@ def save_figure(model, batch, out):
     rngs = frame_rngs(batch.seeds, batch.points.device)
     masked, masked_px = model.draw_masks(batch, rngs)
     table = model.encode(batch, masked, masked_px)[0]
-    rows, direction, r = model.targets(batch)
+    rows, counts, direction, r = model.targets(batch)
     b = batch.b_points[rows]
-    r_hat, _, _ = model.render(table, batch.origin[b], direction, b, rngs, colour=False)
+    r_hat, _ = model.render(table, batch.origin[b], direction, b, counts, rngs, colour=False)
     first = b == 0
     visible = first & ~masked[rows]
     style = dict(cmap="turbo", vmin=0, vmax=float(r[first].max()), aspect="auto",
@@ -918,8 +930,11 @@ def render_image(model, table, batch, view, rngs, stride=2):
     uv = torch.stack([u, v], -1).view(-1, 2) + 0.5      # (R, 2) px
     views = torch.full((len(uv),), view, device=uv.device)
     origin, direction = rays(uv, views, batch.lidar2img)
-    b = views // batch.cameras
-    _, c_hat, met = model.render(table, origin, direction, b, rngs, colour=True)
+    met = box_exit(origin, direction, model.grid.low, model.grid.high) > NEAR
+    b = views[met] // batch.cameras
+    counts = [0] * batch.size
+    counts[view // batch.cameras] = len(b)
+    _, c_hat = model.render(table, origin[met], direction[met], b, counts, rngs, colour=True)
     image = torch.zeros_like(origin)
     image[met] = c_hat
     return image.view(*v.shape, 3).cpu()
@@ -944,8 +959,8 @@ def first_with_targets(model, batches, device):
     """The first batch whose first frame has a range target, on the device; else None."""
     for batch in batches:
         batch = batch.to(device)
-        rows, _, _ = model.targets(batch)
-        if (batch.b_points[rows] == 0).any():
+        _, counts, _, _ = model.targets(batch)
+        if counts[0]:
             return batch
     return None
 
@@ -962,7 +977,8 @@ def train(rank, world, cfg):
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, augment=augment, prepare=prepare)
+                         workers=cfg.workers, augment=augment, prepare=prepare,
+                         accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, prepare=prepare,
                              indices=data.spread(dataset.split("val"), VAL_FRAMES))
 
@@ -992,20 +1008,22 @@ def train(rank, world, cfg):
     val_batches = list(val_loader.once())  # the same on every rank
 
     # train
-    for step, batch in run.batches(loader, first):
+    for step, batches in run.batches(loader, first):
         uniform = cfg.sampler == "sdf" and step < uniform_steps
         if step % cfg.eval_every == 0:
-            run.log(step, ["val frames"], prefix="val_",
-                    **evaluate(model, val_batches, device, uniform))
+            run.log_val(step, evaluate(model, val_batches, device, uniform))
         lr = cfg.lr * cosine(step, cfg.warmup, steps)
         for group in opt.param_groups:
             group["lr"] = lr
-        loss, terms = net(batch, uniform)
         opt.zero_grad()
-        loss.backward()
+        terms = []
+        for batch in batches:  # one, without --accumulate
+            loss, more = net(batch, uniform)
+            (loss / cfg.accumulate).backward()
+            terms.append(dict(loss=loss, **more))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         # raises if a term is not finite, before the update
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
+        run.log(step, batches, terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):

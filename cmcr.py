@@ -112,6 +112,7 @@ class Config:
     epochs: int = 10           # 0: --steps decides [code]
     steps: int = 0             # 0: --epochs decides [ours]
     batch: int = 2             # frames for each rank [code, on 6 ranks]
+    accumulate: int = 1        # batches of a step, one after the other [ours]
     lr: float = 1e-3           # of AdamW [code]
     lr_end: float = 1.0        # half a cosine to this share of lr; 1: constant [code]
     weight_decay: float = 0.01  # [code: the library's default]
@@ -166,7 +167,7 @@ def check(cfg):
     """Refuse flags that contradict themselves, before anything is written."""
     check_numbers(
         cfg,
-        "batch eval_every save_every lr image_scale width dims pairs tau queries depth "
+        "batch accumulate eval_every save_every lr image_scale width dims pairs tau queries depth "
         "query_radius neighbours",
         dict(workers=256, width=512, dims=10_000, codes=100_000, neighbours=1000, image_scale=10,
              crop_h=8192, crop_w=8192, momentum=1))
@@ -724,7 +725,7 @@ def train(rank, world, cfg):
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, augment=views, image=size)
+                         workers=cfg.workers, augment=views, image=size, accumulate=cfg.accumulate)
     # val frames are augmented too, always in the same way
     val_loader = data.loader(dataset, "val", 2, augment=views, image=size)
 
@@ -752,18 +753,21 @@ def train(rank, world, cfg):
     val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed
 
     # train
-    for step, batch in run.batches(loader, first):
+    for step, batches in run.batches(loader, first):
         if step % cfg.eval_every == 0:
-            run.log(step, ["val frames"], prefix="val_", **evaluate(model, val_batches, device))
+            run.log_val(step, evaluate(model, val_batches, device))
         lr = cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * cosine(step, 0, steps))
         for group in opt.param_groups:
             group["lr"] = lr
-        loss, terms = net(batch)
         opt.zero_grad()
-        loss.backward()
+        terms = []
+        for batch in batches:  # one, without --accumulate
+            loss, more = net(batch)
+            (loss / cfg.accumulate).backward()
+            terms.append(dict(loss=loss, **more))
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         # raises if a term is not finite, before the update
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
+        run.log(step, batches, terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):

@@ -5,10 +5,10 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, Cells, multilinear,          clap, cmcr, simipu
-                            gather_weighted, project,
-                            valid_pixels, rays, sample_image,
-                            box_exit, inside_boxes
+    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu
+                            multilinear, gather_weighted,
+                            project, valid_pixels, rays,
+                            sample_image, box_exit, inside_boxes
     §2 matching             pair_points                            simipu
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
@@ -118,6 +118,15 @@ def constant(values, device, dtype=torch.float32):
     values: a tuple, of tuples for more axes. The tensor is shared: do not change it in place.
     """
     return torch.tensor(values, device=device, dtype=dtype)
+
+
+def rows_where(mask, counts):
+    """The rows that a mask keeps, and how many of them each frame has: one wait for the GPU.
+
+    mask (N,) bool, sorted by frame; counts: of the frames' rows -> (M,) int64, list of int.
+    """
+    left = torch.stack([part.sum() for part in mask.split(counts)]).tolist()
+    return torch.nonzero_static(mask, size=sum(left))[:, 0], left
 
 
 class Cells(NamedTuple):
@@ -314,20 +323,19 @@ def box_exit(origin, direction, low, high):
     return torch.maximum(to_low, to_high).amin(1)
 
 
-def inside_boxes(xyz, b, boxes, b_boxes):
+def inside_boxes(xyz, counts, boxes, box_counts):
     """Which points lie strictly inside some box of their own frame.
 
-    xyz (N, 3), b (N,), boxes (M, 9) centre, l, w, h, yaw, ..., b_boxes (M,) -> (N,) bool.
+    xyz (N, 3), boxes (M, 9) centre, l, w, h, yaw, ..., sorted by frame; counts and box_counts:
+    how many each frame has -> (N,) bool.
     """
-    inside = torch.zeros(len(xyz), dtype=torch.bool, device=xyz.device)
-    for frame in b_boxes.unique().tolist():
-        rows = (b == frame).nonzero()[:, 0]
-        box = boxes[b_boxes == frame]
+    inside = []
+    for points, box in zip(xyz.split(counts), boxes.split(box_counts)):
         cos, sin = box[:, 6].cos(), box[:, 6].sin()
-        x, y, z = (xyz[rows, None] - box[None, :, :3]).unbind(-1)  # (n, m) each
+        x, y, z = (points[:, None] - box[None, :, :3]).unbind(-1)  # (n, m) each
         local = torch.stack([x * cos + y * sin, y * cos - x * sin, z], -1)
-        inside[rows] = (local.abs() < box[None, :, 3:6] / 2).all(-1).any(1)
-    return inside
+        inside.append((local.abs() < box[None, :, 3:6] / 2).all(-1).any(1))
+    return torch.cat(inside)
 
 
 # ---- §2 matching ---------------------------------------------------------------------
@@ -1151,11 +1159,14 @@ def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
 def mean_over_ranks(total, count):
     """The mean over the rows of every process: (sum of totals) / (sum of counts).
 
-    total (): this process's sum, with gradient; count: its number of rows -> ().
+    total (): this process's sum, with gradient; count: its number of rows, a number or a ()
+    tensor -> ().
     DDP averages gradients over processes. So each process returns its total x world / all
     counts: the average of those is the mean, and so is the average of their gradients.
     """
-    rows = all_reduce(total.new_full((), float(count)))
+    if not isinstance(count, torch.Tensor):
+        count = total.new_full((), float(count))
+    rows = all_reduce(count.to(total.dtype))
     return total * processes() / rows.clamp_min(1)
 
 
@@ -1781,6 +1792,7 @@ def read_json(path, kind):
 
 def refuse_changes(out, before, now, free):
     """End if two run records differ in a field that is not free, with what it was and is."""
+    before = {"accumulate": 1, **before}  # older runs had no such flag
     changes = []
     for field in {**before, **now}:
         old, new = before.get(field), now.get(field)
@@ -2352,13 +2364,13 @@ class StopWaiting(KeyboardInterrupt):
 class Run:
     """A training run: it hands out the batches, logs every step, and notices signals.
 
-    batches: (step, batch) on the device, from the first step or the one to resume at.
+    batches: (step, its batches) on the device, from the first step or the one to resume at.
     log: log.jsonl (nothing in it depends on the clock), TensorBoard, and a progress line every
     few seconds. On ranks other than 0 it only checks that every term is finite.
     interrupted, leave: the first SIGTERM, SIGHUP or Ctrl-C asks for a stop after the step, or
     while the next batch is waited for. Another one more than two seconds later stops at once.
     An earlier one is ignored, since a launcher may pass on what the terminal has sent too.
-    The next batch is fetched in interrupted: a run without data stops where it can be saved.
+    The next batches are fetched in log: a run without data stops where it can be saved.
     """
 
     def __init__(self, cfg, rank, world, first, steps, device, about):
@@ -2367,7 +2379,8 @@ class Run:
         self.rank = rank
         self.first = first
         self.steps = steps
-        self.frames = cfg.batch * world  # of one step
+        self.parts = cfg.accumulate      # batches of one step
+        self.frames = cfg.batch * cfg.accumulate * world  # of one step
         self.device = device
         self.path = Path(cfg.out) / "log.jsonl"
         self.began = time.monotonic()
@@ -2376,15 +2389,17 @@ class Run:
         self.waiting = False             # for data, now
         self.asked = 0.0                 # when a signal asked for a stop; 0: not yet
         self.source = None               # of the batches
-        self.batch = None                # of the next step, on the CPU
-        self.left = 0                    # batches that are still to be fetched
+        self.next = None                 # batches of the next step, on the CPU
+        self.left = 0                    # steps whose batches are still to be fetched
         self.failure = None              # why there is no next batch here
+        self.stopping = False            # whether a process was asked to stop
         self.starved = False             # whether a process has no next batch
         self.handlers = catch_signals(self.on_signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if rank == 0:
             self.open_log()
+            parts = f"{cfg.batch} x {world}" + f" x {self.parts}" * (self.parts > 1)
             print(f"{cfg.out}: steps {first} to {steps} of {self.frames} frames "
-                  f"({cfg.batch} x {world}), {about}, {device}", flush=True)
+                  f"({parts}), {about}, {device}", flush=True)
 
     def open_log(self):
         """Open log.jsonl and TensorBoard, without the steps that come again."""
@@ -2406,28 +2421,22 @@ class Run:
     def interrupted(self):
         """Whether to stop here: a process was asked to, or has no batch for the next step.
 
-        The answer is the same on every rank, so that all leave after the same step.
+        Several processes have agreed in log, so that all leave after the same step; what was
+        asked since then counts at the next one.
         """
-        self.fetch()
-        return self.agree()
-
-    def agree(self):
-        """Whether any process was asked to stop or has no batch, the same on every rank."""
-        reason = 2 if self.failure else int(self.asked > 0)
-        if processes() > 1:  # else no wait for the GPU
-            reasons = torch.tensor(reason, device=self.device)
-            reason = int(all_reduce(reasons, torch.distributed.ReduceOp.MAX))
-        self.starved = reason == 2
-        return reason > 0
+        if processes() == 1:
+            self.stopping = self.asked > 0
+            self.starved = self.failure is not None
+        return self.stopping or self.starved
 
     def fetch(self):
-        """Wait for the next batch, unless it has come already or a stop was asked for."""
-        if self.batch is not None or not self.left or self.asked:
+        """Wait for the batches of the next step, unless they are here or a stop was asked for."""
+        if self.next is not None or not self.left or self.asked:
             return
         began = time.monotonic()
         try:
             self.waiting = True
-            self.batch = next(self.source)
+            self.next = [next(self.source) for _ in range(self.parts)]
             self.waiting = False
             self.left -= 1
         except StopWaiting:
@@ -2439,45 +2448,63 @@ class Run:
         self.waited += time.monotonic() - began
 
     def batches(self, loader, first):
-        """(step, batch on the device) from step `first` on; the wait for data is timed."""
+        """(step, its batches on the device) from step `first` on; the wait for data is timed."""
         self.source = loader.begin_at(first)
         self.left = self.steps - first
         self.fetch()
-        if self.agree():
+        wishes = torch.tensor([self.asked > 0, self.failure is not None], device=self.device)
+        self.stopping, self.starved = all_reduce(wishes.long()).bool().tolist()
+        if self.stopping or self.starved:
             self.leave(first - 1)
         for step in range(first, self.steps):
-            self.fetch()  # interrupted has done so, if it was called
-            if self.batch is None:
+            self.fetch()  # log has done so, if it was called
+            if self.next is None:
                 raise self.failure or KeyboardInterrupt
-            batch, self.batch = self.batch, None
-            yield step, batch.to(self.device)
+            batches, self.next = self.next, None
+            yield step, [batch.to(self.device) for batch in batches]
 
-    def log(self, step, names, prefix="", **terms):
-        """Average the terms over processes and write them. names: of the batch's frames.
+    def log(self, step, batches, terms, **more):
+        """Average the terms over batches and processes and write them, with `more`.
 
-        Called before the update: if a term is not finite, FloatingPointError names it and the
-        frames.
+        terms: a dict for each batch. Called before the update: if a term is not finite,
+        FloatingPointError names it and the frames, and no process makes the update. One
+        collective, and one wait for the GPU, which works while the next batches are fetched.
         """
-        tensors = [torch.as_tensor(term, dtype=torch.float32) for term in terms.values()]
-        local = torch.stack([tensor.detach().to(self.device) for tensor in tensors])
-        self.refuse_nan(step, names, dict(zip(terms, local.tolist())))
-        means = (all_reduce(local) / processes()).tolist()
+        self.fetch()
+        more |= dict(stopping=self.asked > 0, starved=self.failure is not None)
+        rows = [to_tensor({**row, **more}, self.device) for row in terms]
+        local = torch.stack(rows).mean(0)                               # (T,)
+        both = torch.stack([local, all_reduce(local) / processes()])    # (2, T)
+        own, means = [dict(zip([*terms[0], *more], row)) for row in both.tolist()]
+        self.stopping = means.pop("stopping") > 0
+        self.starved = means.pop("starved") > 0
+        self.refuse_nan(step, [name for batch in batches for name in batch.names], own, means)
         if self.rank == 0:
-            values = {prefix + name: round(mean, 7) for name, mean in zip(terms, means)}
-            self.write(step, values)
-            if not prefix:
-                self.print_progress(step, values)
+            self.write(step, means)
+            self.print_progress(step, means)
 
-    def refuse_nan(self, step, names, values):
-        """FloatingPointError if a term is NaN or infinite. values {name: float}."""
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
+    def log_val(self, step, values):
+        """Write what evaluate gave, the same on every process."""
+        self.refuse_nan(step, ["val frames"], values, values)
+        if self.rank == 0:
+            self.write(step, {"val_" + name: value for name, value in values.items()})
+
+    def refuse_nan(self, step, names, own, means):
+        """End if a term is NaN or infinite: where it is so here, with FloatingPointError.
+
+        own, means {name: float}: the terms here, and over all processes.
+        """
+        bad = [name for name, value in own.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
                 f"step {step}, rank {self.rank}: {', '.join(bad)} not finite on "
                 f"{', '.join(names)}; nothing was updated, the last checkpoint stands")
+        if not all(map(math.isfinite, means.values())):
+            sys.exit(1)  # another process says which term, and on which frames
 
     def write(self, step, values):
-        """One line of log.jsonl, and TensorBoard."""
+        """One line of log.jsonl, and TensorBoard. values {name: float}."""
+        values = {name: round(value, 7) for name, value in values.items()}
         try:
             os.stat(self.path)  # a removed file could be written all the same
             self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -2576,9 +2603,25 @@ def evaluate(model, batches, device, *more):
     """
     share_buffers(model)
     model.eval()
-    rows = [model(batch.to(device), *more)[1] for batch in batches]
+    rows = []
+    for batch in batches:
+        _, terms = model(batch.to(device), *more)
+        rows.append(to_tensor(terms, device))
     model.train()
-    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+    return dict(zip(terms, torch.stack(rows).mean(0).tolist()))
+
+
+def to_tensor(terms, device):
+    """Terms {name: () tensor on the device, or a number} -> (T,) float64, without a wait."""
+    numbers = torch.zeros(len(terms), dtype=torch.float64)
+    for place, term in enumerate(terms.values()):
+        if not isinstance(term, torch.Tensor):
+            numbers[place] = term
+    if device.type == "cuda":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    out = [term.detach().double() if isinstance(term, torch.Tensor) else numbers[place]
+           for place, term in enumerate(terms.values())]
+    return torch.stack(out)
 
 
 def load_tool(name, flag=None):

@@ -627,7 +627,7 @@ def embedded_world():
 # ---- loader --------------------------------------------------------------------------
 
 def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", workers=0, image=None,
-           augment=None, prepare=None, crop=False, indices=None):
+           augment=None, prepare=None, crop=False, indices=None, accumulate=1):
     """A Loader of `split` of the data set in folder `root`, `batch` frames for each rank.
 
     root     a folder; "" for the embedded world; or what open_dataset returned
@@ -642,12 +642,14 @@ def loader(root, split, batch, rank=0, world=1, seed=0, *, preset="paper", worke
              where the image does
     indices  the frames to read, as dataset.split(split) gives them, where that is not the whole
              split
+    accumulate  batches of a step, which come one after the other: with batch 1 and accumulate 3
+             the frames of a step are those of batch 3
     With workers > 0, augment and prepare must be picklable where processes are spawned: top-level
     functions or objects.
     """
     dataset = open_dataset(root, preset) if isinstance(root, (str, Path)) else root
     return Loader(dataset, split, batch, rank, world, seed, workers, image, augment, prepare,
-                  crop, indices)
+                  crop, indices, accumulate)
 
 
 def spread(indices, n):
@@ -663,7 +665,7 @@ class Loader:
     """
 
     def __init__(self, dataset, split, batch, rank, world, seed, workers, image, augment, prepare,
-                 crop, indices):
+                 crop, indices, accumulate):
         if not 0 <= rank < world or batch < 1 or workers < 0:
             raise ValueError(f"rank {rank} of world {world}, batch {batch}, workers {workers}: "
                              "expected 0 <= rank < world, batch >= 1, workers >= 0")
@@ -671,6 +673,7 @@ class Loader:
         self.grid = dataset.grid
         self.indices = dataset.split(split) if indices is None else indices
         self.batch = batch
+        self.accumulate = accumulate
         self.rank = rank
         self.world = world
         self.seed = seed
@@ -694,10 +697,13 @@ class Loader:
 
     @property
     def steps_per_epoch(self):
-        return max(1, len(self.indices) // (self.batch * self.world))
+        return max(1, len(self.indices) // (self.batch * self.accumulate * self.world))
 
     def begin_at(self, step):
-        """Endless batches from this step on: what an uninterrupted run would see from there."""
+        """Endless batches from this step on: what an uninterrupted run would see from there.
+
+        Each step has `accumulate` of them.
+        """
         for n, batch in enumerate(self.batches(self.jobs_from(step))):
             if n == 0 and self.workers:
                 refuse_small_memory(batch, self.workers)
@@ -717,21 +723,23 @@ class Loader:
         return self.batches(jobs[i:i + self.batch] for i in range(0, len(jobs), self.batch))
 
     def jobs_from(self, step):
-        """For each step on, this rank's jobs: a list of (epoch, index of a frame, True)."""
-        frames_a_step = self.batch * self.world
+        """For each batch from this step on, its jobs: a list of (epoch, index of a frame, True)."""
+        frames_a_rank = self.batch * self.accumulate
+        frames_a_step = frames_a_rank * self.world
         # of an epoch, what fills whole steps; a split smaller than that takes several epochs a step
         length = len(self.indices) // frames_a_step * frames_a_step or len(self.indices)
         epoch = None
         while True:
             jobs = []
-            first = step * frames_a_step + self.rank * self.batch
-            for position in range(first, first + self.batch):
+            first = step * frames_a_step + self.rank * frames_a_rank
+            for position in range(first, first + frames_a_rank):
                 if epoch != position // length:
                     epoch = position // length
                     rng = np.random.default_rng((self.seed, epoch, 0, 2))
                     order = rng.permutation(self.indices)
                 jobs.append((epoch, int(order[position % length]), True))
-            yield jobs
+            for part in range(0, frames_a_rank, self.batch):
+                yield jobs[part:part + self.batch]
             step += 1
 
     def batches(self, jobs):

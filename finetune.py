@@ -95,6 +95,7 @@ class Config:
     epochs: int = 20           # over the drawn frames; 0: steps decide [code CenterPoint] D1
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 4             # frames for each rank [code CenterPoint]
+    accumulate: int = 1        # batches of a step, one after the other [ours]
     lr: float = 1e-3           # of new layers; half a cosine to 0 [code CenterPoint] D1 D5
     lr_pretrained: float = 1e-3  # of loaded weights; best of three, embedded world [ours]
     warmup: int = 200          # steps from a third of lr, at most a quarter of all [ours]
@@ -130,7 +131,7 @@ SMALL = dict(
 def check_flags(cfg):
     """Refuse flags that cannot work, before the data set is opened."""
     check_numbers(
-        cfg, "batch save_every fraction lr clip width bins",
+        cfg, "batch accumulate save_every fraction lr clip width bins",
         dict(workers=256, fraction=1, width=512, bins=10_000, min_radius=10_000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
@@ -552,7 +553,8 @@ def train(rank, world, cfg):
     warp = partial(augment, rotation=cfg.rotation, scale=cfg.scale,
                    flip=dataset.grid.mirrors)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, crop=crop, indices=drawn, augment=warp)
+                         workers=cfg.workers, crop=crop, indices=drawn, augment=warp,
+                         accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", cfg.batch, rank, world, cfg.seed,
                              workers=cfg.workers, crop=crop)
     if rank == 0 and not cfg.profile:
@@ -589,17 +591,20 @@ def train(rank, world, cfg):
     run = Run(cfg, rank, world, first, steps, device, about)
 
     # train
-    for step, batch in run.batches(loader, first):
+    for step, batches in run.batches(loader, first):
         rate = cosine(step, min(cfg.warmup, steps // 4), steps)
         for group in opt.param_groups:
             group["lr"] = group["base"] * rate
-        loss, terms = net(batch)
         opt.zero_grad()
-        loss.backward()
+        terms = []
+        for batch in batches:  # one, without --accumulate
+            loss, more = net(batch)
+            (loss / cfg.accumulate).backward()
+            terms.append(dict(loss=loss, **more))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         lr = cfg.lr * rate
         # raises if a term is not finite, before the update
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
+        run.log(step, batches, terms, grad_norm=norm, lr=lr)
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):

@@ -122,6 +122,7 @@ class Config:
     epochs: int = 50           # 0: steps decide; published weights are of 50 of 100 [code]
     steps: int = 0             # 0: epochs decide [ours]
     batch: int = 4             # frames for each rank [code, on 8 ranks]
+    accumulate: int = 1        # batches of a step, one after the other [ours]
     lr_points: float = 1e-3    # of the point network, always AdamW [code]
     optimiser: Literal["sgd", "adamw"] = "sgd"  # of image network and heads [code] D11
     lr: float = 0.03           # of image network and heads [code]
@@ -167,7 +168,8 @@ def check(cfg):
     """Refuse flags that contradict each other, before anything is written."""
     check_numbers(
         cfg,
-        "batch eval_every save_every lr_points lr decay zoom_low width radius_scale dims pairs tau",
+        "batch accumulate eval_every save_every lr_points lr decay zoom_low width radius_scale "
+        "dims pairs tau",
         dict(workers=256, width=512, dims=10_000, zoom_high=10, decay=1, radius_scale=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
@@ -766,7 +768,7 @@ def train(rank, world, cfg):
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1   # D10
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
                          workers=cfg.workers, augment=augment,
-                         indices=dataset.split("train")[::every])
+                         indices=dataset.split("train")[::every], accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 2, augment=augment)
 
     # model, optimiser
@@ -801,23 +803,26 @@ def train(rank, world, cfg):
     val_batches = val_loader.first(VAL_BATCHES)  # the same on every rank, for every seed
 
     # train
-    for step, batch in run.batches(loader, first):
+    for step, batches in run.batches(loader, first):
         if step % cfg.eval_every == 0:
-            run.log(step, ["val frames"], prefix="val_", **evaluate(model, val_batches, device))
+            run.log_val(step, evaluate(model, val_batches, device))
         factor = cfg.decay ** (step // loader.steps_per_epoch)
         for opt, base in zip(opts, (cfg.lr_points, cfg.lr)):
             for group in opt.param_groups:
                 group["lr"] = base * factor
-        loss, terms = net(batch)
         for opt in opts:
             opt.zero_grad()
-        loss.backward()
+        terms = []
+        for batch in batches:  # one, without --accumulate
+            loss, more = net(batch)
+            (loss / cfg.accumulate).backward()
+            terms.append(dict(loss=loss, **more))
         # a loss of weight 0 leaves no gradient
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         lr = cfg.lr * factor
         # raises if a term is not finite, before the update
-        run.log(step, batch.names, loss=loss, **terms, grad_norm=norm, lr=lr)
+        run.log(step, batches, terms, grad_norm=norm, lr=lr)
         for opt in opts:
             opt.step()
         stop = run.interrupted()

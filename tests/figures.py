@@ -37,26 +37,26 @@ def clap_diagnostics(model, batches, device):
         batch = batch.to(device)
         rngs = frame_rngs(batch.seeds, device)
         masked, masked_px = model.draw_masks(batch, rngs)
-        rows, direction, r = model.targets(batch)
+        rows, counts, direction, r = model.targets(batch)
         b = batch.b_points[rows]
         origin = batch.origin[b]
 
         # ranges: with each frame's own cloud, then with its neighbour's
         own = model.encode(batch, masked, masked_px)[0]
-        r_own, _, _ = model.render(own, origin, direction, b, rngs, colour=False)
+        r_own, _ = model.render(own, origin, direction, b, counts, rngs, colour=False)
         r_swapped = torch.full_like(r, math.nan)
         if batch.size > 1:
             swapped = replace(batch, b_points=(batch.b_points + 1) % batch.size)
             other = model.encode(swapped, masked, masked_px)[0]
             noise = frame_rngs(batch.seeds, device)
-            r_swapped, _, _ = model.render(other, origin, direction, b, noise, colour=False)
+            r_swapped, _ = model.render(other, origin, direction, b, counts, noise, colour=False)
         ray_errors.append(torch.stack([(r - r_own).abs(), (r - r_swapped).abs()], 1))
 
         # colours: of the pixels of held_out_errors, with no pixel visible
-        view, v, u = clap.val_pixels(model, own, batch, rngs)
+        pixels = clap.val_pixels(model, own, batch, rngs)
         blind = model.encode(batch, masked, torch.ones_like(masked_px))[0]
         noise = frame_rngs(batch.seeds, device)
-        c, c_blind = model.render_pixels(blind, batch, view, v, u, noise)
+        c, c_blind = model.render_pixels(blind, batch, *pixels, noise)
         pixel_errors.append(torch.cat([(c - c_blind).abs().mean(1, keepdim=True), c], 1))
     model.train()
 
@@ -83,9 +83,7 @@ def clap_figures(model, batch, out):
     folder = Path(out) / "figures"
     clap_samples(model, table, batch, rngs, folder)
     if model.proto is not None:
-        visible = batch.points[~masked]
-        b_visible = batch.b_points[~masked]
-        cell = model.shared_cells(lidar, seen, visible, b_visible, rngs)
+        cell = model.shared_cells(lidar, seen, batch, masked, rngs)
         clap_prototypes(model, lidar, image, cell, folder)
     model.train()
 
@@ -94,13 +92,13 @@ def clap_samples(model, table, batch, rngs, folder):
     """Where sampling looks: weight and draw of points from above, of pixels in the images."""
     import clap
     cfg = model.cfg
-    rows, _, _ = model.targets(batch)
+    rows, counts, _, _ = model.targets(batch)
     xyz = batch.points[rows, :3]
     b = batch.b_points[rows]
-    omega = model.sampling_weights(table, batch, rows, cfg.sampler)
-    maps = model.pixel_maps(omega, xyz, b, batch, cfg.sampler).cpu()
-    drawn = clap.draw_points(omega, b, cfg.rays, rngs)
-    view, v, u = clap.draw_pixels(maps.to(omega), cfg.pixels, rngs)
+    omega = model.sampling_weights(table, batch, rows, counts, cfg.sampler)
+    maps = model.pixel_maps(omega, xyz, counts, batch, cfg.sampler).cpu()
+    drawn = clap.draw_points(omega, counts, cfg.rays, rngs)
+    view, v, u, positive = clap.draw_pixels(maps.to(omega), cfg.pixels, rngs)
 
     first = b == 0
     top = float(omega[first].quantile(0.99))
@@ -112,7 +110,7 @@ def clap_samples(model, table, batch, rngs, folder):
 
     panels = []
     for k in range(min(batch.cameras, 3)):
-        uv = torch.stack([u, v], 1)[view == k].cpu()
+        uv = torch.stack([u, v], 1)[positive & (view == k)].cpu()
         dots = overlay(maps[k], uv, "r")
         panels.append((f"camera {k}: blurred weight and pixels drawn", dots))
     figure(folder / "sampled_pixels.png", panels, 1, (9.0, 3.6))

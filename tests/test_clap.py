@@ -344,15 +344,23 @@ def test_clean_weights_are_finite_positive_and_clipped():
 def test_points_are_drawn_by_weight_within_each_frame():
     rngs = [torch.Generator().manual_seed(i) for i in range(3)]
     weights = torch.tensor([1.0, 2.0, 4.0, 8.0, 0.0, 5.0])
-    b = torch.tensor([0, 0, 0, 0, 2, 2])
+    counts = [4, 0, 2]
     count = torch.zeros(6)
     for _ in range(4000):
-        count[clap.draw_points(weights, b, 1, rngs)] += 1
+        count[clap.draw_points(weights, counts, 1, rngs)] += 1
     expected = torch.tensor([1, 2, 4, 8]) / 15
     torch.testing.assert_close(count[:4] / 4000, expected, atol=0.025, rtol=0)
     assert count[4] == 0 and count[5] == 4000
-    rows = clap.draw_points(torch.ones(6), b, 100, rngs)
+    rows = clap.draw_points(torch.ones(6), counts, 100, rngs)
     assert sorted(rows.tolist()) == list(range(6))  # without replacement
+
+
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_draws_are_those_of_torch_multinomial(n):
+    """Bit for bit, without its waits: runs of before go on with the same draws."""
+    weights = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = torch.multinomial(weights, n, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(clap.draw(weights, n, torch.Generator().manual_seed(1)), expected)
 
 
 def plain_hits(weights, batch):
@@ -371,10 +379,10 @@ def plain_hits(weights, batch):
 
 
 def test_pixel_weights_are_the_blurred_largest_of_their_points(batch):
-    xyz, b = batch.points[:, :3], batch.b_points
+    xyz, counts = batch.points[:, :3], batch.counts
     H, W = batch.images.shape[-2:]
     weights = torch.rand(len(xyz)) + 0.1
-    maps = clap.pixel_weights(weights, xyz, b, batch, 9)
+    maps = clap.pixel_weights(weights, xyz, counts, batch, 9)
 
     hit = plain_hits(weights, batch)
     tap = torch.arange(-4, 5, dtype=torch.float64)
@@ -390,7 +398,7 @@ def test_pixel_weights_are_the_blurred_largest_of_their_points(batch):
     # a smaller image is padded below and on the right: no weight there
     smaller = batch.hw.clone()
     smaller[1] = torch.tensor([H // 2, W - 30])
-    padded = clap.pixel_weights(weights, xyz, b, replace(batch, hw=smaller), 9)
+    padded = clap.pixel_weights(weights, xyz, counts, replace(batch, hw=smaller), 9)
     assert padded[1, H // 2:].sum() == padded[1, :, W - 30:].sum() == 0
     assert padded[1].sum() > 0
     assert torch.equal(padded[2], maps[2])
@@ -399,8 +407,11 @@ def test_pixel_weights_are_the_blurred_largest_of_their_points(batch):
 def test_pixels_without_weight_are_not_drawn():
     weights = torch.zeros(2, 6, 8)
     weights[0, 3, 4] = 1.0
-    view, v, u = clap.draw_pixels(weights, 20, [torch.Generator(), torch.Generator()])
-    assert (view.tolist(), v.tolist(), u.tolist()) == ([0], [3], [4])
+    pixels = clap.draw_pixels(weights, 20, [torch.Generator(), torch.Generator()])
+    view, v, u, positive = torch.stack(pixels)
+    assert len(positive) == 40
+    drawn = positive.bool()
+    assert (view[drawn].tolist(), v[drawn].tolist(), u[drawn].tolist()) == ([0], [3], [4])
 
 
 def test_pixels_are_drawn_by_weight():
@@ -408,7 +419,7 @@ def test_pixels_are_drawn_by_weight():
     weights = torch.tensor([[[0.0, 1.0, 2.0], [4.0, 0.0, 8.0]]])
     count = torch.zeros(2, 3)
     for _ in range(4000):
-        _, v, u = clap.draw_pixels(weights, 1, [rng])
+        _, v, u, _ = clap.draw_pixels(weights, 1, [rng])
         count[v, u] += 1
     torch.testing.assert_close(count / 4000, weights[0] / 15, atol=0.025, rtol=0)
 
@@ -460,7 +471,7 @@ def test_warm_up_and_ablation_sample_uniformly_below_the_sky(batch, model, monke
     model(batch)
     assert calls == ["uniform", "sdf", "uniform"]
     for i in (0, 2):
-        _, (view, v, u) = draws[i]
+        _, (view, v, u, _) = draws[i]
         assert v.min() >= 0.4 * 48
 
 
@@ -557,13 +568,19 @@ def test_rays_that_miss_the_box_are_dropped_and_empty_space_renders_nothing(mode
         return torch.ones(len(p)), torch.zeros(len(p), 16), torch.zeros(len(p), 8)
 
     monkeypatch.setattr(model.field, "sdf", empty)
-    origin = torch.tensor([[0.0, 0, 0], [25.3, 0, 0], [30.0, 0, 0]])
-    direction = torch.tensor([[1.0, 0, 0]]).expand(3, 3)
-    b = torch.zeros(3, dtype=torch.int64)
-    r, c, met = model.render(None, origin, direction, b, [torch.Generator()], True)
-    assert met.tolist() == [True, False, False]
+    origin = torch.tensor([[0.0, 0, 0], [25.3, 0, 0], [30.0, 0, 0], [0.0, 0, 0]])
+    direction = torch.tensor([[1.0, 0, 0]]).expand(4, 3)
+    monkeypatch.setattr(clap, "rays", lambda *_: (origin, direction))
+    images = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    batch = SimpleNamespace(images=images, lidar2img=None, size=1, cameras=1)
+    zero = torch.zeros(4, dtype=torch.int64)
+    positive = torch.tensor([True, True, True, False])
+    c, c_hat = model.render_pixels(None, batch, zero, zero, torch.arange(4), positive,
+                                   [torch.Generator()])
+    assert torch.equal(c, torch.zeros(1, 3))  # the first pixel's, no other's
+    assert (c_hat == 0).all() and len(c_hat) == 1
+    r, _ = model.render(None, origin[:1], direction[:1], zero[:1], [1], [torch.Generator()], False)
     assert r.tolist() == [0]
-    assert (c == 0).all()
 
 
 def test_an_oracle_field_renders_its_sphere(model, monkeypatch):
@@ -624,9 +641,11 @@ def test_rendering_losses_in_plain_loops(batch, model, monkeypatch):
     draws = record(monkeypatch, clap, "draw_pixels")
     renders = record(monkeypatch, model, "render")
     L, terms = model(batch)
-    (_, origin, direction, *_), (r_hat, _, _) = renders[0]
-    (_, eye, away, *_), (_, c_hat, met) = renders[1]
-    _, (view, v, u) = draws[0]
+    (_, origin, direction, *_), (r_hat, _) = renders[0]
+    (_, eye, away, *_), (_, c_hat) = renders[1]
+    _, (view, v, u, positive) = draws[0]
+    view, v, u = view[positive], v[positive], u[positive]  # every ray here meets the box
+    assert len(view) == len(eye)
 
     # L_range: |r - r~|, of the scene scaled to +-1. The point of each ray is searched
     # again: the nearest in direction
@@ -649,7 +668,7 @@ def test_rendering_losses_in_plain_loops(batch, model, monkeypatch):
 
     # L_colour: |c - c~| over three channels, of the rays that meet the box
     L_colour = 0.0
-    pixels = list(zip(view[met].tolist(), v[met].tolist(), u[met].tolist()))
+    pixels = list(zip(view.tolist(), v.tolist(), u.tolist()))
     for (image, y, x), c_ in zip(pixels, c_hat.detach().tolist()):
         for j in range(3):
             c = int(batch.images[image, j, y, x]) / 255
@@ -787,7 +806,7 @@ def test_shared_cells_hold_a_point_and_are_seen_by_a_camera(batch, model):
     unmasked = torch.zeros(len(batch.points), dtype=torch.bool)
     unmasked_px = torch.zeros(len(batch.images), 48, 128, dtype=torch.bool)
     _, lidar, _, seen = model.encode(batch, unmasked, unmasked_px)
-    cell = model.shared_cells(lidar, seen, batch.points, batch.b_points, rngs)
+    cell = model.shared_cells(lidar, seen, batch, unmasked, rngs)
     shared = set(map(tuple, lidar.coords[cell].tolist()))
 
     expected = set()
@@ -803,17 +822,20 @@ def test_shared_cells_hold_a_point_and_are_seen_by_a_camera(batch, model):
     assert len(cell) == len(shared)
     assert 100 < len(shared) < 0.6 * len(lidar.coords)
 
-    few = model.shared_cells(lidar, seen, batch.points, batch.b_points, rngs, most=7)
+    few = model.shared_cells(lidar, seen, batch, unmasked, rngs, most=7)
     assert torch.bincount(lidar.coords[few, 0]).tolist() == [7, 7]
 
 
 def test_targets_match_a_plain_loop(batch, model):
-    assert torch.equal(model.targets(batch)[0], plain_targets(batch))
+    rows, counts, _, _ = model.targets(batch)
+    expected = plain_targets(batch)
+    assert torch.equal(rows, expected)
+    assert counts == torch.bincount(batch.b_points[expected], minlength=batch.size).tolist()
 
 
 def test_range_targets_start_at_the_lidar(batch, model):
     moved = replace(batch, origin=torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]]))
-    rows, direction, r = model.targets(moved)
+    rows, _, direction, r = model.targets(moved)
     end = moved.origin[batch.b_points[rows]] + direction * r[:, None]
     torch.testing.assert_close(end, batch.points[rows, :3], atol=1e-4, rtol=1e-4)
     assert (r > 3).all() and (batch.points[rows, 4] == 0).all()
@@ -824,20 +846,20 @@ def test_sampling_weights_are_of_each_frame_alone(batch, model, sampler):
     cells = math.prod(model.lidar.cells[-1].shape)
     table = torch.randn(2 * cells, 8, generator=torch.Generator().manual_seed(0))
     table.requires_grad_()
-    rows, _, _ = model.targets(batch)
+    rows, counts, _, _ = model.targets(batch)
     given = batch if sampler == "pca" else replace(batch, extra={})
-    omega = model.sampling_weights(table, given, rows, sampler)
+    omega = model.sampling_weights(table, given, rows, counts, sampler)
     assert not omega.requires_grad and omega.isfinite().all() and (omega > 0).all()
     assert (omega.std() > 1e-3 * omega.mean()) == (sampler != "uniform")
 
     # whatever the other frame of the batch is
     second = batch.b_points[rows] == 1
-    alone = model.sampling_weights(table, given, rows[second], sampler)
+    alone = model.sampling_weights(table, given, rows[second], [0, counts[1]], sampler)
     torch.testing.assert_close(alone, omega[second])
 
     # the volume that sdf looks at is the frame's own
     exchanged = replace(given, b_points=1 - batch.b_points)
-    other = model.sampling_weights(table, exchanged, rows, sampler)
+    other = model.sampling_weights(table, exchanged, rows, counts, sampler)
     assert torch.allclose(other, omega) == (sampler != "sdf")
 
 
@@ -856,7 +878,7 @@ def test_initial_sharpness_prototypes_and_step(batch, model, monkeypatch):
         return xyz[:, 0].abs()
 
     monkeypatch.setitem(clap.SAMPLERS, "sdf", sdf_curvature)
-    model.sampling_weights(None, batch, model.targets(batch)[0], "sdf")
+    model.sampling_weights(None, batch, *model.targets(batch)[:2], "sdf")
     assert steps == pytest.approx([0.4])  # m: a cell is 8 voxels of 0.1
 
 
@@ -885,7 +907,8 @@ def test_forward_masks_draws_by_curvature_and_pairs_visible_cells(batch, model, 
     (weights, *_), drawn = point_draws[0]
     assert torch.equal(weights, omega) and omega.std() > 0
     (maps, *_), _ = pixel_draws[0]
-    assert torch.equal(maps, clap.pixel_weights(omega, points[rows, :3], b, batch, 9))
+    counts = torch.bincount(b).tolist()
+    assert torch.equal(maps, clap.pixel_weights(omega, points[rows, :3], counts, batch, 9))
 
     drawn = rows[drawn]
     (_, origin, direction, *_), _ = renders[0]
@@ -911,8 +934,9 @@ def test_forward_masks_draws_by_curvature_and_pairs_visible_cells(batch, model, 
 def only(batch, rows):
     """The batch with just these of its points. rows: a mask or a slice"""
     extra = {name: values[rows] for name, values in batch.extra.items()}
-    return replace(batch, points=batch.points[rows], b_points=batch.b_points[rows],
-                   extra=extra)
+    b = batch.b_points[rows]
+    counts = torch.bincount(b, minlength=batch.size).tolist()
+    return replace(batch, points=batch.points[rows], b_points=b, counts=counts, extra=extra)
 
 
 @pytest.mark.parametrize("trouble", [
@@ -1009,10 +1033,9 @@ def test_held_out_errors_in_plain_loops(batch, model, monkeypatch):
         assert blind or torch.equal(given_masked_px, masked_px)
         return (torch.tensor(9.0 if swapped else 5.0 if blind else 7.0),)
 
-    def render(table, origin, direction, b, rngs, colour):
-        clap.CLAP.ray_noise(model, b, rngs)
-        met = torch.ones(len(b), dtype=torch.bool)
-        return table.expand(len(b)), (table / 20).expand(len(b), 3), met
+    def render(table, origin, direction, b, counts, rngs, colour):
+        clap.CLAP.ray_noise(model, counts, rngs)
+        return table.expand(len(b)), (table / 20).expand(len(b), 3)
 
     monkeypatch.setattr(model, "encode", encode)
     monkeypatch.setattr(model, "render", render)
@@ -1040,8 +1063,9 @@ def test_held_out_errors_in_plain_loops(batch, model, monkeypatch):
         near_errors.append(abs(r - ranges[frame][nearest]))
 
     # colours, of the same pixels in both functions
-    (_, (view, v, u)), (_, again) = draws
-    assert all(torch.equal(a, b) for a, b in zip((view, v, u), again))
+    (_, pixels), (_, again) = draws
+    assert all(torch.equal(a, b) for a, b in zip(pixels, again))
+    view, v, u = [part[pixels[3]] for part in pixels[:3]]
     c = batch.images[view, :, v, u].double() / 255
 
     expected = dict(
@@ -1167,6 +1191,7 @@ def halves(batch):
         frame = slice(b, b + 1)
         parts.append(replace(
             batch, size=1, names=batch.names[frame], seeds=batch.seeds[frame],
+            counts=batch.counts[frame], box_counts=batch.box_counts[frame],
             points=batch.points[points], b_points=batch.b_points[points] * 0,
             extra={name: values[points] for name, values in batch.extra.items()},
             origin=batch.origin[frame], images=batch.images[images], hw=batch.hw[images],

@@ -132,7 +132,7 @@ def test_rays_leave_the_box_at_its_face():
 def test_points_in_boxes_match_rotated_coordinates():
     rng = np.random.default_rng(0)
     xyz = rng.uniform(-5, 5, (800, 3)).astype(np.float32)
-    b = rng.integers(0, 2, 800)
+    b = np.sort(rng.integers(0, 2, 800))
     centre = rng.uniform(-3, 3, (6, 3))
     size = rng.uniform(1, 4, (6, 3))
     yaw = rng.uniform(-3, 3, (6, 1))
@@ -145,8 +145,9 @@ def test_points_in_boxes_match_rotated_coordinates():
         inside = (np.abs((xyz - box[:3]) @ turn) < box[3:6] / 2).all(1)
         expected |= inside & (b == frame)
     assert 20 < expected.sum() < 750
-    tensors = [torch.as_tensor(array) for array in (xyz, b, boxes, b_boxes)]
-    assert (common.inside_boxes(*tensors).numpy() == expected).all()
+    counts = np.bincount(b).tolist()
+    inside = common.inside_boxes(torch.as_tensor(xyz), counts, torch.as_tensor(boxes), [3, 3])
+    assert (inside.numpy() == expected).all()
 
 
 # Query, trunk and lift have one definition of where a cell is: each leaves a linear field as it
@@ -826,6 +827,11 @@ def test_on_cuda_image_norms_become_synchronised_and_keep_their_tensors(monkeypa
     assert wrapped[0][1].training and not wrapped[1].training
 
 
+def one_frame_a_step(out):
+    """What Run reads of a configuration."""
+    return SimpleNamespace(out=str(out), batch=1, accumulate=1)
+
+
 # ---- §10 run folders -----------------------------------------------------------------
 
 @dataclass
@@ -1195,7 +1201,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(run, changes, mess
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="of step 1000000000, and a run with .* has 4 steps"):
-        common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 10**9, 4, CPU, "a test")
+        common.Run(one_frame_a_step(tmp_path), 0, 1, 10**9, 4, CPU, "a test")
 
 
 def test_weights_for_another_project_are_named_as_such(tmp_path, monkeypatch):
@@ -1391,14 +1397,14 @@ def test_log_lines_that_cannot_be_parsed_stop_no_run(tmp_path, capsys):
     rows = ['{"step": 0, "loss": 1.0}', '{"step": 1, \0\0\0}', '{"loss": 2}', '{"step": "x"}',
             "[1]", '{"step": 1, "loss": 2.0}', '{"step": 2, "lo']
     (tmp_path / "log.jsonl").write_text("\n".join(rows))
-    common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 3, 10, CPU, "a test").close()
+    common.Run(one_frame_a_step(tmp_path), 0, 1, 3, 10, CPU, "a test").close()
     assert (tmp_path / "log.jsonl").read_text() == f"{rows[0]}\n{rows[5]}\n"
     assert "4 of 7 lines cannot be parsed and are left out, first line 2" in capsys.readouterr().out
     common.loss_curves(tmp_path)
 
 
 def test_a_log_that_was_removed_is_named(tmp_path):
-    run = common.Run(SimpleNamespace(out=str(tmp_path), batch=1), 0, 1, 0, 10, CPU, "a test")
+    run = common.Run(one_frame_a_step(tmp_path), 0, 1, 0, 10, CPU, "a test")
     run.write(0, dict(loss=1.0))
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(SystemExit, match="log.jsonl: step 1 .* It was removed while the run"):
@@ -1438,12 +1444,13 @@ def logged_steps(folder):
 
 
 def test_a_term_that_is_not_finite_is_named_and_not_logged(tmp_path):
-    cfg = SimpleNamespace(out=str(tmp_path), batch=1)
+    cfg = one_frame_a_step(tmp_path)
     run = common.Run(cfg, 0, 1, 0, 10, CPU, "a test")
-    run.log(0, ["a"], loss=torch.tensor(1.0), L_x=torch.tensor(0.5))
+    frame = SimpleNamespace(names=["nuscenes/scene/token"])
+    run.log(0, [frame], [dict(loss=torch.tensor(1.0), L_x=torch.tensor(0.5))], lr=0.1)
     message = "step 1, rank 0: L_x not finite on nuscenes/scene/token; nothing was updated"
     with pytest.raises(FloatingPointError, match=message):
-        run.log(1, ["nuscenes/scene/token"], loss=torch.tensor(1.0), L_x=torch.tensor(math.nan))
+        run.log(1, [frame], [dict(loss=torch.tensor(1.0), L_x=torch.tensor(math.nan))], lr=0.1)
     assert [row["step"] for row in logged_steps(tmp_path)] == [0]
     run.close()
     # resuming at step 0 drops the steps that come again
@@ -1486,7 +1493,7 @@ def rows_of(*sizes):
 def test_val_terms_are_those_of_eval_mode_and_leave_no_trace():
     model = Judge(3.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    terms = common.evaluate(model, rows_of(4, 2), "cpu", 2.0)
+    terms = common.evaluate(model, rows_of(4, 2), CPU, 2.0)
     expected = [2 * (batch.rows - 3) / (1 + 1e-5) ** 0.5 for batch in rows_of(4, 2)]
     sums = np.mean([float(y.sum()) for y in expected])
     maxima = np.mean([float(y.max()) for y in expected])
@@ -1498,20 +1505,44 @@ def test_val_terms_are_those_of_eval_mode_and_leave_no_trace():
 
 def log_stop_and_score(rank, out):
     """One of two processes: it logs a step, is asked to stop or not, and scores val frames."""
-    run = common.Run(SimpleNamespace(out=out, batch=1), rank, 2, 0, 10, CPU, "a test")
-    run.log(3, ["a"], loss=torch.tensor(1.0 + 2 * rank), L_x=0.25 * rank)
-    run.asked = float(rank)  # only one of the two was asked to stop
-    stop = run.interrupted()
+    run = common.Run(SimpleNamespace(out=out, batch=1, accumulate=2), rank, 2, 0, 10, CPU, "a test")
+    frame = SimpleNamespace(names=["a"])
+    terms = [dict(loss=torch.tensor(2.0 * rank), L_x=0.25 * rank),
+             dict(loss=torch.tensor(2.0 + 2 * rank), L_x=0.25 * rank)]
+    run.log(3, [frame, frame], terms, lr=0.5)
+    stops = [run.interrupted()]
+    run.asked = float(rank)  # only one of the two is asked to stop: both learn it at the next step
+    stops.append(run.interrupted())
+    run.log(4, [frame, frame], terms, lr=0.5)
+    stops.append(run.interrupted())
     run.close()
-    return stop, common.evaluate(Judge(float(rank)), rows_of(3), "cpu")
+    return stops, common.evaluate(Judge(float(rank)), rows_of(3), CPU)
 
 
 def test_two_processes_log_their_mean_stop_together_and_score_the_saved_statistics(
         server, tmp_path):
     one, two = on_two(server, log_stop_and_score, tmp_path, str(tmp_path))
-    assert logged_steps(tmp_path) == [{"step": 3, "loss": 2.0, "L_x": 0.125}]
+    row = {"loss": 2.0, "L_x": 0.125, "lr": 0.5}
+    assert logged_steps(tmp_path) == [{"step": 3, **row}, {"step": 4, **row}]
     # rank 0's statistics are the ones that are saved
-    assert one == two == (True, common.evaluate(Judge(0.0), rows_of(3), "cpu"))
+    assert one == two == ([False, False, True], common.evaluate(Judge(0.0), rows_of(3), CPU))
+
+
+def log_a_nan(rank, out):
+    """One of two processes: a term is not finite, on rank 1 alone."""
+    run = common.Run(SimpleNamespace(out=out, batch=1, accumulate=1), rank, 2, 0, 10, CPU, "a test")
+    frame = SimpleNamespace(names=[f"frame {rank}"])
+    try:
+        run.log(0, [frame], [dict(loss=torch.tensor(float("nan") if rank else 1.0))])
+    except (FloatingPointError, SystemExit) as error:
+        return str(error)
+
+
+def test_a_term_that_is_not_finite_on_one_process_ends_all_of_them_at_once(server, tmp_path):
+    one, two = on_two(server, log_a_nan, tmp_path, str(tmp_path))
+    assert one == "1"  # the status: without a word of its own
+    assert two.startswith("step 0, rank 1: loss not finite on frame 1; nothing was updated")
+    assert logged_steps(tmp_path) == []
 
 
 # ---- bfloat16, as on CUDA ------------------------------------------------------------

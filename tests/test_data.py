@@ -563,6 +563,19 @@ def test_batches_do_not_depend_on_the_number_of_ranks(world):
                                        equal_nan=True)
 
 
+def test_the_batches_of_a_step_are_the_frames_of_one_larger_batch(world):
+    for rank in (0, 1):
+        whole = data.loader(world, "train", 2, rank, 2, preset="small")
+        parts = data.loader(world, "train", 1, rank, 2, preset="small", accumulate=2)
+        assert parts.steps_per_epoch == whole.steps_per_epoch
+        for first in (0, 1):  # from the start, and resumed
+            batches = take(parts.begin_at(first), 4)
+            for n, joined in enumerate(take(whole.begin_at(first), 2)):
+                assert batches[2 * n].names + batches[2 * n + 1].names == joined.names
+                both = torch.cat([batches[2 * n].seeds, batches[2 * n + 1].seeds])
+                assert torch.equal(both, joined.seeds)
+
+
 def test_begin_at_equals_skipping_batches(world):
     loader = data.loader(world, "train", 1, preset="small", augment=jiggle)
     start = loader.steps_per_epoch - 1  # across the end of an epoch

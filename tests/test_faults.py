@@ -265,9 +265,9 @@ def kill_after(module, what):
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def logged(self, step, names, prefix="", **terms):
-        log(self, step, names, prefix, **terms)
-        if what == "log" and not prefix and next(steps) == 2:
+    def logged(self, step, batches, terms, **more):
+        log(self, step, batches, terms, **more)
+        if what == "log" and next(steps) == 2:
             kill()
 
     def moved(self):

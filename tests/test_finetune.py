@@ -688,18 +688,22 @@ def stored(tmp_path):
     return pretrained(tmp_path)
 
 
-def test_train_is_these_steps(world, stored, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulate, factors", [
+    (1, (1, 0.75, 0.25)),  # half a cosine over three steps
+    (3, (1,)),
+])
+def test_train_is_these_steps(world, stored, tmp_path, monkeypatch, accumulate, factors):
     """A run written out.
 
     Which frames in which order, warped how; which weights are loaded; rates of both groups, weight
-    decay, the clipped gradient.
+    decay, the clipped gradient, the mean over the batches of a step.
     """
     for name in ("finish", "loss_curves"):
         monkeypatch.setattr(finetune, name, lambda *_: None)
     cfg = replace(
         TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3,
         init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
-        epochs=1, steps=0, batch=1, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5,
+        epochs=1, steps=0, batch=1, accumulate=accumulate, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5,
         rotation=0.3, scale=0.2)
     finetune.train(0, 1, cfg)
 
@@ -713,18 +717,20 @@ def test_train_is_these_steps(world, stored, tmp_path, monkeypatch):
     new = [p for name, p in model.named_parameters() if not name.startswith("lidar.")]
     groups = [dict(params=new), dict(params=model.lidar.parameters())]
     opt = torch.optim.AdamW(groups, weight_decay=0.3, fused=True)
-    half_cosine = (1, 0.75, 0.25)  # over three steps
-    for factor, batch in zip(half_cosine, loader.begin_at(0)):
+    source = loader.begin_at(0)
+    for factor in factors:
         opt.param_groups[0]["lr"] = 2e-3 * factor
         opt.param_groups[1]["lr"] = 5e-4 * factor
         opt.zero_grad()
-        model(batch)[0].backward()
+        for _ in range(accumulate):
+            loss, _ = model(next(source))
+            (loss / accumulate).backward()
         assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
         opt.step()
     labels = (tmp_path / "run" / "labels.txt").read_text().splitlines()
     assert labels == [dataset.names[i] for i in loader.indices]
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert saved["step"] == len(loader.indices) == 3
+    assert saved["step"] == len(factors) and len(loader.indices) == 3
     for name, value in model.state_dict().items():
         torch.testing.assert_close(
             saved["model"][name], value, msg=lambda text, name=name: f"{name}: {text}")
