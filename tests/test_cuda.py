@@ -385,13 +385,13 @@ def test_two_cards_are_one_with_both_frames(world, tmp_path, monkeypatch):
 
 def kill_in_step(module, step):
     """Fault: SIGKILL once this step has been logged, before its update."""
-    log = common.Run.log
+    write = common.Run.write
 
-    def logged(self, now, names, prefix="", **terms):
-        log(self, now, names, prefix, **terms)
-        if now == step and not prefix:
+    def written(self, now, values):
+        write(self, now, values)
+        if now == step and "loss" in values:
             os.kill(os.getpid(), signal.SIGKILL)
-    common.Run.log = logged
+    common.Run.write = written
 
 
 @pytest.mark.parametrize("script", ["clap", "simipu"])
