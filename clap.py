@@ -979,7 +979,8 @@ def train(rank, world, cfg):
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
                          workers=cfg.workers, augment=augment, prepare=prepare,
                          accumulate=cfg.accumulate)
-    val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, prepare=prepare,
+    val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, workers=cfg.workers,
+                             prepare=prepare,
                              indices=data.spread(dataset.split("val"), VAL_FRAMES))
 
     # model, optimiser
@@ -1005,7 +1006,7 @@ def train(rank, world, cfg):
             "Give fewer epochs, or --sampler uniform")
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     run = Run(cfg, rank, world, first, steps, device, f"lr {cfg.lr:g} not rescaled")
-    val_batches = list(val_loader.once())  # the same on every rank
+    val_batches = data.keep(val_loader.once())  # the same on every rank
 
     # train
     for step, batches in run.batches(loader, first):

@@ -259,7 +259,9 @@ def nearest_points(queries, xyz, n, radius):
     # GPU than on a CPU
     if len(xyz) == 0:
         return np.full((len(queries), n), -1, np.int64)
-    _, rows = cKDTree(xyz).query(queries, n, distance_upper_bound=radius)
+    # built in half the time of the default, which is for clouds of many equal points
+    tree = cKDTree(xyz, balanced_tree=False, compact_nodes=False)
+    _, rows = tree.query(queries, n, distance_upper_bound=radius)
     rows = rows.reshape(len(queries), n)                        # scipy gives (Q,) if n = 1
     return np.where(rows < len(xyz), rows, -1).astype(np.int64)  # and row N for none
 
@@ -271,8 +273,8 @@ class Views:
     Only points of the keyframe sweep that lie in the range are kept. The cloud is
     rotated and mirrored; each image is cropped, and mirrored or not whatever the cloud
     was.
-    Frame -> Frame with extra: queries (Q, 3) m, occupied (Q,), intensity (Q,), and
-    neighbours (Q, n), rows of its points, nearest first, -1 for none.
+    Frame -> Frame with extra: queries (Q, 3) m, occupied (Q,), intensity (Q,), and edges
+    (E, 2), the rows of a query and of a point near it, the nearest first for each query.
     """
     grid: data.Grid
     cfg: Config
@@ -281,7 +283,7 @@ class Views:
         cfg, grid = self.cfg, self.grid
         rotation = cfg.rotation if grid.mirrors[0] else cfg.rotation / 4
         frame = data.augment_cloud(frame, rng, rotation, 0.0, grid.mirrors)
-        xyz = frame.points[:, :3]
+        xyz = np.asfortranarray(frame.points[:, :3])            # in a tenth of the time of rows
         in_range = (xyz >= np.float32(grid.low)) & (xyz < np.float32(grid.high))
         frame = data.select(frame, in_range.all(1) & data.is_keyframe(frame.points))
         frame = self.crop(frame, rng)
@@ -294,8 +296,10 @@ class Views:
         queries, occupied, intensity = occupancy_queries(
             xyz[ray], frame.points[ray, 3], frame.origin, cfg.queries, cfg.depth, rng)
         neighbours = nearest_points(queries, xyz, cfg.neighbours, cfg.query_radius)
+        query, k = np.nonzero(neighbours >= 0)                  # (E,) each
+        edges = np.stack([query, neighbours[query, k]], 1)
         return replace(frame, extra=dict(queries=queries, occupied=occupied,
-                                         intensity=intensity, neighbours=neighbours))
+                                         intensity=intensity, edges=edges))
 
     def crop(self, frame, rng):
         """A crop of each image, resized to crop_h x crop_w, some mirrored. -> Frame"""
@@ -329,6 +333,20 @@ def mask_cells(cameras, shape, cfg, rngs):
         chosen = torch.rand(cameras, 1, generator=rng, device=rng.device) < cfg.mask_images
         masked.append((place < round(cfg.mask_cells * n)) & chosen)
     return torch.cat(masked).view(-1, *shape)
+
+
+def select(masked, cell):
+    """What the losses pick by the masks, as rows; the GPU is waited for once.
+
+    masked (B K, h, w) bool, True = masked; cell (P,) row of a cell for each pair
+    -> rows of visible cells, of pairs on visible cells, of pairs on masked cells,
+    of images with a masked cell.
+    """
+    hidden = masked.flatten()
+    choices = ~hidden, ~hidden[cell], hidden[cell], masked.flatten(1).any(1)
+    sizes = torch.stack([chosen.sum() for chosen in choices]).tolist()
+    return [torch.nonzero_static(chosen, size=size)[:, 0]
+            for chosen, size in zip(choices, sizes)]
 
 
 def pixels_of(cells):
@@ -404,7 +422,7 @@ def masked_error(x, truth, pixels):
     """
     # D5: the figure shows visible pixels as they are; the release's mean is over all pixels
     total = ((x - truth).square() * pixels).sum() / 3
-    return mean_over_ranks(total, int(pixels.sum()))
+    return mean_over_ranks(total, pixels.sum())
 
 
 def orthogonality(shared, specific):
@@ -417,7 +435,7 @@ def orthogonality(shared, specific):
     # 0.1: with 50,000 voxels, 0.1 x 50,000 / 64^2 = 1.2 of this.
     product = F.normalize(shared, dim=1).t() @ F.normalize(specific, dim=1)
     product = AllReduceSum.apply(product)                       # (D, D)
-    N = all_reduce(product.new_tensor(float(len(shared))))
+    N = all_reduce(product.new_full((), len(shared)))
     return product.norm() / N.clamp_min(1)
 
 
@@ -519,32 +537,30 @@ class CMCR(nn.Module):
         q = sample_image(shared_map, image, uv, batch.images.shape[-2:])
         return F.normalize(q, dim=1)
 
-    def rebuild(self, masked, F_2D, G_2D, F_3D, point, cell):
+    def rebuild(self, masked, F_2D, G_2D, F_3D, point, cell, images):
         """Images decoded from Z^2D, in which a masked cell has the code of its points.
 
-        masked (B K, h, w) bool; F_2D, G_2D (B K h w, D); F_3D (N, D); point, cell (P,)
-        -> (n, 3, H, W) in [0, 1] for the n images with a masked cell,
-        covered (): share of the masked cells that have a point.
+        masked (B K, h, w) bool; F_2D, G_2D (B K h w, D); F_3D (N, D); point, cell (P,) of
+        the pairs on masked cells; images (n,) rows of those with a masked cell
+        -> (n, 3, H, W) in [0, 1], covered (): share of the masked cells that have a point.
         """
         hidden = masked.flatten()                               # (B K h w,) bool
-        pair = hidden[cell].nonzero()[:, 0]                     # rows of pairs in masked cells
         F_bar = self.quantise(F_2D)
-        count = torch.bincount(cell[pair], minlength=len(F_bar))[:, None]  # (B K h w, 1)
+        has_point = torch.zeros_like(hidden).index_fill_(0, cell, True)
         if self.cfg.without != "replacement":
             # D2: The figure puts codes of points into the masked area; one code for a cell,
             # of the mean of its points, and a token where there is none are [ours].
-            total = segment_sum(F_3D.index_select(0, point[pair]), cell[pair], len(F_bar))
+            total = segment_sum(F_3D.index_select(0, point), cell, len(F_bar))
             code = self.quantise(F.normalize(total, dim=1))     # a sum points where the mean does
-            replaced = torch.where(count > 0, code, self.token)
+            replaced = torch.where(has_point[:, None], code, self.token)
             F_bar = torch.where(hidden[:, None], replaced, F_bar)
         Z = F_bar if G_2D is None else F_bar + G_2D
         # D3: The release enlarges F and G to the crop's size first and finds a code for
         # each of a million pixels. It decodes all images; those without a mask have no
         # L_rec here.
-        maps = Z.view(*masked.shape, -1).permute(0, 3, 1, 2)    # (B K, D, h, w)
-        maps = maps[masked.flatten(1).any(1)]                   # (n, D, h, w)
+        maps = Z.view(*masked.shape, -1).index_select(0, images)  # (n, h, w, D)
+        maps = maps.permute(0, 3, 1, 2)                         # (n, D, h, w)
         maps = F.interpolate(maps, scale_factor=STRIDE, mode="bilinear")
-        has_point = (count[hidden] > 0).float()
         return self.paint(maps), has_point.sum() / hidden.sum().clamp_min(1)
 
     def decode_queries(self, Z, batch):
@@ -552,12 +568,15 @@ class CMCR(nn.Module):
 
         Z (N, D) -> (E, 2) occupancy logit and intensity, query (E,).
         """
-        count = torch.bincount(batch.b_points, minlength=batch.size)
-        first = count.cumsum(0) - count                         # (B,) row of its first point
-        neighbours = batch.extra["neighbours"]                  # (Q, n)
-        query, k = (neighbours >= 0).nonzero(as_tuple=True)     # (E,) each
-        point = neighbours[query, k] + first[batch.extra["b_neighbours"][query]]
-        offset = batch.extra["queries"][query] - batch.points[point, :3]
+        extra = batch.extra
+        b = extra["b_edges"]                                    # (E,)
+        frame = torch.arange(batch.size, device=b.device)
+        first_query = torch.searchsorted(extra["b_queries"], frame)  # (B,) row of its first one
+        first_point = torch.searchsorted(batch.b_points, frame)
+        query, point = extra["edges"].unbind(1)                 # (E,) each, in their own frame
+        query = query + first_query[b]
+        point = point + first_point[b]
+        offset = extra["queries"][query] - batch.points[point, :3]
         return self.occupancy(torch.cat([Z.index_select(0, point), offset], 1)), query
 
     def forward(self, batch):
@@ -567,13 +586,13 @@ class CMCR(nn.Module):
 
         # 1 features of both modalities, the images with cells masked
         masked = mask_cells(batch.cameras, self.cells, cfg, rngs)  # (B K, h, w) bool  D1
-        visible = ~masked.flatten()                             # (B K h w,)
+        point, image, uv, cell = self.pairs(batch)              # (P,) each, uv (P, 2) px
+        visible, visible_pair, masked_pair, masked_image = select(masked, cell)
         F_3D, Z_3D, G_3D = self.points_3d(batch)                # (N, D) each
         shared_map, F_2D, G_2D = self.images_2d(batch.images, masked)  # F, G (B K h w, D)
 
         # 2 what points and visible pixels share: contrast, codebook
-        point, image, uv, cell = self.pairs(batch)              # (P,) each, uv (P, 2) px
-        i = random_subset(cfg.pairs, visible[cell].nonzero()[:, 0], rngs[0])  # (M,)  D3
+        i = random_subset(cfg.pairs, visible_pair, rngs[0])     # (M,)  D3
         # index_select, not F_3D[...]: its gradient is repeatable on a CPU
         p = F_3D.index_select(0, point[i])                      # (M, D)
         q = self.pixel_features(shared_map, image[i], uv[i], batch)
@@ -589,10 +608,10 @@ class CMCR(nn.Module):
             terms |= dict(L_c3D=L_c3D, L_c2D=L_c2D, **code_monitors(a, b, cfg.codes))
 
         # 3a the rest of the images: masked pixels, rebuilt with the help of points' codes
-        rebuilt, covered = self.rebuild(masked, F_2D, G_2D, F_3D, point, cell)  # D2
-        has_mask = masked.flatten(1).any(1)                     # (B K,) bool, True for n images
-        truth = batch.images[has_mask].float() / 255            # (n, 3, H, W)
-        pixels = pixels_of(masked[has_mask])                    # (n, 1, H, W) bool
+        rebuilt, covered = self.rebuild(                        # (n, 3, H, W)  D2
+            masked, F_2D, G_2D, F_3D, point[masked_pair], cell[masked_pair], masked_image)
+        truth = batch.images[masked_image].float() / 255        # (n, 3, H, W)
+        pixels = pixels_of(masked[masked_image])                # (n, 1, H, W) bool
         L_rec = masked_error(rebuilt, truth, pixels)            # [figure]  D5
         guess = masked_error(visible_mean(truth, pixels), truth, pixels)
 
@@ -604,7 +623,7 @@ class CMCR(nn.Module):
         bce = F.binary_cross_entropy_with_logits(out[:, 0], occupied, reduction="none")
         L_occ = mean_rows(bce)                                  # [figure], [code; ALSO]
         error = (out[:, 1] - intensity).abs() * known
-        L_int = mean_over_ranks(error.sum(), int(known.sum()))  # [code; ALSO]
+        L_int = mean_over_ranks(error.sum(), known.sum())       # [code; ALSO]
         L = L + L_rec + L_occ + L_int                           # [figure], [code: L_int]
         terms |= dict(L_rec=L_rec, guess_rec=guess, covered=covered, L_occ=L_occ,
                       chance_occ=share_entropy(occupied), L_int=L_int, edges=len(out))
@@ -612,7 +631,8 @@ class CMCR(nn.Module):
         # 4 shared and specific features do not repeat each other
         if cfg.without != "specific":
             L_orth = (orthogonality(F_3D, G_3D)                 # [figure]  D5
-                      + orthogonality(F_2D[visible], G_2D[visible]))
+                      + orthogonality(F_2D.index_select(0, visible),
+                                      G_2D.index_select(0, visible)))
             L = L + cfg.w_orth * L_orth                         # [figure], weight [ours]
             terms["L_orth"] = L_orth
         if self.training and cfg.without != "codebook":         # after all have read the codes
@@ -628,8 +648,10 @@ def pair_monitors(point, image):
     point, image (M,)
     """
     M = max(len(point), 1)
-    distinct = torch.unique(torch.stack([point, image]), dim=1)
-    return dict(chance=math.log(M), distinct=distinct.shape[1] / M)
+    # not unique, which waits for the GPU
+    pair = (image * 2**32 + point).sort().values
+    first = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)    # of its kind
+    return dict(chance=math.log(M), distinct=first[:len(pair)].sum() / M)
 
 
 def code_monitors(a, b, codes):
@@ -694,10 +716,11 @@ def save_figure(model, batch, out):
     F_3D, _, _ = model.points_3d(batch)
     _, F_2D, G_2D = model.images_2d(batch.images, masked)
     point, _, _, cell = model.pairs(batch)
-    rebuilt, _ = model.rebuild(masked, F_2D, G_2D, F_3D, point, cell)
-    masked_images = masked.flatten(1).any(1).nonzero()[:, 0]    # (n,)
+    _, _, masked_pair, masked_image = select(masked, cell)
+    rebuilt, _ = model.rebuild(
+        masked, F_2D, G_2D, F_3D, point[masked_pair], cell[masked_pair], masked_image)
     panels = []
-    for n, k in enumerate(masked_images[:3].tolist()):
+    for n, k in enumerate(masked_image[:3].tolist()):
         truth = batch.images[k].permute(1, 2, 0).cpu()          # (H, W, 3)
         pixels = pixels_of(masked)[k].permute(1, 2, 0).cpu()    # (H, W, 1)
         painted = (rebuilt[n].permute(1, 2, 0).cpu() * 255).byte()
@@ -727,7 +750,7 @@ def train(rank, world, cfg):
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
                          workers=cfg.workers, augment=views, image=size, accumulate=cfg.accumulate)
     # val frames are augmented too, always in the same way
-    val_loader = data.loader(dataset, "val", 2, augment=views, image=size)
+    val_loader = data.loader(dataset, "val", 2, workers=cfg.workers, augment=views, image=size)
 
     # model, optimiser
     torch.manual_seed(cfg.seed)

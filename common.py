@@ -22,10 +22,9 @@ To fork a method, read its file, the functions that it imports from here, and da
 
     RUNS
     §9 processes            processes, all_reduce, AllReduceSum,   clap, cmcr, simipu, finetune
-                            mean_over_ranks, mean_rows,
-                            share_buffers, launch, init_process,
-                            start, rank0_first, wrap,
-                            destroy_group
+                            mean_over_ranks, mean_rows, launch,
+                            init_process, start, rank0_first,
+                            wrap, destroy_group
     §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
                             to_json, run_config,
                             describe_data, data_changes,
@@ -435,7 +434,10 @@ def info_nce(queries, keys, tau):
 
 def perplexity(assigned, n):
     """How many of n prototypes are in use: exp of the entropy of the assignment. (N,) -> ()."""
-    p = torch.bincount(assigned, minlength=n) / max(len(assigned), 1)
+    # not bincount, which waits for the GPU
+    count = torch.zeros(n, device=assigned.device)
+    count.index_add_(0, assigned, torch.ones_like(assigned, dtype=count.dtype))
+    p = count / max(len(assigned), 1)
     return torch.special.entr(p).sum().exp()
 
 
@@ -765,40 +767,96 @@ class SparseConv(nn.Module):
 # Sparse voxel encoder, image network with lift, and their fusion. Source: the shapes of
 # OpenPCDet's VoxelResBackBone8x and of BEVFusion; the lift is [ours].
 
-class BatchNorm(nn.BatchNorm1d):
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the rows of every process, on any device.
 
-    Fewer than two rows have no variance and take the running statistics.
-    torch's SyncBatchNorm runs on CUDA only, and wants rows on every process, all of one
-    dtype, which an empty bfloat16 part does not have.
+    x (N, C), images (B, C, H, W) or volumes (B, C, Z, Y, X); a pixel or a cell is a row here.
+    A process may have none. Fewer than two rows in all have no variance and take the running
+    statistics.
+    torch's SyncBatchNorm runs on CUDA only, and waits for the GPU three times a layer.
     """
 
     def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        if processes() > 1:
-            return self.synchronised(x)
-        if len(x) > 1:
-            return super().forward(x)
+        if self.training and processes() > 1:
+            mean, var, share = self.joint_statistics(x)
+            return Normalise.apply(x, self.weight, self.bias, mean, var, share, self.eps)
+        batch = self.training and x.numel() > self.num_features
+        if batch:
+            self.num_batches_tracked += 1
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            False, 0.0, self.eps)
+                            batch, self.momentum, self.eps)
 
-    def synchronised(self, x):
-        """Training with several processes: mean and variance are those of all rows."""
-        rows = x.float()
-        n = all_reduce(x.new_full((), len(x), dtype=torch.float32))
-        mean = AllReduceSum.apply(rows.sum(0)) / n.clamp_min(1)  # (C,)
-        # (C,), of centred rows: nothing cancels
-        var = AllReduceSum.apply((rows - mean).square().sum(0)) / n.clamp_min(1)
-        with torch.no_grad():
-            share = self.momentum * (n > 1)  # 0 leaves the running statistics as they are
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(var * n / (n - 1).clamp_min(1), share)
-            self.num_batches_tracked += (n > 1).long()
-        mean = torch.where(n > 1, mean, self.running_mean)
-        var = torch.where(n > 1, var, self.running_var)
-        scaled = (rows - mean) * (var + self.eps).rsqrt() * self.weight
-        return (scaled + self.bias).to(x.dtype)
+    @torch.no_grad()
+    def joint_statistics(self, x):
+        """Mean (C,), biased variance (C,) and 1 / n () of the n rows of all processes.
+
+        If n < 2, the running statistics and 0.
+        Every process does the same sums of the same numbers, so its running statistics are
+        those of the others bit for bit.
+        """
+        C = self.num_features
+        rows = x.numel() // C
+        if rows:
+            # of bfloat16 a CPU would give statistics in bfloat16
+            values = x if x.is_cuda else x.to(self.weight.dtype)
+            mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)
+        else:
+            mean = var = torch.zeros_like(self.running_mean)
+        parts = all_gather(torch.cat([mean, var, mean.new_full((1,), rows)]))
+        means, variances, counts = parts.split([C, C, 1], 1)  # a row for each process
+        n = counts.sum()
+        several = n > 1
+        share = several / n.clamp_min(1)
+        weights = counts * share
+        mean = (weights * means).sum(0)
+        apart = means - mean  # squared below: nothing cancels
+        var = (weights * torch.addcmul(variances, apart, apart)).sum(0)
+        mean = torch.where(several, mean, self.running_mean)
+        var = torch.where(several, var, self.running_var)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var / (1 - share), self.momentum)
+        self.num_batches_tracked += several
+        return mean, var, share
+
+
+class Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) weight + bias, where mean and var are of x on all processes.
+
+    x (N, C, ...), weight, bias, mean, var (C,), share () -> as x.
+    share: how much one row counts in mean and var; 0 if they are not of x.
+    It keeps x, mean and var only. The gradients of weight and bias are of this process's
+    rows: DDP joins them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, share, eps):
+        ctx.save_for_backward(x, weight, mean, var, share)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, var, share = ctx.saved_tensors
+        invstd = (var + ctx.eps).rsqrt()
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)  # the kernels read both in one order
+        if x.numel():
+            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, None, None, mean, invstd, True, ctx.eps, [False, True, True])
+        else:
+            grad_weight = grad_bias = torch.zeros_like(mean)
+        # what each row gives back through the deviation and through the mean
+        along, level = all_reduce(torch.stack([grad_weight, grad_bias])) * share
+        if x.is_cuda and x.numel():  # one kernel for what follows, and one rounding
+            one = mean.new_ones(1, dtype=torch.int32)  # the sums are over all rows already
+            grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, level,
+                                                     along / invstd, one)
+        else:
+            slope = weight * invstd
+            back = F.batch_norm(x, mean, var, -slope * along, -slope * level, eps=ctx.eps)
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            grad_x = torch.addcmul(back, grad, slope.view(shape)).to(x.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class SparseBlock(nn.Module):
@@ -967,7 +1025,7 @@ def mlp(*widths):
 def conv3d(inputs, outputs, kernel):
     """Dense convolution, batch norm, ReLU, same size."""
     conv = nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm3d(outputs, eps=1e-3), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, BatchNorm(outputs, eps=1e-3), nn.ReLU(inplace=True))
 
 
 class Neck(nn.Module):
@@ -980,7 +1038,7 @@ class Neck(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in inputs)
         smooth = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.smooth = nn.Sequential(smooth, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.smooth = nn.Sequential(smooth, BatchNorm(width), nn.ReLU(inplace=True))
         self.output = nn.Conv2d(width, outputs, 1)
 
     def forward(self, stages):
@@ -1000,7 +1058,7 @@ class ResNet(nn.Module):
         super().__init__()
         build = {18: resnet18, 50: resnet50}[depth]
         # blocks begin as identities, which learns sooner [ours]
-        self.resnet = build(weights=None, zero_init_residual=True)
+        self.resnet = build(weights=None, zero_init_residual=True, norm_layer=BatchNorm)
         self.resnet.to(memory_format=torch.channels_last)  # faster convolutions
         self.resnet.fc = nn.Identity()
         self.widths = {18: (128, 256, 512), 50: (512, 1024, 2048)}[depth]
@@ -1156,6 +1214,15 @@ def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
     return x
 
 
+def all_gather(x):
+    """The tensor of every process, in order of ranks -> (processes, ...), without gradient."""
+    if not torch.distributed.is_initialized():
+        return x[None]
+    parts = x.new_empty(processes(), *x.shape)
+    torch.distributed.all_gather_single(parts, x[None])
+    return parts
+
+
 def mean_over_ranks(total, count):
     """The mean over the rows of every process: (sum of totals) / (sum of counts).
 
@@ -1185,16 +1252,6 @@ class AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return all_reduce(grad)
-
-
-def share_buffers(model):
-    """Broadcast the batch-norm statistics of rank 0, the ones that are saved.
-
-    Call it before val frames are scored. DDP does it before each training step.
-    """
-    if processes() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 def launch(train, cfg):
@@ -1474,6 +1531,8 @@ def init_process(cfg, world):
         # projection and field need all bits of float32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        # the fastest convolution for each size of pictures, which a run has few of
+        torch.backends.cudnn.benchmark = True
     else:
         keep_large_buffers()
     if world > 1 and not torch.distributed.is_initialized():
@@ -1521,19 +1580,13 @@ def rank0_first(rank, act):
 def wrap(model, device, world):
     """The module that the loop calls: DDP around the model with several processes.
 
-    BatchNorm of this file counts every process's rows by itself. Batch norm over images
-    and volumes is made to do so here, on CUDA.
+    Buffers are not sent: each is computed from the numbers of all processes, so they are equal.
     """
     if world == 1:
         return model
-    if device.type != "cuda":
-        return nn.parallel.DistributedDataParallel(model, None)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            # images and volumes are never empty, so torch's own will do
-            if type(child) in (nn.BatchNorm2d, nn.BatchNorm3d):
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-    return nn.parallel.DistributedDataParallel(model, [device.index])
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
+                                               gradient_as_bucket_view=True)
 
 
 def destroy_group():
@@ -2601,7 +2654,6 @@ def evaluate(model, batches, device, *more):
 
     Seeds belong to frames, so every call has the same masks. -> {name: float}
     """
-    share_buffers(model)
     model.eval()
     rows = []
     for batch in batches:

@@ -251,6 +251,10 @@ class Frame:
                                  f"one for each of the {N} points")
 
 
+# of a Batch, what only the CPU reads: it stays there
+ON_HOST = ("lidar2world", "time", "seeds")
+
+
 @dataclass
 class Batch:
     """B frames joined along the first axis; b_x is the frame of each row of x.
@@ -276,19 +280,19 @@ class Batch:
     counts: list[int]               # points of each frame, B
     box_counts: list[int] | None    # boxes of each frame, B
 
-    def map(self, change):
-        """The same batch with change(tensor) for each tensor."""
+    def map(self, change, leave=()):
+        """The same batch with change(tensor) for each tensor whose name is not in `leave`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: change(value) for name, value in values.items()
-                   if isinstance(value, torch.Tensor)}
+                   if isinstance(value, torch.Tensor) and name not in leave}
         extra = {name: change(value) for name, value in self.extra.items()}
         return replace(self, **tensors, extra=extra)
 
     def to(self, device):
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True), leave=ON_HOST)
 
     def pin_memory(self):  # torch's DataLoader calls this
-        return self.map(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory, leave=ON_HOST)
 
 
 def join(arrays):
@@ -307,10 +311,10 @@ def collate(frames, seeds):
     hw = torch.tensor([image.shape[1:] for image in all_images], dtype=torch.int64)
     hw = hw.reshape(-1, 2)  # (B K, 2), K may be 0
     H, W = hw.amax(0).tolist() if len(hw) else (0, 0)
-    images = torch.zeros(len(all_images), 3, H, W, dtype=torch.uint8)
+    images = np.zeros((len(all_images), 3, H, W), np.uint8)
     for padded, image in zip(images, all_images):
         h, w = image.shape[1:]
-        padded[:, :h, :w] = torch.from_numpy(image)
+        padded[:, :h, :w] = image
 
     points = [frame.points for frame in frames]
     boxes = b_boxes = labels = box_counts = None
@@ -329,7 +333,7 @@ def collate(frames, seeds):
         points=join(points),
         b_points=frame_of_rows(points),
         origin=torch.tensor(np.stack([frame.origin for frame in frames])),
-        images=images,
+        images=torch.from_numpy(images),
         hw=hw,
         lidar2img=join([frame.lidar2img for frame in frames]),
         lidar2world=torch.tensor(np.stack([frame.lidar2world for frame in frames])),
@@ -383,7 +387,10 @@ def warp_frame(frame, a2b):
         raise ValueError(f"{frame.name}: a2b is no rotation or reflection with one scale:\n{a2b}")
     b2a = np.linalg.inv(a2b)
     points = frame.points.copy()
-    points[:, :3] = frame.points[:, :3] @ linear.T + a2b[:3, 3]
+    # as columns: half the time of rows
+    xyz = linear @ points[:, :3].T.astype(np.float64, order="C")
+    xyz += a2b[:3, 3:]
+    points[:, :3] = xyz.T
     boxes = None
     if frame.boxes is not None:
         boxes = warp_boxes(frame.boxes, a2b).astype(np.float32)
@@ -426,16 +433,18 @@ def crop_images(frame, boxes, sizes, mirrored):
     matrices = []
     for image, matrix, (top, left, h, w), (H, W), mirror in zip(
             frame.images, frame.lidar2img, boxes, sizes, mirrored, strict=True):
-        crop = image[:, top:top + h, left:left + w]
-        crop = np.ascontiguousarray(crop.transpose(1, 2, 0))  # (h, w, 3)
         method = cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR
-        crop = cv2.resize(crop, (W, H), interpolation=method)
+        planes = np.empty((3, H, W), np.uint8)
+        for plane, whole in zip(planes, image):
+            crop = whole[top:top + h, left:left + w]
+            cv2.resize(crop, (W, H), plane, interpolation=method)
+            if mirror:
+                cv2.flip(plane, 1, plane)
         change = np.diag([W / w, H / h, 1., 1.])
         change[:2, 2] = -left * W / w, -top * H / h
         if mirror:
-            crop = crop[:, ::-1]
             change[0] = W * change[2] - change[0]  # u d -> W d - u d
-        images.append(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        images.append(planes)
         matrices.append(change @ matrix)
     return replace(frame, images=images, lidar2img=np.stack(matrices).astype(np.float32))
 
@@ -455,12 +464,13 @@ def visible_points(points, lidar2img, hw):
 
     points (N, 3 or more) m, lidar2img (K, 4, 4), hw (K, 2) px -> (K, N) bool.
     """
-    linear = np.swapaxes(lidar2img[:, :3, :3], 1, 2)
-    uvd = points[:, :3].astype(np.float64) @ linear + lidar2img[:, None, :3, 3]  # (K, N, 3)
-    height, width = np.asarray(hw).T[..., None]  # (K, 1)
-    u, v, d = np.moveaxis(uvd, -1, 0)  # (K, N): u d, v d, d
-    # a depth d <= 0 satisfies none of it
-    return (u >= 0) & (u < width * d) & (v >= 0) & (v < height * d)
+    xyz = points[:, :3].T.astype(np.float64, order="C")
+    visible = np.empty((len(lidar2img), len(points)), bool)
+    for k, (matrix, (height, width)) in enumerate(zip(lidar2img, hw, strict=True)):
+        u, v, d = matrix[:3, :3] @ xyz + matrix[:3, 3:]  # (N,) each: u d, v d, d
+        # a depth d <= 0 satisfies none of it
+        visible[k] = (u >= 0) & (u < width * d) & (v >= 0) & (v < height * d)
+    return visible
 
 
 def is_keyframe(points):
@@ -704,14 +714,11 @@ class Loader:
 
         Each step has `accumulate` of them.
         """
-        for n, batch in enumerate(self.batches(self.jobs_from(step))):
-            if n == 0 and self.workers:
-                refuse_small_memory(batch, self.workers)
-            yield batch
+        return self.batches(self.jobs_from(step))
 
     def first(self, n):
-        """The first n batches of begin_at(0), as a list: the same ones at every call."""
-        return list(islice(self.begin_at(0), n))
+        """The first n batches of begin_at(0), to keep: the same ones at every call."""
+        return keep(self.batches(islice(self.jobs_from(0), n)))
 
     def once(self):
         """This rank's share of the split, every world-th frame, in order and not augmented.
@@ -743,26 +750,32 @@ class Loader:
             step += 1
 
     def batches(self, jobs):
-        """A Batch for each list of jobs, computed here or by workers."""
+        """A Batch for each list of jobs, computed here or by workers; pinned for a GPU."""
+        pin = torch.cuda.is_initialized()
         if not self.workers:
             for batch in jobs:
                 with time_limit(self.workers):
                     pairs = [self[job] for job in batch]
-                yield collate_jobs(pairs)
+                batch = collate_jobs(pairs)
+                yield batch.pin_memory() if pin else batch
             return
         handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         source = iter(torch.utils.data.DataLoader(
             self, batch_sampler=jobs, num_workers=self.workers, collate_fn=collate_jobs,
-            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
+            worker_init_fn=start_worker, pin_memory=pin))
         # torch's handler raises a worker's death in the middle of a step; without it the wait
         # for the next batch does, after which a run can still be saved
         if in_main_thread():
             signal.signal(signal.SIGCHLD, handler)
+        first = True
         while True:
             with time_limit(self.workers):
                 batch = next(source, None)
             if batch is None:
                 return
+            if first:
+                refuse_small_memory(batch, self.workers)
+            first = False
             yield batch
 
     def __getitem__(self, job):
@@ -784,6 +797,12 @@ class Loader:
 def collate_jobs(pairs):
     """A list of (Frame, seed) -> Batch."""
     return collate([frame for frame, _ in pairs], [seed for _, seed in pairs])
+
+
+def keep(batches):
+    """A list of these batches that takes none of /dev/shm, through which workers send them."""
+    return [batch.map(lambda tensor: tensor.clone() if tensor.is_shared() else tensor)
+            for batch in batches]
 
 
 class Stalled(BaseException):
@@ -2070,20 +2089,19 @@ class NuScenes:
         """
         clouds = []
         for sensor in self.chain(lidar):
-            points = self.read_sweep(sensor, name)
-            x = points[:, 0]
-            y = points[:, 1]
+            columns = self.read_sweep(sensor, name)
+            x, y = columns[:2]
             # the car itself, 3 % of it beyond the devkit's |x|, |y| < 1: bonnet and tail; nothing
             # else fits in this place [ours]
             on_car = (x > -1.5) & (x < 2.5) & (abs(y) < 1)
-            points = np.compress(~on_car, points, 0)  # a third of the time of points[mask]
+            columns = np.compress(~on_car, columns, 1)  # a third of the time of columns[:, mask]
             if sensor is not lidar:
                 move = (world2lidar @ sensor["to_world"]).astype(np.float32)  # product in float64
-                # as columns: a third of the time of rows
-                points[:, :3] = (move[:3, :3] @ points[:, :3].T + move[:3, 3:]).T
-            points[:, 4] = (lidar["time"] - sensor["time"]) * 1e-6
-            clouds.append(points)
-        return np.concatenate(clouds)
+                columns[:3] = move[:3, :3] @ columns[:3] + move[:3, 3:]
+            columns[4] = (lidar["time"] - sensor["time"]) * 1e-6
+            clouds.append(columns)
+        points = np.empty((sum(cloud.shape[1] for cloud in clouds), 5), np.float32)
+        return np.concatenate(clouds, 1, out=points.T).T
 
     def chain(self, lidar):
         """The keyframe sweep `lidar`, then those of the Grid.sweeps - 1 before it on disk."""
@@ -2120,9 +2138,14 @@ class NuScenes:
 
         -> (N, 5) float32: x forward, y left, z up; intensity; ring.
         """
-        return self.read_sweep(self.sensors[self.frames["sensors"][i, 0]], self.name(i))
+        columns = self.read_sweep(self.sensors[self.frames["sensors"][i, 0]], self.name(i))
+        return np.ascontiguousarray(columns.T)
 
     def read_sweep(self, sensor, name):
+        """One file of the LiDAR -> (5, N) float32: x forward, y left, z up, intensity, ring.
+
+        Columns: whatever is done to them takes a third of the time of rows.
+        """
         file = path_inside(self.root, sensor["file"].decode(), name)
         with reading(name, "extract the LiDAR blobs (samples and sweeps) again", file):
             raw = np.fromfile(file, np.uint8)
@@ -2144,7 +2167,7 @@ class NuScenes:
             raise DataError(f"{name}: {file} has rings from {low[4]:g} to {high[4]:g}, expected "
                             "whole numbers in 0..255; is it written with another number of floats "
                             "for each point than 5?")
-        return np.stack([y, -x, z, intensity / 255, ring], 1)  # NUSCENES_AXES
+        return np.stack([y, -x, z, intensity / 255, ring])  # NUSCENES_AXES
 
     def annotations(self, i):
         """All boxes of frame i, as structured rows.

@@ -48,8 +48,9 @@ from torch import nn
 
 import data
 from common import (
-    trunk, bf16_autocast,  # networks
-    all_reduce, mean_over_ranks, mean_rows, share_buffers, processes,  # processes
+    constant,  # geometry
+    BatchNorm, trunk, bf16_autocast,  # networks
+    all_reduce, mean_over_ranks, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
     checkpoint, read_units, load_units, refuse_misfit, first_line,
@@ -213,7 +214,8 @@ def encode(boxes, cells):
     """
     index = cells.index(boxes[:, :3])[:, 1:]  # (M, 2) y, x, whole at cell centres
     cell = index.round().long()
-    within = ((cell >= 0) & (cell < cell.new_tensor(cells.shape[1:]))).all(1)
+    size = constant(cells.shape[1:], cell.device, torch.int64)
+    within = ((cell >= 0) & (cell < size)).all(1)
     z = boxes[:, 2:3]
     log_size = boxes[:, 3:6].log()
     yaw = boxes[:, 6:7]
@@ -223,12 +225,12 @@ def encode(boxes, cells):
 
 
 def decode(cell, code, cells):
-    """The inverse: cell (M, 2), code (M, 10) -> boxes (M, 9)."""
-    offset, z, log_size, sin_cos, velocity = code.split(CODE, 1)
-    y, x = (cell + offset).unbind(1)
-    centre = cells.centre(torch.stack([torch.zeros_like(y), y, x], 1))
-    yaw = torch.atan2(sin_cos[:, :1], sin_cos[:, 1:])
-    return torch.cat([centre[:, :2], z, log_size.exp(), yaw, velocity], 1)
+    """The inverse: cell (..., 2), code (..., 10) -> boxes (..., 9)."""
+    offset, z, log_size, sin_cos, velocity = code.split(CODE, -1)
+    y, x = (cell + offset).unbind(-1)
+    centre = cells.centre(torch.stack([torch.zeros_like(y), y, x], -1))
+    yaw = torch.atan2(sin_cos[..., :1], sin_cos[..., 1:])
+    return torch.cat([centre[..., :2], z, log_size.exp(), yaw, velocity], -1)
 
 
 def gaussian_radius(length, width, overlap):
@@ -253,10 +255,10 @@ def gaussian(d, r):
     return torch.exp(-d * d / (2 * sigma ** 2)) * (d.abs() <= r)
 
 
-def heat_targets(cell, label, b, boxes, shape, cells, cfg):
-    """A Gaussian at each centre, the largest where they meet.
+def heat_targets(cell, within, label, b, boxes, shape, cells, cfg):
+    """A Gaussian at each centre that lies on the map, the largest where they meet.
 
-    cell (M, 2), label (M,) within the group, b (M,), boxes (M, 9), shape (B, C, Y, X)
+    cell (M, 2), within (M,) bool, label (M,), b (M,), boxes (M, 9), shape (B, C, Y, X)
     -> (B, C, Y, X), 1 at centres.
     """
     B, C, Y, X = shape
@@ -266,7 +268,8 @@ def heat_targets(cell, label, b, boxes, shape, cells, cfg):
     r = r.floor().clamp_min(cfg.min_radius)[:, None]  # (M, 1)
     dy = torch.arange(Y, device=cell.device) - cell[:, :1]  # (M, Y)
     dx = torch.arange(X, device=cell.device) - cell[:, 1:]  # (M, X)
-    gauss = gaussian(dy, r)[:, :, None] * gaussian(dx, r)[:, None]  # (M, Y, X)
+    column = gaussian(dy, r) * within[:, None]
+    gauss = column[:, :, None] * gaussian(dx, r)[:, None]  # (M, Y, X)
     plane = (b * C + label)[:, None, None].expand_as(gauss)
     heat = torch.zeros(B * C, Y, X, device=cell.device)
     return heat.scatter_reduce_(0, plane, gauss, "amax").view(shape)
@@ -276,7 +279,7 @@ def heat_targets(cell, label, b, boxes, shape, cells, cfg):
 
 def with_norm(conv):
     """The convolution, then batch norm and ReLU."""
-    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3)
+    norm = BatchNorm(conv.out_channels, eps=1e-3)
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 
@@ -357,7 +360,8 @@ class Detector(nn.Module):
         self.neck = BevNeck(4 * w * self.cells.shape[0], w)
         self.shared = conv2d(32 * w, 4 * w)
         groups = GROUPS[grid.dataset]
-        self.groups = [[grid.classes.index(name) for name in group] for group in groups]
+        self.classes = len(grid.classes)
+        self.groups = [tuple(grid.classes.index(name) for name in group) for group in groups]
         self.heads = nn.ModuleList(Head(4 * w, len(group)) for group in groups)
         for part in (self.neck, self.shared, self.heads):
             part.to(memory_format=torch.channels_last)  # a quarter faster
@@ -374,44 +378,41 @@ class Detector(nn.Module):
             bev = self.shared(self.neck(volume.flatten(1, 2)))  # (B, 4 w, Y, X)
             return [head(bev) for head in self.heads]
 
-    def group_boxes(self, group, labels, within):
-        """The boxes of a group. -> rows (M,) of labels, label (M,) within the group."""
-        group = labels.new_tensor(group)
-        rows = (within & torch.isin(labels, group)).nonzero()[:, 0]
-        return rows, (labels[rows, None] == group).float().argmax(1)
-
-    def box_errors(self, predicted, target):
+    def box_errors(self, predicted, target, own):
         """Weighted L1; 0 where the target is unknown: velocities may be NaN.
 
-        predicted, target (M, 10) -> (M, 10).
+        predicted, target (M, 10), own (M,) bool: the others' errors are 0 too -> (M, 10).
         """
-        target = target.where(target.isfinite(), predicted)
-        weight = target.new_tensor([1.0] * 8 + [self.cfg.w_velocity] * 2)
+        target = target.where(target.isfinite() & own[:, None], predicted)
+        weight = constant((1.0,) * 8 + (self.cfg.w_velocity,) * 2, target.device)
         return (predicted - target).abs() * weight
 
     def forward(self, batch):
         """-> L (), {name: ()}. Boxes whose centre is off the map are left out."""
         cfg = self.cfg
 
-        # 1 the cell and the code of each labelled box
+        # 1 the cell and the code of each labelled box, a Gaussian around it
         cell, code, within = encode(batch.boxes, self.cells)  # (M, 2), (M, 10), (M,)
+        shape = batch.size, self.classes, *self.cells.shape[1:]
+        targets = heat_targets(  # (B, classes, Y, X)
+            cell, within, batch.labels, batch.b_boxes, batch.boxes, shape, self.cells, cfg)
 
         # 2 heat maps and codes, then for each group of classes its boxes
         L_heat = L_box = 0.0  # [code CenterPoint]
+        y, x = cell.where(within[:, None], 0).unbind(1)
         for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
-            rows, label = self.group_boxes(group, batch.labels, within)
-            b = batch.b_boxes[rows]
-            y, x = cell[rows].unbind(1)
+            group = constant(group, heat.device, torch.int64)
+            # rows of other groups get the weight 0: to pick a group's would wait for the GPU
+            own = within & (batch.labels[:, None] == group).any(1)  # (M,)
+            count = own.sum()
 
             # 3 the heat map against Gaussians, every cell
-            target = heat_targets(
-                cell[rows], label, b, batch.boxes[rows], heat.shape, self.cells, cfg)
-            loss = focal(heat, target).sum()
-            L_heat = L_heat + mean_over_ranks(loss, len(rows))  # [code CenterPoint]
+            loss = focal(heat, targets.index_select(1, group)).sum()
+            L_heat = L_heat + mean_over_ranks(loss, count)  # [code CenterPoint]
 
             # 4 the code, at the centres only
-            errors = self.box_errors(codes[b, :, y, x], code[rows])  # (M, 10)
-            L_box = L_box + mean_rows(errors)  # [code CenterPoint]
+            errors = self.box_errors(codes[batch.b_boxes, :, y, x], code, own)  # (M, 10)
+            L_box = L_box + mean_over_ranks(errors.sum(), count)  # [code CenterPoint]
 
         L = L_heat + cfg.w_box * L_box  # [code CenterPoint]
         return L, dict(L_heat=L_heat, L_box=L_box, boxes=within.float().sum())
@@ -422,7 +423,8 @@ class Detector(nn.Module):
 
         Best first, n <= 500; labels are indices into Grid.classes.
         """
-        parts = [[] for _ in range(batch.size)]
+        found = []
+        frame = torch.arange(batch.size, device=batch.points.device)[:, None]
 
         # 1 heat maps and codes of each group of classes
         for group, (heat, codes) in zip(self.groups, self.predict_maps(batch)):
@@ -430,13 +432,12 @@ class Detector(nn.Module):
             scores, cell, labels = best_peaks(heat, group)  # (B, n), (B, n, 2), (B, n)
 
             # 3 the boxes that the codes describe there
-            for b in range(batch.size):
-                y, x = cell[b].unbind(1)
-                boxes = decode(cell[b], codes[b, :, y, x].t(), self.cells)  # (n, 9)
-                parts[b].append((boxes, labels[b], scores[b]))
+            y, x = cell.unbind(2)
+            boxes = decode(cell, codes[frame, :, y, x], self.cells)  # (B, n, 9)
+            found.append(torch.cat([boxes, labels[..., None], scores[..., None]], 2))
 
         # 4 the best of all groups
-        return [best_boxes(groups) for groups in parts]
+        return best_boxes(torch.cat(found, 1))
 
 
 def best_peaks(heat, group):
@@ -452,19 +453,24 @@ def best_peaks(heat, group):
     Y, X = heat.shape[2:]
     scores, best = heat.flatten(1).topk(min(MAX_BOXES, heat[0].numel()))
     cell = torch.stack([best % (Y * X) // X, best % X], 2)
-    labels = best.new_tensor(group)[best // (Y * X)]
+    labels = constant(group, heat.device, torch.int64)[best // (Y * X)]
     return scores, cell, labels
 
 
-def best_boxes(groups):
-    """[(boxes (n, 9), labels (n,), scores (n,))] of a frame's groups -> the best of all."""
-    boxes = torch.cat([part for part, _, _ in groups])
-    labels = torch.cat([part for _, part, _ in groups])
-    scores = torch.cat([part for _, _, part in groups])
-    order = scores.argsort(descending=True, stable=True)[:MAX_BOXES]
-    # the score is 0 where there is no peak; NaN stays, for check_predictions
-    order = order[~(scores[order] <= 0)]
-    return boxes[order], labels[order], scores[order]
+def best_boxes(found):
+    """The best of all groups' boxes, in each frame.
+
+    found (B, n, 11): the box, its label, its score
+    -> [(boxes (n, 9), labels (n,), scores (n,))], one for each frame, on the CPU.
+    """
+    order = found[:, :, 10].argsort(dim=1, descending=True, stable=True)[:, :MAX_BOXES]
+    best = []
+    # .cpu(): the GPU is waited for once a batch
+    for rows in found.take_along_dim(order[:, :, None], 1).cpu():
+        # the score is 0 where there is no peak; NaN stays, for check_predictions
+        rows = rows[~(rows[:, 10] <= 0)]
+        best.append((rows[:, :9], rows[:, 9].long(), rows[:, 10]))
+    return best
 
 
 # ---- few labels ----------------------------------------------------------------------
@@ -526,7 +532,8 @@ def augment(frame, rng, rotation, scale, flip):
     """
     # D4: OpenPCDet's and mmdetection3d's rule, whatever the branches. Of these boxes,
     # nuScenes' metric counts those that hold a radar point, KITTI's all, Waymo's none
-    xyz = frame.points[data.is_keyframe(frame.points), :3]
+    # as columns: a third of the time of rows
+    xyz = np.asfortranarray(frame.points[data.is_keyframe(frame.points), :3])
     holds_point = [data.inside_box(xyz, box).any() for box in frame.boxes]
     rows = np.array(holds_point, bool)
     frame = replace(frame, boxes=frame.boxes[rows], labels=frame.labels[rows])
@@ -702,7 +709,6 @@ def predict_all(model, loader, device):
     -> {name: (boxes (n, 9), labels (n,), scores (n,), lidar2world (4, 4))}, arrays, in the
     order of the split.
     """
-    share_buffers(model)
     model.eval()
     predicted = {}
     for batch in loader.once():

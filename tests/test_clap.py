@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import clap
 import data
 import figures
-from common import VoxelResNet, mean_over_ranks, wrap
+from common import BatchNorm, VoxelResNet, mean_over_ranks, wrap
 from conftest import on_two
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def model():
     torch.manual_seed(0)
     model = clap.CLAP(TINY, GRID)
     for layer in model.camera.resnet.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
+        if isinstance(layer, BatchNorm):
             torch.nn.init.ones_(layer.weight)
     return model
 

@@ -134,25 +134,31 @@ def reconstruction(masked, images, Z, paint):
     return dict(L_rec=error / count, guess_rec=guess / count)
 
 
+def points_near(batch, frame, query):
+    """The points that the loader joined to a query of a frame: rows of that frame's points."""
+    edges = batch.extra["edges"][batch.extra["b_edges"] == frame]
+    return edges[edges[:, 0] == query, 1].tolist()
+
+
 def occupancy(batch, Z_3D, decoder):
     """L_occ, L_int = means over edges (query, near point) of the decoder's two errors.
 
     The decoder reads the point's Z^3D and the query's place relative to the point. The errors are
     the binary cross-entropy of "occupied?" and |intensity - truth| where the truth is known.
     """
-    first = [0, int((batch.b_points == 0).sum())]           # row of the first point of each frame
+    # row of the first point and of the first query of each frame
+    first = [0, int((batch.b_points == 0).sum())]
+    first_query = [0, int((batch.extra["b_queries"] == 0).sum())]
     bce = 0.0
     l1 = 0.0
     edges = 0
     known = 0
     occupied = 0
     for query, place in enumerate(batch.extra["queries"]):
-        frame = int(batch.extra["b_neighbours"][query])
+        frame = int(batch.extra["b_queries"][query])
         label = float(batch.extra["occupied"][query])
         intensity = float(batch.extra["intensity"][query])
-        for k in batch.extra["neighbours"][query].tolist():
-            if k < 0:                                       # no further point within 1 m
-                continue
+        for k in points_near(batch, frame, query - first_query[frame]):
             point = first[frame] + k
             offset = place - batch.points[point, :3]
             logit, value = decoder(torch.cat([Z_3D[point], offset])).tolist()
@@ -571,18 +577,20 @@ def test_queries_lie_behind_before_and_far_before_their_points():
 
 
 def test_neighbours_are_the_nearest_within_reach_in_the_same_frame(batch):
-    near = batch.extra["neighbours"]
-    assert near.shape == (180, 32)
-    for q in range(0, 180, 7):
-        b = int(batch.extra["b_neighbours"][q])
+    places = batch.extra["queries"]
+    edges = 0
+    for b in range(2):
         xyz = batch.points[batch.b_points == b, :3]
-        distance = (xyz - batch.extra["queries"][q]).norm(dim=1)
-        expected = distance.argsort()[:32]
-        expected = expected[distance[expected] < 1.0]
-        neighbours = near[q][near[q] >= 0]
-        assert len(neighbours) == len(expected)
-        torch.testing.assert_close(distance[neighbours], distance[expected], atol=1e-5, rtol=1e-5)
-    assert (batch.b_points == 0).any() and (near >= 0).any() and (near < 0).any()
+        own = places[batch.extra["b_queries"] == b]
+        for q in range(0, 90, 7):
+            distance = (xyz - own[q]).norm(dim=1)
+            expected = distance.argsort()[:32]
+            expected = expected[distance[expected] < 1.0]
+            near = points_near(batch, b, q)
+            assert len(near) == len(expected)
+            torch.testing.assert_close(distance[near], distance[expected], atol=1e-5, rtol=1e-5)
+            edges += len(near)
+    assert len(places) == 180 and 100 < edges < 26 * 32
 
 
 def test_moving_points_and_queries_together_changes_nothing(batch, model):
@@ -594,7 +602,7 @@ def test_moving_points_and_queries_together_changes_nothing(batch, model):
         a, query = model.decode_queries(Z, batch)
         b, _ = model.decode_queries(Z, moved)
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert len(query) == (batch.extra["neighbours"] >= 0).sum()
+    assert len(query) == len(batch.extra["edges"]) > 500
 
 
 # ---- which loss teaches what ---------------------------------------------------------
@@ -643,7 +651,9 @@ def test_reconstruction_reaches_points_through_the_replacement_alone(batch, mode
         model.cfg = replace(TINY, without=without)
         F_3D = F.normalize(torch.randn(len(batch.points), 64), dim=1).requires_grad_()
         _, F_2D, G_2D = model.images_2d(batch.images, masked)
-        rebuilt, _ = model.rebuild(masked, F_2D, G_2D, F_3D, point, cell)
+        _, _, pair, masked_image = cmcr.select(masked, cell)
+        rebuilt, _ = model.rebuild(
+            masked, F_2D, G_2D, F_3D, point[pair], cell[pair], masked_image)
         rebuilt.square().sum().backward()
         reached = set()
         if F_3D.grad is not None:
@@ -681,7 +691,7 @@ def test_frames_without_points_or_masks_are_fine(world):
     rng = np.random.default_rng(0)
     full = VIEWS(dataset.load(0), rng)
     empty = VIEWS(data.select(dataset.load(1), np.zeros(0, np.int64)), rng)
-    assert empty.extra["neighbours"].shape == (0, 32)
+    assert empty.extra["edges"].shape == (0, 2)
     for frames, share in (([full, empty], 0.7), ([empty], 1.0), ([full], 0.0)):
         model = CMCR(replace(TINY, mask_images=share), GRID, frozen=True)
         loss, terms = model(data.collate(frames, list(range(len(frames)))))

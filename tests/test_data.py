@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -496,7 +497,29 @@ def test_collate_states_sizes_pads_images_and_joins_extras():
     assert len(batch.extra["points_row"]) == 410 and "b_points_row" not in batch.extra
     assert batch.extra["b_free"].tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert batch.lidar2world.dtype == batch.time.dtype == torch.float64
-    assert batch.to("cpu").size == 3
+    moved = batch.to("meta")
+    on_host = {field.name for field in fields(data.Batch)
+               if isinstance(getattr(moved, field.name), torch.Tensor)
+               and getattr(moved, field.name).device.type == "cpu"}
+    assert on_host == {"lidar2world", "time", "seeds"}
+    assert all(tensor.device.type == "meta" for tensor in moved.extra.values())
+    assert moved.size == 3 and torch.equal(moved.seeds, batch.seeds)
+
+
+def test_crops_are_those_of_the_whole_picture():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (40, 60, 3), np.uint8)
+    image = np.ascontiguousarray(picture.transpose(2, 0, 1))
+    frame = replace(toy_frame(rng), images=[image] * 2)
+    boxes = [(3, 7, 30, 41), (0, 0, 40, 60)]
+    for H, W in ((12, 20), (50, 70)):  # averaged, interpolated
+        crops = data.crop_images(frame, boxes, [(H, W)] * 2, [False, True])
+        method = cv2.INTER_AREA if H == 12 else cv2.INTER_LINEAR
+        for (top, left, h, w), mirror, crop in zip(boxes, (False, True), crops.images):
+            part = np.ascontiguousarray(picture[top:top + h, left:left + w])
+            expected = cv2.resize(part, (W, H), interpolation=method)
+            expected = expected[:, ::-1] if mirror else expected
+            assert np.array_equal(crop, expected.transpose(2, 0, 1))
 
 
 # ---- loader --------------------------------------------------------------------------
@@ -546,6 +569,46 @@ def test_batches_do_not_depend_on_workers(world, new_cache):
         assert_same(a, b)
     for a, b in zip(make(0).once(), make(2).once(), strict=True):
         assert_same(a, b)
+
+
+def test_kept_batches_are_the_same_and_not_in_shared_memory(world):
+    def shared(batch):
+        found = []
+        batch.map(lambda tensor: found.append(tensor.is_shared()) or tensor)
+        return found
+
+    def make(workers):
+        return data.loader(world, "val", 2, preset="small", image=(12, 32), workers=workers,
+                           augment=jiggle)
+    assert all(shared(next(make(1).once())))
+    kept = {workers: (make(workers).first(3), data.keep(make(workers).once()))
+            for workers in (0, 2)}
+    for alone, by_workers in zip(*kept.values()):
+        assert not any(any(shared(batch)) for batch in by_workers)
+        for a, b in zip(alone, by_workers, strict=True):
+            assert_same(a, b)
+    assert len(kept[0][0]) == 3
+    for a, b in zip(kept[0][0], take(make(0).begin_at(0), 3), strict=True):
+        assert_same(a, b)
+
+
+def test_batches_for_a_gpu_are_pinned_without_workers_too(world, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    loader = data.loader(world, "train", 1, preset="small", image=(12, 32))
+    plain = next(loader.once())
+    assert not pinned
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert_same(next(loader.once()), plain)
+    assert len(pinned) == 9  # of 12: not lidar2world, time, seeds
+
+
+@pytest.mark.parametrize("script", ["clap", "cmcr", "simipu", "finetune"])
+def test_val_frames_are_loaded_by_workers_too(script):
+    source = Path(data.__file__).with_name(f"{script}.py").read_text()
+    calls = re.findall(r"data\.loader\(.*?\)\n", source, re.S)
+    assert len(calls) == 3 if script == "finetune" else 2
+    assert all(re.search(r"workers=(cfg|trained)\.workers", call) for call in calls)
 
 
 def test_batches_do_not_depend_on_the_number_of_ranks(world):

@@ -534,19 +534,20 @@ def test_a_run_that_waits_for_data_stops_at_once(server, three_frames, tmp_path,
 def test_shared_memory_must_hold_the_batches_that_wait(three_frames, monkeypatch):
     loader = data.loader(three_frames, "train", 1, preset="small", workers=1)
     batch = next(data.loader(three_frames, "train", 1, preset="small").begin_at(0))
-    monkeypatch.setattr(data.Loader, "batches", lambda *_: iter([batch]))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **__: [batch])
     size = []
     batch.map(lambda tensor: size.append(tensor.nbytes) or tensor)
     blocks = 2 * sum(size) // 4096
     for total, fits in ((blocks + 2, True), (blocks - 1, False)):
         disk = os.statvfs_result((4096, 4096, total, total, total, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda path, disk=disk: disk)
-        batches = loader.begin_at(0)
-        if fits:
-            next(batches)
-            continue
-        with pytest.raises(data.DataError, match="/dev/shm has .* --shm-size 8g .*--workers 0"):
-            next(batches)
+        for batches in (loader.begin_at(0), loader.once()):
+            if fits:
+                next(batches)
+                continue
+            message = "/dev/shm has .* --shm-size 8g .*--workers 0"
+            with pytest.raises(data.DataError, match=message):
+                next(batches)
 
 
 def test_each_run_says_first_what_it_reads(folders, three_frames):

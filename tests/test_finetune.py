@@ -233,7 +233,8 @@ def test_gaussians_match_cornernet():
     label = torch.tensor([0, 1, 0])
     b = torch.tensor([0, 1, 0])
     shape = 2, 2, *cells.shape[1:]
-    heat = heat_targets(cell, label, b, boxes, shape, cells, TINY)
+    within = torch.ones(3, dtype=torch.bool)
+    heat = heat_targets(cell, within, label, b, boxes, shape, cells, TINY)
     expected = torch.zeros_like(heat)
     for m in range(3):
         length = float(boxes[m, 3]) / 0.8
@@ -265,8 +266,8 @@ def test_losses_match_plain_loops(batch, model, monkeypatch):
         rows = [m for m in range(len(boxes)) if within[m] and int(batch.labels[m]) in group]
         label = [group.index(int(batch.labels[m])) for m in rows]
         label = torch.tensor(label, dtype=torch.int64)
-        target = heat_targets(cell[rows], label, batch.b_boxes[rows], boxes[rows], heat.shape,
-                              model.cells, TINY)
+        target = heat_targets(cell[rows], within[rows], label, batch.b_boxes[rows], boxes[rows],
+                              heat.shape, model.cells, TINY)
         p = heat.double().sigmoid()
         total = 0.0
         for prob, t in zip(p.flatten().tolist(), target.double().flatten().tolist()):

@@ -191,6 +191,10 @@ def test_farthest_points_match_a_greedy_loop_and_ignore_T(cloud):
         between = cdist(cloud[chosen[:k]], cloud[chosen[:k]])
         gaps.append(between[np.triu_indices(k, 1)].min())
     assert all(a >= b for a, b in zip(gaps, gaps[1:]))
+    # equal distances and equal places: the first row of them
+    lattice = np.random.default_rng(1).integers(0, 6, (300, 3)).astype(np.float32)
+    assert len(np.unique(lattice, axis=0)) < 220
+    assert farthest_points(lattice, 300).tolist() == greedy_loop(lattice, 300)
 
 
 def test_farthest_features_match_a_greedy_loop_in_joined_space(cloud):
