@@ -618,9 +618,9 @@ class CLAP(nn.Module):
         visible = (~masked).nonzero()[:, 0]
         points = batch.points[visible]
         b = batch.b_points[visible]
-        lidar = self.lidar(points, b)[-1]               # P^, sparse
+        lidar = self.lidar(points, b, batch.size)[-1]   # P^, sparse
         image, seen = self.camera(batch, lidar.cells, masked_px)  # I^
-        fused = self.fuse(lidar.dense(batch.size), image)  # F^ (B, 4 width, Z, Y, X)
+        fused = self.fuse(lidar.dense(), image)  # F^ (B, 4 width, Z, Y, X)
         # not in bfloat16: the sdf sampler takes second differences of it
         shallow = self.shallow(fused)                   # F~ (B, 2 width, Z, Y, X)
         table = shallow.permute(0, 2, 3, 4, 1).flatten(0, 3)
@@ -722,12 +722,13 @@ class CLAP(nn.Module):
         zyx = cells.index(batch.points[:, :3]).round().long()
         last = constant(tuple(n - 1 for n in cells.shape), zyx.device, torch.int64)
         zyx = zyx.clamp_min(0).minimum(last)            # border cells reach to the faces
-        cell = ravel(torch.cat([batch.b_points[:, None], zyx], 1), cells.shape).long()
+        bzyx = torch.cat([batch.b_points[:, None], zyx], 1)
+        cell = ravel(bzyx, cells.shape, lidar.size).long()
         visible = self.lidar.inside(batch.points) & ~masked
         points = torch.zeros(seen.numel(), dtype=torch.int32, device=cell.device)
         points.index_add_(0, cell, visible.int())       # (B Z Y X,) visible points in each cell
         shared = seen.flatten() & (points > 0)
-        shared = shared[ravel(lidar.coords, cells.shape).long()]  # (V,)
+        shared = shared[lidar.keys()]                   # (V,)
         frames = torch.arange(batch.size + 1, device=cell.device)
         first = torch.searchsorted(lidar.coords[:, 0].contiguous(), frames)
         before = F.pad(shared.cumsum(0), (1, 0))[first]  # (B + 1,) shared sites before a frame

@@ -336,13 +336,13 @@ def mask_cells(cameras, shape, cfg, rngs):
 
 
 def select(masked, cell):
-    """What the losses pick by the masks, as rows; the GPU is waited for once.
+    """The rows that the losses pick by the masks. The GPU is waited for once.
 
-    masked (B K, h, w) bool, True = masked; cell (P,) row of a cell for each pair
+    masked (B K, h, w) bool, True = masked; cell (P,) of each pair, row of all cells
     -> rows of visible cells, of pairs on visible cells, of pairs on masked cells,
     of images with a masked cell.
     """
-    hidden = masked.flatten()
+    hidden = masked.flatten()                               # (B K h w,) bool
     choices = ~hidden, ~hidden[cell], hidden[cell], masked.flatten(1).any(1)
     sizes = torch.stack([chosen.sum() for chosen in choices]).tolist()
     return [torch.nonzero_static(chosen, size=size)[:, 0]
@@ -487,7 +487,7 @@ class CMCR(nn.Module):
 
     def points_3d(self, batch):
         """-> F^3D (N, D), Z^3D = G^3D + F-bar^3D (N, D), G^3D (N, D) or None."""
-        levels = self.lidar(batch.points, batch.b_points)
+        levels = self.lidar(batch.points, batch.b_points, batch.size)
         f = self.lidar.point_features(levels, batch.points, batch.b_points)
         F_3D = F.normalize(self.shared_3d(f), dim=1)
         Z_3D = self.quantise(F_3D)
@@ -584,7 +584,7 @@ class CMCR(nn.Module):
         cfg = self.cfg
         rngs = frame_rngs(batch.seeds, batch.points.device)
 
-        # 1 features of both modalities, the images with cells masked
+        # 1 masks and pairs; features of both modalities, the images with cells masked
         masked = mask_cells(batch.cameras, self.cells, cfg, rngs)  # (B K, h, w) bool  D1
         point, image, uv, cell = self.pairs(batch)              # (P,) each, uv (P, 2) px
         visible, visible_pair, masked_pair, masked_image = select(masked, cell)
@@ -631,8 +631,7 @@ class CMCR(nn.Module):
         # 4 shared and specific features do not repeat each other
         if cfg.without != "specific":
             L_orth = (orthogonality(F_3D, G_3D)                 # [figure]  D5
-                      + orthogonality(F_2D.index_select(0, visible),
-                                      G_2D.index_select(0, visible)))
+                      + orthogonality(F_2D[visible], G_2D[visible]))
             L = L + cfg.w_orth * L_orth                         # [figure], weight [ours]
             terms["L_orth"] = L_orth
         if self.training and cfg.without != "codebook":         # after all have read the codes
@@ -650,8 +649,8 @@ def pair_monitors(point, image):
     M = max(len(point), 1)
     # not unique, which waits for the GPU
     pair = (image * 2**32 + point).sort().values
-    first = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)    # of its kind
-    return dict(chance=math.log(M), distinct=first[:len(pair)].sum() / M)
+    repeated = (pair[1:] == pair[:-1]).sum()
+    return dict(chance=math.log(M), distinct=(len(point) - repeated) / M)
 
 
 def code_monitors(a, b, codes):

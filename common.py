@@ -5,10 +5,11 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu
+    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu, finetune
                             multilinear, gather_weighted,
-                            project, valid_pixels, rays,
-                            sample_image, box_exit, inside_boxes
+                            project, project_frame,
+                            valid_pixels, rays, sample_image,
+                            box_exit, inside_boxes
     §2 matching             pair_points                            simipu
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
@@ -543,63 +544,33 @@ def segment_sum(values, index, n):
     return zeros.index_add_(0, index, values)
 
 
-class KernelMap(NamedTuple):
-    """Pairs of rows that a 3 x 3 x 3 sparse convolution joins.
+def segment_mean(values, first):
+    """Mean of the rows of each segment. values (N, C), first (n + 1,) int64 -> (n, C).
 
-    They are grouped by the 27 kernel offsets, z slowest.
-    Offset t of output o reads input stride o - pad + t.
+    Segment i is the rows from first[i] up to first[i + 1], which may not be none. Rows after
+    the last segment do not count. torch-scatter does it where it is built for the device.
     """
-    ins: torch.Tensor    # (P,) int64 row of the input
-    outs: torch.Tensor   # (P,) int64 row of the output
-    ends: torch.Tensor   # (27,) int32 where each offset's pairs end
-    order: torch.Tensor  # (P,) the pairs sorted by output
-    first: torch.Tensor  # (n_out + 1,) where each output's pairs begin in that order
-    n_in: int
-    # submanifold: the outputs are the inputs, so offset 26 - t has the pairs of t exchanged
-    same: bool
-
-    @classmethod
-    def of(cls, ins, outs, ends, n_in, n_out, same):
-        """Sort by output, once for every convolution of the level, forward and backward."""
-        order, first = by_output(outs, ends, n_out)
-        return cls(ins, outs, ends, order, first, n_in, same)
-
-    def reversed(self):
-        """The map of the transposed convolution: inputs and outputs exchanged."""
-        n_out = len(self.first) - 1
-        return KernelMap.of(self.outs, self.ins, self.ends, n_out, self.n_in, False)
+    if len(first) == 1:  # no segment, by whose number torch-scatter would divide
+        return values[:0]
+    if torch_scatter is None or (values.is_cuda and torch.ops.torch_scatter.cuda_version() < 0):
+        return torch.segment_reduce(values, "mean", offsets=first, unsafe=True)
+    return torch_scatter.segment_csr(values, first, reduce="mean")
 
 
-def by_output(outs, ends, n):
-    """KernelMap's order and first.
+def narrow(values, shape, size):
+    """values as int32 if every key in `size` volumes of this shape fits, else as they are.
 
-    On a CPU scipy transposes a sparse (27, n) matrix, which counts instead of sorting: a
-    quarter of the time.
+    Sorts and divisions of int32 cost half.
     """
-    if outs.is_cuda:
-        first = F.pad(torch.bincount(outs, minlength=n).cumsum(0), (1, 0))
-        return torch.argsort(outs.int(), stable=True), first
-    pairs = np.arange(len(outs), dtype=np.int32)
-    starts = np.concatenate([[0], ends.numpy()]).astype(np.int32)
-    columns = csr_array((pairs, outs.int().numpy(), starts), shape=(27, n)).tocsc()
-    return torch.from_numpy(columns.data), torch.from_numpy(columns.indptr)
+    return values.int() if size * math.prod(shape) < 2**31 else values
 
 
-def narrowest(values, coords, shape):
-    """values as int32 if every key of `coords` (V, 4) in volumes of this shape fits.
+def ravel(coords, shape, size):
+    """Row-major keys of coordinates in `size` volumes. coords (V, 4) b, z, y, x -> (V,).
 
-    Else they stay as they are. Sorts and divisions of int32 cost half.
+    They are int32 where that fits. Sorted coordinates have sorted keys.
     """
-    frames = int(coords[:, 0].max()) + 1 if len(coords) else 1
-    return values.int() if frames * math.prod(shape) < 2**31 else values
-
-
-def ravel(coords, shape):
-    """Row-major keys of coordinates. coords (V, 4) b, z, y, x -> (V,), int32 where it fits.
-
-    Sorted coordinates have sorted keys.
-    """
-    coords = narrowest(coords, coords, shape)
+    coords = narrow(coords, shape, size)
     plane = coords[:, 0] * shape[0] + coords[:, 1]
     row = plane * shape[1] + coords[:, 2]
     return row * shape[2] + coords[:, 3]
@@ -615,76 +586,188 @@ def unravel(keys, shape):
     return torch.stack([keys, *reversed(columns)], 1).long()
 
 
-def submanifold_map(coords, shape):
-    """The kernel map whose outputs are its inputs. coords (V, 4) sorted, shape (Z, Y, X).
+def group(keys, beyond):
+    """Bring equal keys together.
 
-    Keys carry one empty cell on every side, so neighbours never alias. Only the later 13
-    offsets are searched, with one search for each row of three: the other two follow by
-    stepping. The earlier 13 have the same pairs with input and output exchanged. [ours]
+    keys (N,) up to beyond, which does not count -> unique keys (n,) sorted; order (N,) that
+    sorts the rows; in that order number (N,) of the key, n for beyond, and first (n + 1,) row
+    of each key and of beyond.
     """
-    n = len(coords)
-    _, Y, X = shape
-    padded = [s + 2 for s in shape]  # with the border, a neighbour's key fits too
-    keys = ravel(coords + coords.new_tensor([0, 1, 1, 1]), padded)
-    row = X + 2
-    plane = (X + 2) * (Y + 2)
-    table = torch.cat([keys, keys.new_full((1,), torch.iinfo(keys.dtype).max)])
-    after = (table[1:] == keys + 1).nonzero()[:, 0]
-    outs = [after]
-    ins = [after + 1]
-    for delta in (row - 1, plane - row - 1, plane - 1, plane + row - 1):
-        target = keys + delta
-        place = torch.searchsorted(keys, target)
-        for _ in range(3):
-            hit = table.index_select(0, place) == target  # table[place] takes a third longer
-            outs.append(hit.nonzero()[:, 0])
-            ins.append(place.index_select(0, outs[-1]))
-            target = target + 1
-            place = place + hit
-    middle = [torch.arange(n, device=coords.device)]
-    counts = [len(rows) for rows in outs]
-    counts = torch.tensor(counts[::-1] + [n] + counts, device=coords.device)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    all_ins = torch.cat(outs[::-1] + middle + ins)
-    all_outs = torch.cat(ins[::-1] + middle + outs)
-    return KernelMap.of(all_ins, all_outs, ends, n, n, True)
+    keys, order = F.pad(keys, (0, 1), value=beyond).sort(stable=True)
+    begins = keys.diff(prepend=keys.new_full((1,), -1)) != 0
+    first = begins.nonzero()[:, 0]
+    number = begins.cumsum(0) - 1
+    return keys.index_select(0, first[:-1]), order[:-1], number[:-1], first
 
 
-def strided_map(coords, shape, pad):
+def submanifold_map(coords, shape, size):
+    """The kernel map whose outputs are its inputs: KernelPairs on a CPU, KernelTable on a GPU.
+
+    coords (V, 4) sorted, shape (Z, Y, X), size: the number of frames.
+    """
+    kind = KernelTable if coords.is_cuda else KernelPairs
+    return kind.submanifold(later_neighbours(coords, shape, size))
+
+
+def strided_map(coords, shape, pad, size):
     """Coordinates and kernel map of a stride-2 convolution.
 
-    coords (V, 4), shape (Z, Y, X), pad (z, y, x) -> out coords (V', 4) sorted, KernelMap.
-    An input feeds one or two outputs on each axis. Expanding axis by axis and one unique
-    replace every search. [ours]
+    coords (V, 4), shape (Z, Y, X), pad (z, y, x), size: the number of frames
+    -> out coords (V', 4) sorted, KernelPairs on a CPU or KernelTable on a GPU.
     """
+    kind = KernelTable if coords.is_cuda else KernelPairs
+    out, *pairs = fed_outputs(coords, shape, pad, size)
+    return out, kind.strided(*pairs, len(coords), len(out))
+
+
+def later_neighbours(coords, shape, size):
+    """The site at each of the kernel offsets 14 to 26 of each site.
+
+    -> (13, V) int32 row of coords, V where there is no site.
+    Keys carry one empty cell on every side, so neighbours never alias. There is one search for
+    each row of three cells: the other two follow by stepping. [ours]
+    """
+    n = len(coords)
     device = coords.device
-    out_shape = halved_shape(shape, pad)
-    columns = narrowest(coords, coords, out_shape).t().contiguous()
-    key = columns[0]
-    offset = torch.zeros(len(coords), dtype=torch.uint8, device=device)
-    source = torch.arange(len(coords), device=device)
-    for axis, n in enumerate(out_shape):
-        v = columns[1 + axis].index_select(0, source) + pad[axis]  # v = 2 o + t
-        o = v >> 1
-        t = (v & 1).byte()
-        key = key * n + o
-        offset = offset * 3 + t
-        near = (o < n).nonzero()[:, 0]
-        # an even v is also t = 2 of the output before
-        far = ((t == 0) & (o >= 1) & (o <= n)).nonzero()[:, 0]
-        key = torch.cat([key.index_select(0, near), key.index_select(0, far) - 1])
-        offset = torch.cat([offset.index_select(0, near), offset.index_select(0, far) + 2])
-        source = torch.cat([source.index_select(0, near), source.index_select(0, far)])
-    unique, outs = torch.unique(key, return_inverse=True)
-    order = torch.argsort(offset, stable=True)
-    ends = torch.bincount(offset, minlength=27).cumsum(0, dtype=torch.int32)
-    ins = source.index_select(0, order)
-    outs = outs.index_select(0, order)
-    kmap = KernelMap.of(ins, outs, ends, len(coords), len(unique), False)
-    return unravel(unique, out_shape), kmap
+    _, Y, X = padded = [s + 2 for s in shape]  # with the border, a neighbour's key fits too
+    keys = ravel(coords + constant((0, 1, 1, 1), device, coords.dtype), padded, size)
+    table = F.pad(keys, (0, 1), value=-1)
+    starts = (X - 1, Y * X - X - 1, Y * X - 1, Y * X + X - 1)
+    target = keys + constant(starts, device, keys.dtype)[:, None]  # (4, V)
+    place = torch.searchsorted(keys, target, out_int32=True)
+    rows = []
+    for _ in range(3):
+        # table[place] takes a third longer
+        hit = table.index_select(0, place.flatten()).view_as(place) == target
+        rows.append(torch.where(hit, place, n))
+        target = target + 1
+        place = place + hit
+    after = torch.arange(1, n + 1, device=device, dtype=torch.int32)
+    after = torch.where(table[1:] == keys + 1, after, n)  # in order, x + 1 comes next
+    return torch.cat([after[None], torch.stack(rows, 1).flatten(0, 1)])
 
 
-def gather(x, rows):
+def fed_outputs(coords, shape, pad, size):
+    """The outputs of a stride-2 convolution, and which of them each input feeds.
+
+    An input feeds one or two outputs on each axis, so eight at most. [ours]
+    -> out coords (V', 4) sorted; for each of P pairs its place (P,) in a table (8, V) of the
+    inputs, row (P,) of out, offset (P,) of the kernel.
+    """
+    n = halved_shape(shape, pad)
+    cells = math.prod(n)
+    coords = narrow(coords.t(), n, size)              # (4, V)
+    const = partial(constant, device=coords.device, dtype=coords.dtype)
+    v = coords[1:] + const(pad)[:, None]              # (3, V), v = 2 o + t
+    o = torch.stack([v, v - 2]) >> 1                  # (2, 3, V)
+    t = v - 2 * o                                     # 0 or 1, and 2 or 3
+    fed = (t <= 2) & (o >= 0) & (o < const(n)[:, None])
+    place = corners(torch.logical_and, fed).nonzero()[:, 0]
+    offset = corners(torch.add, t * const((9, 3, 1))[:, None]).index_select(0, place)
+    o = o * const((n[1] * n[2], n[2], 1))[:, None]
+    o[:, 0] += coords[0] * cells
+    keys, order, number, _ = group(corners(torch.add, o).index_select(0, place), size * cells)
+    row = torch.empty_like(number).scatter_(0, order, number)
+    return unravel(keys, n), place, row, offset
+
+
+def corners(join, ends):
+    """One of two on each of three axes, joined. ends (2, 3, V) -> (8 V,)."""
+    z, y, x = ends.unbind(1)
+    plane = join(z[:, None], y).flatten(0, 1)         # (4, V)
+    return join(plane[:, None], x).flatten()
+
+
+class KernelPairs(NamedTuple):
+    """The kernel map for a CPU: pairs of rows that a 3 x 3 x 3 sparse convolution joins.
+
+    They are grouped by the 27 kernel offsets, z slowest.
+    Offset t of output o reads input stride o - pad + t.
+    """
+    ins: torch.Tensor    # (P,) int64 row of the input
+    outs: torch.Tensor   # (P,) int64 row of the output
+    ends: torch.Tensor   # (27,) int32 where each offset's pairs end
+    order: torch.Tensor  # (P,) the pairs sorted by output
+    first: torch.Tensor  # (n_out + 1,) where each output's pairs begin in that order
+    n_in: int
+    # submanifold: the outputs are the inputs, so offset 26 - t has the pairs of t exchanged
+    same: bool
+
+    @classmethod
+    def of(cls, ins, outs, ends, n_in, n_out, same):
+        """Sort by output, once for every convolution of the level, forward and backward.
+
+        scipy transposes a sparse (27, n_out) matrix, which counts instead of sorting: a quarter
+        of the time.
+        """
+        pairs = np.arange(len(outs), dtype=np.int32)
+        starts = np.concatenate([[0], ends.numpy()]).astype(np.int32)
+        columns = csr_array((pairs, outs.int().numpy(), starts), shape=(27, n_out)).tocsc()
+        order = torch.from_numpy(columns.data)
+        first = torch.from_numpy(columns.indptr)
+        return cls(ins, outs, ends, order, first, n_in, same)
+
+    @classmethod
+    def submanifold(cls, later):
+        """later (13, V) of later_neighbours. The earlier 13 offsets have their pairs exchanged."""
+        n = later.shape[1]
+        outs = [(rows < n).nonzero()[:, 0] for rows in later]
+        ins = [rows.index_select(0, out).long() for rows, out in zip(later, outs)]
+        middle = [torch.arange(n)]
+        counts = [len(rows) for rows in outs]
+        ends = torch.tensor(counts[::-1] + [n] + counts).cumsum(0, dtype=torch.int32)
+        all_ins = torch.cat(outs[::-1] + middle + ins)
+        all_outs = torch.cat(ins[::-1] + middle + outs)
+        return cls.of(all_ins, all_outs, ends, n, n, True)
+
+    @classmethod
+    def strided(cls, place, row, offset, n_in, n_out):
+        """place, row, offset (P,) of fed_outputs."""
+        offset = offset.byte()
+        order = torch.argsort(offset, stable=True)
+        ends = torch.bincount(offset, minlength=27).cumsum(0, dtype=torch.int32)
+        ins = place.index_select(0, order) % n_in
+        return cls.of(ins, row.index_select(0, order), ends, n_in, n_out, False)
+
+    def reversed(self):
+        """The map of the transposed convolution: inputs and outputs exchanged."""
+        n_out = len(self.first) - 1
+        return self.of(self.outs, self.ins, self.ends, n_out, self.n_in, False)
+
+    def convolve(self, x, weight):
+        """x (V, C), weight (27, C, C') -> (V', C')."""
+        return self.multiply(padded_rows(x, self.ins), weight)
+
+    def multiply(self, pairs, weight):
+        """Grouped matrix product, then the sum over the pairs of each output.
+
+        pairs (P, C), weight (27, C, C') -> (V', C').
+        """
+        C, out = weight.shape[1:]
+        weight = F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()
+        products = F.grouped_mm(pairs, weight, offs=self.ends)  # (P, C')
+        sums = F.embedding_bag(self.order, products, self.first, mode="sum",
+                               include_last_offset=True)
+        return sums[:, :out]
+
+    def gradients(self, x, weight, grad, wants_x):
+        """grad (V', C') -> those of x, None unless wanted, and of weight."""
+        C, out = weight.shape[1:]
+        ins, outs = self.ins, self.outs
+        if self.same:
+            # offset 26 - t has the pairs of t exchanged: one gather of grad serves both products
+            ins, outs = outs, ins
+            weight = weight.flip(0)
+        pairs = padded_rows(grad, outs)
+        grad_x = None
+        if wants_x:  # the transpose: pairs exchanged, matrices transposed
+            exchanged = self if self.same else self.reversed()
+            grad_x = exchanged.multiply(pairs, weight.transpose(1, 2))
+        grad_w = F.grouped_mm(padded_rows(x, ins).t(), pairs, offs=self.ends)[:, :C, :out]
+        return grad_x, grad_w.flip(0) if self.same else grad_w
+
+
+def padded_rows(x, rows):
     """Rows of x. x (V, C), rows (P,) -> (P, C up to a multiple of 8).
 
     grouped_mm wants rows of a multiple of 16 bytes.
@@ -694,53 +777,110 @@ def gather(x, rows):
     return x.index_select(0, rows)
 
 
-def multiply(pairs, weight, kmap):
-    """Grouped matrix product, then the sum over the pairs of each output.
+class KernelTable(NamedTuple):
+    """The kernel map for a GPU: what each output of a 3 x 3 x 3 sparse convolution reads.
 
-    Nothing is added atomically, so it is repeatable bit by bit.
-    pairs (P, C), weight (27, C, C') -> (V', C').
+    Offset t, z slowest, of output o reads input stride o - pad + t. All 27 inputs of an output
+    stand side by side, zeros where there is no site, and one product serves all offsets. It
+    does what need not be done, but nothing depends on how many pairs there are: the GPU is
+    never waited for.
     """
-    C, out = weight.shape[1:]
-    weight = F.pad(weight, (0, -out % 8, 0, -C % 8)).contiguous()
-    products = F.grouped_mm(pairs, weight, offs=kmap.ends)  # (P, C')
-    sums = F.embedding_bag(kmap.order, products, kmap.first, mode="sum",
-                           include_last_offset=True)
-    return sums[:, :out]
+    ins: torch.Tensor          # (V', 27) int32 row of the input, V where there is none
+    # (8, V) int32 place in ins of each input, 27 V' where there is none; None: submanifold,
+    # where offset 26 - t joins the same sites the other way round
+    uses: torch.Tensor | None
+
+    @classmethod
+    def submanifold(cls, later):
+        """later (13, V) of later_neighbours. The earlier 13 offsets are the way back."""
+        n = later.shape[1]
+        rows = torch.arange(n, device=later.device, dtype=torch.int32)[None]
+        earlier = later.new_full((13, n + 1), n)
+        earlier = earlier.scatter_(1, later.long(), rows.expand(13, -1))[:, :n]
+        return cls(torch.cat([earlier.flip(0), rows, later]).t().contiguous(), None)
+
+    @classmethod
+    def strided(cls, place, row, offset, n_in, n_out):
+        """place, row, offset (P,) of fed_outputs."""
+        read = 27 * row + offset
+        ins = place.new_full((n_out * 27,), n_in).scatter_(0, read, place % n_in)
+        uses = place.new_full((8 * n_in,), n_out * 27).scatter_(0, place, read)
+        return cls(ins.int().view(n_out, 27), uses.int().view(8, n_in))
+
+    def convolve(self, x, weight):
+        """x (V, C), weight (27, C, C') -> (V', C')."""
+        matrix = weight.flatten(0, 1)              # (27 C, C')
+        x = F.pad(x, (0, 0, 0, 1))                 # a row of zeros for V
+        out = x.new_empty(len(self.ins), matrix.shape[1])
+        for part in chunks(len(out), len(matrix)):
+            torch.mm(side_by_side(x, self.ins[part]), matrix, out=out[part])
+        return out
+
+    def gradients(self, x, weight, grad, wants_x):
+        """grad (V', C') -> those of x, None unless wanted, and of weight."""
+        if self.uses is None:
+            return self.submanifold_gradients(x, weight, grad, wants_x)
+        return self.strided_gradients(x, weight, grad)
+
+    def submanifold_gradients(self, x, weight, grad, wants_x):
+        """Input i is read at offset 26 - t by the site at its offset t."""
+        C, out = weight.shape[1:]
+        matrix = weight.flip(0).transpose(1, 2).flatten(0, 1)  # (27 C', C)
+        grad = F.pad(grad, (0, 0, 0, 1))
+        grad_x = torch.empty_like(x) if wants_x else None
+        grad_w = x.new_zeros(C, 27 * out, dtype=torch.float32)
+        for part in chunks(len(x), len(matrix)):
+            columns = side_by_side(grad, self.ins[part])       # (n, 27 C')
+            grad_w += x[part].t() @ columns
+            if wants_x:
+                torch.mm(columns, matrix, out=grad_x[part])
+        grad_w = grad_w.view(C, 27, out).transpose(0, 1).flip(0)
+        return grad_x, grad_w.to(weight.dtype)
+
+    def strided_gradients(self, x, weight, grad):
+        """What each output sends back to its 27 inputs, then for each input the sum of that."""
+        C, out = weight.shape[1:]
+        matrix = weight.flatten(0, 1).t()                      # (C', 27 C)
+        sent = x.new_empty(27 * len(grad) + 1, C)
+        sent[-1] = 0
+        of_output = sent[:-1].view(len(grad), 27 * C)
+        x = F.pad(x, (0, 0, 0, 1))
+        grad_w = x.new_zeros(27 * C, out, dtype=torch.float32)
+        for part in chunks(len(grad), 27 * C):
+            grad_w += side_by_side(x, self.ins[part]).t() @ grad[part]
+            torch.mm(grad[part], matrix, out=of_output[part])
+        grad_x = sent.index_select(0, self.uses.flatten()).view(8, -1, C).sum(0)
+        return grad_x, grad_w.view(27, C, out).to(weight.dtype)
+
+
+def side_by_side(x, rows):
+    """x (V + 1, C), rows (n, 27) -> (n, 27 C)."""
+    return x.index_select(0, rows.flatten()).view(len(rows), -1)
+
+
+def chunks(n, width):
+    """Slices of n rows, so that a matrix of `width` columns has at most 2^27 numbers."""
+    rows = 2**27 // width
+    return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
 class SparseConvolution(torch.autograd.Function):
-    """x (V, C), weight (27, C, C'), KernelMap -> (V', C').
+    """x (V, C), weight (27, C, C'), KernelPairs or KernelTable -> (V', C').
 
-    It keeps x and weight only, and gathers again in backward.
+    It keeps x and weight only, and gathers again in backward. Nothing is added atomically, so
+    it is repeatable bit by bit.
     """
 
     @staticmethod
     def forward(ctx, x, weight, kmap):
         ctx.save_for_backward(x, weight)
         ctx.kmap = kmap
-        return multiply(gather(x, kmap.ins), weight, kmap)
+        return kmap.convolve(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        kmap = ctx.kmap
-        C, out = weight.shape[1:]
-        ins, outs = kmap.ins, kmap.outs
-        if kmap.same:
-            # offset 26 - t has the pairs of t exchanged: one gather of grad serves both products
-            ins, outs = outs, ins
-            weight = weight.flip(0)
-        pairs = gather(grad, outs)
-        grad_x = None
-        if ctx.needs_input_grad[0]:  # the transpose: pairs exchanged, matrices transposed
-            exchanged = kmap if kmap.same else kmap.reversed()
-            grad_x = multiply(pairs, weight.transpose(1, 2), exchanged)
-        grad_w = F.grouped_mm(gather(x, ins).t(), pairs, offs=kmap.ends)[:, :C, :out]
-        has_pairs = kmap.ends.diff(prepend=kmap.ends.new_zeros(1)) > 0
-        # some GPUs leave the product of no pair unset
-        grad_w = torch.where(has_pairs[:, None, None], grad_w, 0)
-        if kmap.same:
-            grad_w = grad_w.flip(0)
+        grad_x, grad_w = ctx.kmap.gradients(x, weight, grad, ctx.needs_input_grad[0])
         return grad_x, grad_w, None
 
 
@@ -889,17 +1029,22 @@ class Level(NamedTuple):
     coords: torch.Tensor    # (V, 4) int64 b, z, y, x, sorted
     features: torch.Tensor  # (V, C)
     cells: Cells
+    size: int               # frames
 
     def centre(self):
         """The centre of each site -> (V, 3) m."""
         return self.cells.centre(self.coords[:, 1:])
 
-    def dense(self, size):
-        """The volume of `size` frames -> (B, C, Z, Y, X), zero where there is no site."""
+    def keys(self):
+        """The place of each site in the table (B Z Y X, ...) of all cells -> (V,) int64."""
+        return ravel(self.coords, self.cells.shape, self.size).long()
+
+    def dense(self):
+        """All cells -> (B, C, Z, Y, X), zero where there is no site."""
         shape = self.cells.shape
-        flat = self.features.new_zeros(size * math.prod(shape), self.features.shape[1])
-        flat = flat.index_copy(0, ravel(self.coords, shape).long(), self.features)
-        return flat.view(size, *shape, -1).permute(0, 4, 1, 2, 3)
+        flat = self.features.new_zeros(self.size * math.prod(shape), self.features.shape[1])
+        flat = flat.index_copy(0, self.keys(), self.features)
+        return flat.view(self.size, *shape, -1).permute(0, 4, 1, 2, 3)
 
 
 class VoxelResNet(nn.Module):
@@ -939,34 +1084,34 @@ class VoxelResNet(nn.Module):
         inside = (x >= low[0]) & (x < high[0]) & (y >= low[1]) & (y < high[1])
         return inside & (z >= low[2]) & (z < high[2])
 
-    def voxelise(self, points, b):
-        """The mean point of each occupied voxel. points (N, 5), b (N,) -> the finest Level.
+    def voxelise(self, points, b, size):
+        """The mean point of each occupied voxel.
 
-        Points outside the range are dropped.
+        points (N, 5), b (N,) frame of `size` -> the finest Level. Points outside the range are
+        dropped.
         """
         cells = self.cells[0]
-        rows = self.inside(points).nonzero()[:, 0]
-        points = points.index_select(0, rows)
-        b = b.index_select(0, rows)
-        low = points.new_tensor(self.low)
-        voxel = points.new_tensor(self.voxel)
-        keys = narrowest(b, b[:, None], cells.shape)
+        beyond = size * math.prod(cells.shape)  # the key of points outside, after all others
+        low = constant(self.low, points.device)
+        voxel = constant(self.voxel, points.device)
+        keys = narrow(b, cells.shape, size)
         for axis, n in zip((2, 1, 0), cells.shape):  # as ravel does, a column at a time
             place = ((points[:, axis] - low[axis]) / voxel[axis]).int()
             keys = keys * n + place.clamp(max=n - 1)  # rounding at the upper face
-        keys, segment, count = torch.unique(keys, return_inverse=True, return_counts=True)
-        mean = segment_sum(points, segment, len(keys)) / count[:, None]
-        return Level(unravel(keys, cells.shape), mean, cells)
+        keys = torch.where(self.inside(points), keys, beyond)
+        keys, order, _, first = group(keys, beyond)
+        mean = segment_mean(points.index_select(0, order), first)
+        return Level(unravel(keys, cells.shape), mean, cells, size)
 
     def point_features(self, levels, points, b):
         """The features of each point's site in every level, concatenated -> (N, 15 width).
 
         levels: what forward gave for these points, which must all lie inside the range.
         """
-        low = points.new_tensor(self.low)
-        voxel = points.new_tensor(self.voxel)
+        low = constant(self.low, points.device)
+        voxel = constant(self.voxel, points.device)
         finest = self.cells[0]
-        last = torch.tensor(finest.shape, device=points.device) - 1
+        last = constant(finest.shape, points.device, torch.int32) - 1
         # as in voxelise
         zyx = ((points[:, :3] - low) / voxel).int().flip(1).minimum(last)  # (N, 3)
         centre = finest.centre(zyx)
@@ -974,20 +1119,19 @@ class VoxelResNet(nn.Module):
         for level in levels:
             # the site nearest to the voxel: the strides reach it
             site = level.cells.index(centre).round().long().clamp_min(0)
-            site = site.minimum(site.new_tensor(level.cells.shape) - 1)
-            keys = ravel(level.coords, level.cells.shape).long()
-            targets = ravel(torch.cat([b[:, None], site], 1), level.cells.shape).long()
-            rows = torch.searchsorted(keys, targets)
+            site = site.minimum(constant(level.cells.shape, site.device, site.dtype) - 1)
+            targets = ravel(torch.cat([b[:, None], site], 1), level.cells.shape, level.size)
+            rows = torch.searchsorted(level.keys(), targets.long())
             features.append(level.features.index_select(0, rows))
         return torch.cat(features, 1)
 
-    def forward(self, points, b):
-        """points (N, 5) x, y, z, intensity, time; b (N,) frame -> four Levels.
+    def forward(self, points, b, size):
+        """points (N, 5) x, y, z, intensity, time; b (N,) frame of `size` -> four Levels.
 
-        Their strides are 1, 2, 4, 8. dense(size) of the last one is the volume.
+        Their strides are 1, 2, 4, 8. dense() of the last one is the volume.
         """
-        level = self.voxelise(points, b)
-        kmap = submanifold_map(level.coords, level.cells.shape)
+        level = self.voxelise(points, b, size)
+        kmap = submanifold_map(level.coords, level.cells.shape, size)
         # in float32: bfloat16 would round coordinates to a quarter of a metre
         x = self.conv_input(level.features, kmap)
         with bf16_autocast(points.device):
@@ -996,12 +1140,12 @@ class VoxelResNet(nn.Module):
             levels = [level._replace(features=x)]
             stages = (self.conv2, self.conv3, self.conv4)
             for pad, cells, (down, *blocks) in zip(self.pads, self.cells[1:], stages):
-                coords, kmap = strided_map(levels[-1].coords, levels[-1].cells.shape, pad)
+                coords, kmap = strided_map(levels[-1].coords, levels[-1].cells.shape, pad, size)
                 x = down(x, kmap)
-                kmap = submanifold_map(coords, cells.shape)  # serves four convolutions
+                kmap = submanifold_map(coords, cells.shape, size)  # serves four convolutions
                 for block in blocks:
                     x = block(x, kmap)
-                levels.append(Level(coords, x, cells))
+                levels.append(Level(coords, x, cells, size))
         return [level._replace(features=level.features.float()) for level in levels]
 
 

@@ -197,7 +197,7 @@ class Frame:
                                        velocity xy (m/s, NaN where unknown)
     labels       (M,) int64, None      index into Grid.classes
     extra        {name: array}         what `prepare` computed; "points_*" has one row for each
-                                       point and follows the points
+                                       point and follows the points. An augment may add an int
     name         str                   "nuscenes/scene-0061/<sample token>"; every error about
                                        this frame starts with it
     """
@@ -272,7 +272,8 @@ class Batch:
     boxes: torch.Tensor | None      # (M, 9) float32
     b_boxes: torch.Tensor | None    # (M,) int64
     labels: torch.Tensor | None     # (M,) int64
-    extra: dict[str, torch.Tensor]  # rows joined; "b_" + name too where rows are not points
+    # rows joined; "b_" + name too where rows are not points. Of an int: a list of B, on the CPU
+    extra: dict[str, torch.Tensor | list[int]]
     names: list[str]
     seeds: torch.Tensor             # (B,) int64, random stream of a frame: (seed, epoch, index)
     size: int                       # B
@@ -285,7 +286,8 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: change(value) for name, value in values.items()
                    if isinstance(value, torch.Tensor) and name not in leave}
-        extra = {name: change(value) for name, value in self.extra.items()}
+        extra = {name: change(value) if isinstance(value, torch.Tensor) else value
+                 for name, value in self.extra.items()}
         return replace(self, **tensors, extra=extra)
 
     def to(self, device):
@@ -326,6 +328,9 @@ def collate(frames, seeds):
     extra = {}
     for name in frames[0].extra:
         arrays = [frame.extra[name] for frame in frames]
+        if isinstance(arrays[0], int):
+            extra[name] = arrays
+            continue
         extra[name] = join(arrays)
         if not name.startswith("points_"):
             extra["b_" + name] = frame_of_rows(arrays)
@@ -2541,6 +2546,8 @@ class Kitti:
         """Read frame i -> Frame. image (H, W) is the size of its image, default the grid's."""
         frame = self.frames[i]
         scan = self.sweep(i)
+        points = np.zeros((len(scan), 5), np.float32)  # one sweep: 0 s before itself
+        points[:, :4] = scan
         lidar2rect, rect2img = self.calibration(i)
         images = []
         lidar2img = np.zeros((0, 4, 4))
@@ -2557,7 +2564,7 @@ class Kitti:
         if self.layout == "raw drives":
             time = 0.1 * int(frame.name.rsplit("/", 1)[1])  # 10 Hz
         return Frame(
-            points=np.pad(scan, ((0, 0), (0, 1))),  # one sweep: 0 s before itself
+            points=points,
             origin=np.zeros(3, np.float32),
             images=images,
             lidar2img=projections(lidar2img, self.grid.cameras, frame.name,
@@ -2583,8 +2590,9 @@ class Kitti:
             raise DataError(f"{name}: {file} has {raw.size} bytes, expected N x 16 (four float32 "
                             "for each point, N > 0); the file is truncated: extract it again")
         points = raw.view(np.float32).reshape(-1, 4)
-        low = points.min(0)
-        high = points.max(0)  # NaN where any is
+        columns = np.ascontiguousarray(points.T)
+        low = columns.min(1)
+        high = columns.max(1)  # NaN where any is
         if not ((low[:3] > -300).all() and (high[:3] < 300).all()
                 and low[3] >= 0 and high[3] <= 1):
             raise DataError(f"{name}: {file} has columns from {low} to {high}, expected finite "

@@ -370,7 +370,7 @@ class Detector(nn.Module):
         """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one for each group."""
         lidar = camera = None  # (B, C, Z, Y, X) each
         if self.lidar is not None:
-            lidar = self.lidar(batch.points, batch.b_points)[-1].dense(batch.size)
+            lidar = self.lidar(batch.points, batch.b_points, batch.size)[-1].dense()
         if self.camera is not None:
             camera = self.camera(batch, self.cells)[0]
         volume = self.fuse(lidar, camera)  # (B, 4 w, Z, Y, X)
@@ -381,7 +381,7 @@ class Detector(nn.Module):
     def box_errors(self, predicted, target, own):
         """Weighted L1; 0 where the target is unknown: velocities may be NaN.
 
-        predicted, target (M, 10), own (M,) bool: the others' errors are 0 too -> (M, 10).
+        predicted, target (M, 10), own (M,) bool, elsewhere it is 0 too -> (M, 10).
         """
         target = target.where(target.isfinite() & own[:, None], predicted)
         weight = constant((1.0,) * 8 + (self.cfg.w_velocity,) * 2, target.device)
@@ -419,11 +419,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch):
-        """-> [(boxes (n, 9), labels (n,), scores (n,))], one for each frame.
+        """-> [(boxes (n, 9), labels (n,), scores (n,))], one for each frame, on the CPU.
 
         Best first, n <= 500; labels are indices into Grid.classes.
         """
-        found = []
+        candidates = []
         frame = torch.arange(batch.size, device=batch.points.device)[:, None]
 
         # 1 heat maps and codes of each group of classes
@@ -434,10 +434,10 @@ class Detector(nn.Module):
             # 3 the boxes that the codes describe there
             y, x = cell.unbind(2)
             boxes = decode(cell, codes[frame, :, y, x], self.cells)  # (B, n, 9)
-            found.append(torch.cat([boxes, labels[..., None], scores[..., None]], 2))
+            candidates.append(torch.cat([boxes, labels[..., None], scores[..., None]], 2))
 
         # 4 the best of all groups
-        return best_boxes(torch.cat(found, 1))
+        return best_boxes(torch.cat(candidates, 1))
 
 
 def best_peaks(heat, group):
@@ -457,16 +457,15 @@ def best_peaks(heat, group):
     return scores, cell, labels
 
 
-def best_boxes(found):
-    """The best of all groups' boxes, in each frame.
+def best_boxes(candidates):
+    """The best of all groups' boxes in each frame. The GPU is waited for once.
 
-    found (B, n, 11): the box, its label, its score
+    candidates (B, n, 11): a box, its label, its score
     -> [(boxes (n, 9), labels (n,), scores (n,))], one for each frame, on the CPU.
     """
-    order = found[:, :, 10].argsort(dim=1, descending=True, stable=True)[:, :MAX_BOXES]
+    order = candidates[:, :, 10].argsort(dim=1, descending=True, stable=True)[:, :MAX_BOXES]
     best = []
-    # .cpu(): the GPU is waited for once a batch
-    for rows in found.take_along_dim(order[:, :, None], 1).cpu():
+    for rows in candidates.take_along_dim(order[:, :, None], 1).cpu():
         # the score is 0 where there is no peak; NaN stays, for check_predictions
         rows = rows[~(rows[:, 10] <= 0)]
         best.append((rows[:, :9], rows[:, 9].long(), rows[:, 10]))
@@ -715,7 +714,7 @@ def predict_all(model, loader, device):
         poses = batch.lidar2world.numpy()
         boxes = model.predict(batch.to(device))
         for name, pose, parts in zip(batch.names, poses, boxes):
-            predicted[name] = *(part.cpu().numpy() for part in parts), pose
+            predicted[name] = *(part.numpy() for part in parts), pose
     model.train()
     shares = [predicted]
     if processes() > 1:

@@ -6,7 +6,7 @@ network learns to give a pixel the feature that the point network gives its poin
     python simipu.py --data /kitti --gpus 8    # the released code's sizes
     python simipu.py                           # the embedded world, minutes on two cores
 
-Read with: common.py geometry (project, valid_pixels, sample_image), matching
+Read with: common.py geometry (project_frame, valid_pixels, sample_image), matching
 (pair_points), contrast (info_nce), networks (ResNet, BatchNorm, mlp); data.py Frame,
 Batch, crop_images.
 Each loss in plain loops: tests/test_simipu.py, test_both_losses_match_plain_loops.
@@ -59,6 +59,7 @@ Departures from the paper or the code; the reasons stand in the code, at the sam
   D12  T has no translation and mirrors y, as in the code; the paper has a translation.
   D13  A frame that shows fewer than n / 64 points has no pair; the code repeats points.
 """
+import functools
 import json
 import math
 from bisect import bisect_left, bisect_right
@@ -75,7 +76,7 @@ from torch import nn
 
 import data
 from common import (
-    project, valid_pixels, sample_image,  # geometry
+    constant, project_frame, valid_pixels, sample_image,  # geometry
     pair_points,  # matching
     info_nce,  # contrast
     ResNet, BatchNorm, mlp, bf16_autocast,  # networks
@@ -83,8 +84,15 @@ from common import (
     frame_rngs, random_subset,  # random streams
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
     load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
-    load_tool, write_text, to_json,
+    load_tool, write_text, to_json, first_line,
 )
+
+# torch for CUDA brings it along; torch for CPUs does not
+try:
+    import triton
+    import triton.language as tl
+except (ImportError, OSError, RuntimeError):
+    triton = None
 
 UNITS = ("camera.resnet",)     # FORK: what backbones.safetensors holds
 RADII = (                      # m, outer radii of the shells of each abstraction [code]
@@ -253,7 +261,7 @@ class TwoViews:
         a2b (4, 4)                        T
         order (n,)                        rows of alpha in the order of beta
         first_alpha, first_beta (n / 4,)  D-FPS of each view
-        seen (1,)                         how many points there were to draw from
+        seen ()                           how many points there were to draw from
     D13: fewer than n / 64 count as none: seen is 0 and n points far apart stand in.
     """
     grid: data.Grid
@@ -282,7 +290,7 @@ class TwoViews:
             order=order,
             first_alpha=farthest_points(xyz, self.points // 4),
             first_beta=farthest_points(xyz[order], self.points // 4),   # T changes nothing
-            seen=np.array([len(rows)]),
+            seen=len(rows),
         )
         return replace(frame, extra=extra)
 
@@ -342,15 +350,65 @@ def farthest_features(x, count):
     """
     x = x - x.mean(1, keepdim=True)     # the expanded square below cancels less
     square = x.square().sum(2)          # (B, n)
-    sums = square[:, :, None] + square[:, None]
-    distance = torch.baddbmm(sums, x, x.transpose(1, 2), alpha=-2)  # (B, n, n) squared
-    frames = torch.arange(len(x), device=x.device)
-    nearest = torch.full_like(square, math.inf)
-    chosen = torch.zeros(len(x), count, dtype=torch.int64, device=x.device)
+    distance = square[:, :, None] + square[:, None]
+    distance.baddbmm_(x, x.transpose(1, 2), alpha=-2)       # (B, n, n) squared
+    if x.is_cuda and kernel_works(x.device):
+        return farthest_by_kernel(distance, count)
+    return farthest_by_rounds(distance, count)
+
+
+def farthest_by_rounds(distance, count):
+    """distance (B, n, n) -> (B, count) int64; three operators for each round."""
+    nearest = torch.full_like(distance[:, 0], math.inf)     # (B, n)
+    frames = torch.arange(len(distance), device=distance.device)
+    chosen = torch.zeros(count, len(distance), dtype=torch.int64, device=distance.device)
     for step in range(1, count):
-        torch.minimum(nearest, distance[frames, chosen[:, step - 1]], out=nearest)
-        chosen[:, step] = nearest.argmax(1)
+        torch.minimum(nearest, distance[frames, chosen[step - 1]], out=nearest)
+        torch.argmax(nearest, 1, out=chosen[step])
+    return chosen.t()
+
+
+# The rounds are some 4,600 operators a step, too small to keep a GPU busy. Here one program
+# does all rounds of a frame, with `nearest` in registers.
+if triton is not None:
+    @triton.jit
+    def farthest_kernel(distance, chosen, n, count, block: tl.constexpr):
+        frame = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, block)
+        inside = column < n
+        nearest = tl.where(inside, float("inf"), float("-inf"))     # columns past n never win
+        last = 0
+        tl.store(chosen + frame * count, last)
+        for step in range(1, count):
+            row = distance + (frame * n + last) * n
+            nearest = tl.minimum(nearest, tl.load(row + column, inside, 0.0))
+            last = tl.argmax(nearest, 0)                            # of equal ones the first
+            tl.store(chosen + frame * count + step, last)
+
+
+def farthest_by_kernel(distance, count):
+    """farthest_by_rounds as one operator. distance (B, n, n) float32 on a GPU."""
+    B, n, _ = distance.shape
+    chosen = torch.empty(B, count, dtype=torch.int64, device=distance.device)
+    farthest_kernel[(B,)](distance, chosen, n, count, triton.next_power_of_2(n), num_warps=8)
     return chosen
+
+
+@functools.cache
+def kernel_works(device):
+    """Whether Triton compiles the kernel here, and it chooses as farthest_by_rounds does."""
+    # small whole numbers: exact distances, many of them equal
+    places = (torch.arange(300, device=device) ** 2 % 91 % 12).view(2, 50, 3).float()
+    distance = (places[:, :, None] - places[:, None]).square().sum(3)
+    try:
+        if torch.equal(farthest_by_kernel(distance, 20), farthest_by_rounds(distance, 20)):
+            return True
+        reason = "it chooses other points"
+    except Exception as error:          # e.g. no Triton, no C compiler, no room for its cache
+        reason = first_line(error)
+    print(f"simipu: the Triton kernel of farthest_features is not used ({reason}): three small "
+          "operators for each point take its place, which is slower", flush=True)
+    return False
 
 
 @torch.no_grad()
@@ -372,18 +430,18 @@ def ball_query(centres, sources, radii, most):
     centre = centre[near]
     source = source[near]
     square = square[near]
-    centre_rows = torch.arange(B * m, device=centres.device)
+    # where each centre's pairs begin, and where the last one's end
+    begin = torch.searchsorted(centre, torch.arange(B * m + 1, device=centres.device))
     shells = []
     for inner, outer, count in zip((0.0, *radii), radii, most):
         inside = (square < outer ** 2) & (square >= inner ** 2) | (square == 0)
-        c = centre[inside]                                  # (S,) sorted
-        s = source[inside]                                  # (S,) sorted for each c
-        first = torch.searchsorted(c, centre_rows)          # (B m,) where each c begins
-        rank = torch.arange(len(c), device=c.device) - first[c]
-        rows = (rank < count).nonzero()[:, 0]
-        neighbours = s[first][:, None].repeat(1, count)
-        neighbours[c[rows], rank[rows]] = s[rows]
-        shells.append(neighbours)
+        before = F.pad(inside.cumsum(0), (1, 0))[begin]     # (B m + 1,) pairs inside, before it
+        first = before[:-1, None]                           # (B m, 1)
+        rank = torch.arange(count, device=centres.device)
+        rank = torch.where(rank < before[1:, None] - first, rank, 0)    # (B m, most)
+        # places of the pairs inside; size, the most there can be, spares a wait for the GPU
+        place = torch.nonzero_static(inside, size=len(inside))[:, 0]
+        shells.append(source[place[first + rank]])
     return shells
 
 
@@ -397,8 +455,8 @@ def nearby(centres, sources, width):
     low = sources.amin((0, 1))
     high = sources.amax((0, 1))
     shape = ((high - low) / width).long() + 3               # with a border of cells
-    row_size = int(shape[0])
-    plane_size = int(shape[0] * shape[1])
+    row_size = shape[0]
+    plane_size = shape[0] * shape[1]
     frames = torch.arange(len(centres), device=centres.device)[:, None]
 
     def key(xyz):
@@ -407,8 +465,8 @@ def nearby(centres, sources, width):
         return (plane * plane_size + (y + 1) * row_size + x + 1).flatten()
 
     keys, order = key(sources).sort(stable=True)
-    around = [dz * plane_size + dy * row_size for dz in (-1, 0, 1) for dy in (-1, 0, 1)]
-    around = torch.tensor(around, device=centres.device)
+    dy = constant((-1, 0, 1), centres.device, torch.int64)
+    around = (dy[:, None] * plane_size + dy * row_size).flatten()   # dz, then dy
     middle = key(centres)[:, None] + around                 # (B m, 9) middles of runs
     begin = torch.searchsorted(keys, middle - 1).flatten()
     end = torch.searchsorted(keys, middle + 1, right=True).flatten()
@@ -446,10 +504,25 @@ class SetAbstraction(nn.Module):
         self.aggregate = layers(sum(shell[-1] for shell in widths), outputs)
 
     def forward(self, xyz, f, chosen):
-        """xyz (B, n, 3) m, f (B, n, C), chosen (B, m) -> xyz (B, m, 3), f (B, m, C')."""
+        """xyz (V B, n, 3) m, f V x (B, n, C), chosen (V B, m), view after view
+        -> xyz (V B, m, 3), f V x (B, m, C').
+        """
         centres = xyz.gather(1, chosen[..., None].expand(-1, -1, 3))
+        neighbours = ball_query(centres, xyz, self.radii, self.most)
+        out = []
+        for view in range(len(f)):
+            # D2: only the first view, alpha, gets a gradient, as in the code; half the memory
+            with torch.set_grad_enabled(view == 0 and torch.is_grad_enabled()):
+                l, c = [part.chunk(len(f))[view] for part in (xyz, centres)]
+                rows = [part.chunk(len(f))[view] - view * l[..., 0].numel() for part in neighbours]
+                out.append(self.features(l, f[view], c, rows).view(*c.shape[:2], -1))
+        return centres, out
+
+    def features(self, xyz, f, centres, shells):
+        """xyz (B, n, 3) m, f (B, n, C), centres (B, m, 3) m, shells: rows (B m, most) of the
+        (B n) points -> (B m, C').
+        """
         sources = torch.cat([xyz, f], 2).flatten(0, 1)      # (B n, 3 + C)
-        shells = ball_query(centres, xyz, self.radii, self.most)
         out = []
         for network, rows in zip(self.shells, shells):
             # index_select, not x[rows]: its backward is deterministic on a CPU
@@ -463,7 +536,7 @@ class SetAbstraction(nn.Module):
             x = torch.cat([relative, x[..., 3:]], 2)
             x = network(x.flatten(0, 1)).view(*rows.shape, -1)  # (B m, most, C'')
             out.append(x.amax(1))
-        return centres, self.aggregate(torch.cat(out, 1)).view(*chosen.shape, -1)
+        return self.aggregate(torch.cat(out, 1))
 
 
 class PointEncoder(nn.Module):
@@ -487,23 +560,29 @@ class PointEncoder(nn.Module):
         widths = (narrow, narrow, wide)
         return SetAbstraction(inputs, widths, outputs, radii, NEIGHBOURS[level])
 
-    def forward(self, points, first):
-        """points (B, n, 4), first (B, n / 4) their D-FPS -> l (B, p, 3) m, f (B, p, C),
-        row (B, p): which of the points each is. p = n / 16, C = 32 width.
+    def forward(self, views, first):
+        """One view of the clouds or two, which are sampled and grouped in one go.
+
+        views V x (B, n, 4), first V x (B, n / 4) their D-FPS -> l V x (B, p, 3) m,
+        f V x (B, p, C), row V x (B, p): which of the points each is.
+        p = n / 16, C = 32 width. Only the first view has a gradient.
         """
+        V, points, first = len(views), torch.cat(views), torch.cat(first)
         p = points.shape[1] // 16
         # the first p of a D-FPS order are a D-FPS
         spread = torch.arange(p, device=points.device).expand(len(points), p)
-        l, f = self.stage1(points[..., :3], points[..., 3:], first)     # D-FPS
-        distinct = farthest_features(torch.cat([l, f], 2), p)
+        f = [view[..., 3:] for view in views]
+        l, f = self.stage1(points[..., :3], f, first)       # D-FPS
+        distinct = farthest_features(torch.cat([l, torch.cat(f)], 2), p)
         fused = torch.cat([distinct, spread], 1)            # FS: F-FPS and D-FPS of all
         l, f = self.stage2(l, f, fused)
         # D4: F-FPS of the first p (F-FPS's), D-FPS of the last p (D-FPS's), as in 3DSSD. The
         # code has twice 3DSSD's points but still splits at its 512: F-FPS takes all of those
-        distinct = farthest_features(torch.cat([l, f], 2)[:, :p], p // 2)
+        distinct = farthest_features(torch.cat([l, torch.cat(f)], 2)[:, :p], p // 2)
         chosen = torch.cat([distinct, p + spread[:, :p // 2]], 1)
         l, f = self.stage3(l, f, chosen)
-        return l, f, first.gather(1, fused.gather(1, chosen))
+        row = first.gather(1, fused.gather(1, chosen))
+        return l.chunk(V), f, row.chunk(V)
 
 
 # ---- matching ------------------------------------------------------------------------
@@ -561,38 +640,42 @@ class SimIPU(nn.Module):
         order = per_frame(batch, "order")[..., None].expand(-1, -1, 4)
         return alpha, moved.gather(1, order), T
 
-    def intra_pairs(self, moved, l_beta, id_alpha, id_beta, batch):
-        """M_1, the pairs of Eq. 3. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
-        j = self.pair(moved, l_beta, id_alpha, id_beta)
-        frame = torch.arange(len(j), device=j.device) // moved.shape[1]
-        i = self.draw_pairs(frame, batch)
-        return i, j[i]
-
     @torch.no_grad()
-    def pair(self, moved, l_beta, id_alpha, id_beta):
-        """One-to-one pairs within each frame.
+    def start_pairing(self, moved, l_beta, id_alpha, id_beta):
+        """Begin to pair the points of each frame one to one, in threads.
 
         moved, l_beta (B, p, 3) m, ids (B, p): equal for the same point
-        -> j (B p,) row of l_beta for each row of moved.
+        -> iterator over B x (p,): the row of l_beta for each row of moved.
         """
         match = pair_points if self.cfg.match == "hungarian" else greedy_pairs
-        arrays = [part.cpu().numpy() for part in (moved, l_beta, id_alpha, id_beta)]
+        # one fetch from the GPU; float64 holds the ids too
+        parts = [moved, l_beta, id_alpha[..., None], id_beta[..., None]]
+        rows = torch.cat([part.double() for part in parts], 2).cpu().numpy()
+        id_alpha, id_beta = rows[..., 6].astype(np.int64), rows[..., 7].astype(np.int64)
         # scipy releases the GIL: with enough cores a batch takes as long as its slowest frame
-        with ThreadPoolExecutor() as threads:
-            partners = list(threads.map(match, *arrays))    # B x (p,)
-        p = moved.shape[1]
-        j = np.concatenate([rows + frame * p for frame, rows in enumerate(partners)])
-        return torch.as_tensor(j, device=moved.device)
+        threads = ThreadPoolExecutor()
+        partners = threads.map(match, rows[..., :3], rows[..., 3:6], id_alpha, id_beta)
+        threads.shutdown(wait=False)            # each ends when its work is done
+        return partners
 
-    def draw_pairs(self, frame, batch):
-        """Which rows become pairs: cfg.pairs at random, or all; none of empty frames.
+    def intra_pairs(self, partners, batch):
+        """M_1, the pairs of Eq. 3. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
+        j = [rows + frame * len(rows) for frame, rows in enumerate(partners)]
+        j = torch.from_numpy(np.concatenate(j))             # (B p,)
+        device = batch.points.device
+        if device.type == "cuda":
+            j = j.pin_memory()                  # or the copy would wait for the GPU
+        j = j.to(device, non_blocking=True)
+        rows = torch.arange(len(j), device=device).chunk(batch.size)
+        shown = [row if seen else row[:0] for row, seen in zip(rows, batch.extra["seen"])]
+        i = self.draw_pairs(torch.cat(shown), batch)
+        return i, j[i]
 
-        frame (N,): the frame of each row -> (M,) row numbers.
-        """
+    def draw_pairs(self, rows, batch):
+        """Which rows become pairs: cfg.pairs of them at random, or all. rows (N,) -> (M,)."""
         # D8: the paper's 4096 pairs are the code's 4 frames of 1024; the cap keeps
         # that, and the size of the logits, at a larger batch. One stream, that of the
         # first frame, so both losses draw the same points
-        rows = (batch.extra["seen"] > 0)[frame].nonzero()[:, 0]
         rng = frame_rngs(batch.seeds[:1], rows.device)[0]
         return random_subset(self.cfg.pairs, rows, rng)
 
@@ -615,7 +698,7 @@ class SimIPU(nn.Module):
     def inter_pairs(self, l, batch):
         """M_2, the pairs of Eq. 6. -> point (M',) of (B p), image (M',), uv (M', 2) px."""
         point, image, uv = self.in_images(l, batch)
-        rows = self.draw_pairs(point // l.shape[1], batch)
+        rows = self.draw_pairs(torch.arange(len(point), device=point.device), batch)
         return point[rows], image[rows], uv[rows]
 
     @torch.no_grad()
@@ -623,19 +706,22 @@ class SimIPU(nn.Module):
         """Where each point lands, in the first of its frame's images that shows it.
 
         l (B, p, 3) m -> point (N,) row of (B p), image (N,), uv (N, 2) px. TwoViews draws
-        only points that a camera sees; one lost by rounding at an edge has no pair.
+        only points that a camera sees; one lost by rounding at an edge has no pair. Nor has
+        a frame that shows none (D13).
         """
-        xyz = l.flatten(0, 1)
-        frame = torch.arange(len(xyz), device=l.device) // l.shape[1]
-        counts = [l.shape[1]] * batch.size
-        point, image, uv, _ = project(xyz, counts, batch.lidar2img, batch.hw)
-        # D7: one pair a point, as with one camera. Rows come image by image, so a point's
-        # first row is in its first image
-        row = torch.arange(len(point), device=l.device)
-        first = torch.full_like(frame, len(point))
-        first.scatter_reduce_(0, point, row, "amin")
-        first = first[first < len(point)]
-        return point[first], image[first], uv[first]
+        K = batch.cameras
+        frames = zip(l, batch.lidar2img.split(K), batch.hw.split(K), batch.extra["seen"])
+        parts = []
+        for frame, (xyz, lidar2img, hw, count) in enumerate(frames):
+            # (K, p) bool, (K, p, 2) px
+            seen, uv, _ = project_frame(xyz, lidar2img, hw, near=0.1, far=math.inf)
+            image = seen.byte().argmax(0)       # (p,) D7: one pair a point, as with one camera
+            uv = uv[image, torch.arange(len(image), device=l.device)]       # (p, 2)
+            shown = seen.any(0) if count else seen.new_zeros(len(image))
+            parts.append((shown, image + frame * K, uv))
+        shown, image, uv = [torch.cat(part) for part in zip(*parts)]
+        point = shown.nonzero()[:, 0]           # the only wait for the GPU here
+        return point, image[point], uv[point]
 
     def forward(self, batch):
         """-> L (), {term: ()}."""
@@ -643,22 +729,23 @@ class SimIPU(nn.Module):
 
         # 1 two views (B, n, 4) -> of each l (B, p, 3) m, f (B, p, C), id (B, p) row of alpha
         alpha, beta, T = self.views(batch)                              # Eq. 1
-        l_alpha, f_alpha, id_alpha = self.points(alpha, per_frame(batch, "first_alpha"))  # Eq. 2
-        with torch.no_grad():       # D2: keys get no gradient, as in the code; half the memory
-            l_beta, f_beta, row_beta = self.points(beta, per_frame(batch, "first_beta"))
-            id_beta = per_frame(batch, "order").gather(1, row_beta)
+        first = [per_frame(batch, "first_alpha"), per_frame(batch, "first_beta")]
+        (l_alpha, l_beta), (f_alpha, f_beta), (id_alpha, row_beta) = \
+            self.points([alpha, beta], first)                           # Eq. 2, D2
+        id_beta = per_frame(batch, "order").gather(1, row_beta)
 
-        # 2 intra-modal: pair the points of the views one to one, contrast the pairs
-        moved = transform_points(T, l_alpha)                # (B, p, 3) m
-        i, j = self.intra_pairs(moved, l_beta, id_alpha, id_beta, batch)    # (M,)  Eq. 3
+        # 2 intra-modal: pair the points one to one while the GPU computes C5, contrast the pairs
+        moved = transform_points(T, l_alpha)                            # (B, p, 3) m
+        pairing = self.start_pairing(moved, l_beta, id_alpha, id_beta)  # Eq. 3, in threads
+        point, image, uv = self.inter_pairs(l_alpha, batch)     # (M',), (M',), (M', 2)  Eq. 6
+        c5, size = self.image_features(batch.images, batch.hw)          # (B K, C, h, w)  Eq. 5
+        i, j = self.intra_pairs(pairing, batch)                         # (M,)  Eq. 3
         z_alpha = self.head_intra(f_alpha.flatten(0, 1).index_select(0, i))     # (M, 128)
         with torch.no_grad():
             z_beta = self.head_intra(f_beta.flatten(0, 1)[j])           # (M, 128)
         L_intra = mean_rows(info_nce(z_alpha, z_beta, cfg.tau))         # Eq. 4, as a mean  D2
 
         # 3 inter-modal: contrast a point with C5 where it lands; F_P gets no gradient here
-        c5, size = self.image_features(batch.images, batch.hw)          # (B K, C, h, w)  Eq. 5
-        point, image, uv = self.inter_pairs(l_alpha, batch)     # (M',), (M',), (M', 2)  Eq. 6
         f_image = sample_image(c5, image, uv, size)         # (M', C)  Eq. 6, D5
         z_point = self.head_point(f_alpha.detach().flatten(0, 1)[point])    # (M', 128)  D1
         z_image = self.head_image(f_image)                  # (M', 128)
@@ -700,10 +787,18 @@ def quantile(x, share):
 
 def log_multiplicity(ids):
     """Mean over rows of log(rows with the same id): the lower bound of InfoNCE if equal
-    ids have equal features. ids (M,), or (M, ...) where several numbers are one id -> ().
+    ids have equal features. ids (M,) from 0, or (M, ...) where several numbers are one id -> ().
     """
-    _, group, count = torch.unique(ids, dim=0, return_inverse=True, return_counts=True)
-    return count[group].float().log().sum() / max(len(ids), 1)
+    if not len(ids):
+        return torch.zeros((), device=ids.device)
+    ids = ids.view(len(ids), -1)
+    key = torch.zeros_like(ids[:, 0])
+    for column in ids.unbind(1):
+        key = key * (column.max() + 1) + column             # one number for each id
+    # counted in the sorted keys: unlike torch.unique it never waits for the GPU
+    ordered = key.sort().values
+    count = torch.searchsorted(ordered, key, right=True) - torch.searchsorted(ordered, key)
+    return count.float().log().sum() / len(ids)
 
 
 def effective_rank(weight):
@@ -734,7 +829,7 @@ def save_figure(model, batch, out):
     """figures/similarity.png: where in an image z_image is like z_point, for three points."""
     model.eval()
     alpha, _, _ = model.views(batch)
-    l, f, _ = model.points(alpha, per_frame(batch, "first_alpha"))
+    (l,), (f,), _ = model.points([alpha], [per_frame(batch, "first_alpha")])
     point, image, uv = model.in_images(l, batch)
     panels = []
     for camera in range(min(batch.cameras, 3)):             # of the first frame
@@ -807,7 +902,7 @@ def train(rank, world, cfg):
         return load_tool("profiling", "--profile").profile(
             cfg, net, loader, opts, device, rank, 1 / every,
             points=(model.points, "forward"), camera=(model.camera, "stages"),
-            matching=(model, "pair"))
+            matching=(model, "intra_pairs"))
 
     # resume
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch

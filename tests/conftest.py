@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scipy.spatial.transform import Rotation  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +33,32 @@ def run(script, out, *flags):
     command = [sys.executable, str(ROOT / script), "--out", str(out), "--preset", "small",
                "--batch", "1", "--width", "4", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+# ---- waits for a GPU -----------------------------------------------------------------
+
+WAITS = {"nonzero", "_local_scalar_dense", "_unique2", "unique_dim", "unique_consecutive",
+         "bincount", "multinomial", "masked_select", "equal"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class Waits(TorchDispatchMode):
+    """Lists the operators for which a CPU would wait for its GPU, on a CPU too.
+
+    names: theirs, in order. Copies such as tolist() are no operators here, so not among them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        indices = args[1] if name in INDEXING else ()
+        masks = [index for index in indices if index is not None and index.dtype == torch.bool]
+        if masks or name in WAITS or operator == torch.ops.aten.repeat_interleave.Tensor:
+            self.names.append(name)
+        return operator(*args, **(kwargs or {}))
 
 
 # ---- processes forked from a server that has imported everything --------------------

@@ -245,14 +245,14 @@ def simipu_figures(model, batch, out):
     from simipu import per_frame, transform_points
     model.eval()
     alpha, beta, T = model.views(batch)
-    l_alpha, _, id_alpha = model.points(alpha, per_frame(batch, "first_alpha"))
-    l_beta, _, row_beta = model.points(beta, per_frame(batch, "first_beta"))
+    first = [per_frame(batch, "first_alpha"), per_frame(batch, "first_beta")]
+    (l_alpha, l_beta), _, (id_alpha, row_beta) = model.points([alpha, beta], first)
     id_beta = per_frame(batch, "order").gather(1, row_beta)
-    j = model.pair(transform_points(T, l_alpha), l_beta, id_alpha, id_beta)
+    j = next(model.start_pairing(transform_points(T, l_alpha), l_beta, id_alpha, id_beta))
     model.train()
     points = l_alpha[0].cpu()                               # (p, 3) m
     beta_in_alpha = transform_points(torch.linalg.inv(T), l_beta)[0]
-    partners = beta_in_alpha[j[:len(points)]].cpu()         # (p, 3) m, where each was in view alpha
+    partners = beta_in_alpha.cpu()[j]                     # (p, 3) m, where each was in view alpha
     distance = (points - partners).norm(dim=1)
     colours = colormaps["turbo"]((distance / 2).clamp(max=1).numpy())
     cloud_panel = bird_eye(alpha[0].cpu(), "0.8", 0.3)

@@ -21,7 +21,7 @@ import finetune
 from cmcr import (
     CMCR, SMALL, Codebook, Config, Views, mask_cells, occupancy_queries, orthogonality, random_crop,
 )
-from conftest import on_two, run
+from conftest import Waits, on_two, run
 
 GRID = data.GRIDS["nuscenes", "small"]
 TINY = Config(preset="small", **{
@@ -334,6 +334,21 @@ def test_masks_are_exactly_half_of_the_cells_of_some_images():
     assert torch.equal(alone, masked[18:24])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("pairs", [0, 50])
+def test_select_gives_the_rows_on_either_side_of_the_masks(share, pairs):
+    torch.manual_seed(0)
+    masked = torch.rand(5, 2, 3) < share
+    masked[1] = False
+    cell = torch.randint(30, (pairs,))
+    visible, visible_pair, masked_pair, masked_image = cmcr.select(masked, cell)
+    hidden = [bool(masked[n // 6, n // 3 % 2, n % 3]) for n in range(30)]
+    assert visible.tolist() == [n for n in range(30) if not hidden[n]]
+    assert visible_pair.tolist() == [n for n, c in enumerate(cell.tolist()) if not hidden[c]]
+    assert masked_pair.tolist() == [n for n, c in enumerate(cell.tolist()) if hidden[c]]
+    assert masked_image.tolist() == [k for k in range(5) if masked[k].sum() > 0]
+
+
 def test_masked_pixels_reach_the_loss_but_not_the_network(batch, model):
     model.eval()
     masked = masked_of(batch)
@@ -391,6 +406,23 @@ def test_pairs_are_distinct_visible_and_of_one_frame(batch, model):
     assert len(everything.unique()) == visible_pairs.sum()
     with torch.no_grad():
         assert model.eval()(batch)[1]["distinct"] == 1
+
+
+def test_monitors_count_distinct_pairs_and_codes_in_use():
+    point = torch.tensor([3, 1, 3, 3, 1])
+    image = torch.tensor([0, 0, 1, 0, 2])                   # the fourth pair is the first again
+    terms = cmcr.pair_monitors(point, image)
+    assert terms["distinct"] == pytest.approx(4 / 5) and terms["chance"] == math.log(5)
+    assert cmcr.pair_monitors(point[:1], image[:1]) == dict(chance=0, distinct=1)
+    assert cmcr.pair_monitors(point[:0], image[:0]) == dict(chance=0, distinct=0)
+
+    terms = cmcr.code_monitors(torch.tensor([0, 0, 2, 2]), torch.tensor([0, 5, 5, 5]), 6)
+    entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    assert float(terms["perplexity_3D"]) == pytest.approx(2)
+    assert float(terms["perplexity_2D"]) == pytest.approx(math.exp(entropy))
+    assert terms["agreement"] == 0.25
+    none = torch.zeros(0, dtype=torch.int64)
+    assert cmcr.code_monitors(none, none, 6) == dict(perplexity_3D=1, perplexity_2D=1, agreement=0)
 
 
 @pytest.mark.parametrize("name, most", [("nuscenes", math.pi), ("kitti", math.pi / 4)])
@@ -662,6 +694,26 @@ def test_reconstruction_reaches_points_through_the_replacement_alone(batch, mode
         assert reached == expected, without
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_losses_wait_for_the_pairs_and_once_for_all_selections(world, model, monkeypatch, frames):
+    """Whatever the number of frames, and never in backward. The trunk has waits of its own.
+
+    The sizes of the selections are fetched by tolist(), which is no operator on a CPU.
+    """
+    loader = data.loader(str(world), "train", frames, preset="small", augment=VIEWS)
+    batch = next(loader.begin_at(0))
+    F_3D, Z_3D, G_3D = torch.randn(3, len(batch.points), TINY.dims, requires_grad=True)
+    monkeypatch.setattr(model, "points_3d", lambda batch: (F.normalize(F_3D, dim=1), Z_3D, G_3D))
+    fetches = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: fetches.append(x.shape) or tolist(x))
+    with Waits() as waits:
+        loss, _ = model(batch)
+        loss.backward()
+    assert waits.names == ["nonzero"]                       # of common.project
+    assert fetches == [batch.seeds.shape, (4,)]
+
+
 def test_a_frozen_teacher_stays_as_it_is(batch):
     torch.manual_seed(0)
     model = CMCR(TINY, GRID, frozen=True)
@@ -701,6 +753,9 @@ def test_frames_without_points_or_masks_are_fine(world):
                    for p in model.parameters() if p.requires_grad)
         if share == 0:
             assert terms["L_rec"] == 0 and terms["covered"] == 0
+        if share == 1:                                      # no point at all
+            assert terms["L_occ"] == terms["L_int"] == terms["edges"] == 0
+            assert terms["L_NCE"] == terms["distinct"] == terms["covered"] == 0
 
 
 @pytest.mark.slow

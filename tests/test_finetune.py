@@ -20,6 +20,7 @@ import clap
 import common
 import data
 import finetune
+from conftest import Waits
 from finetune import (
     SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets)
 
@@ -258,9 +259,12 @@ def test_losses_match_plain_loops(batch, model, monkeypatch):
     monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
     boxes = batch.boxes.clone()
     boxes[0, 7:] = torch.nan  # an unknown velocity is not asked for
+    boxes[1, :2] = torch.tensor([26.0, 26.0])  # off the map, where its Gaussian reaches in
+    boxes[2, :2] = torch.tensor([-90.0, 0.0])
     given = replace(batch, boxes=boxes)
     loss, terms = model(given)
     cell, code, within = encode(boxes, model.cells)
+    assert within[0] and not within[1] and not within[2]
     L_heat = L_box = 0.0
     for group, (heat, codes) in zip(model.groups, maps):
         rows = [m for m in range(len(boxes)) if within[m] and int(batch.labels[m]) in group]
@@ -288,6 +292,22 @@ def test_losses_match_plain_loops(batch, model, monkeypatch):
     assert focal(torch.tensor([60.0, -60.0]), torch.tensor([1.0, 0.0])).sum() == 0
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_losses_wait_for_nothing(world, model, monkeypatch, frames):
+    """For targets, groups and boxes, in forward and backward, the GPU is not waited for."""
+    batch = data.loader(world, "train", frames, preset="small", image=(48, 128)).first(1)[0]
+    maps = []
+    for group in model.groups:
+        heat = torch.randn(frames, len(group), 64, 64, requires_grad=True)
+        maps.append((heat, torch.randn(frames, 10, 64, 64, requires_grad=True)))
+    monkeypatch.setattr(model, "predict_maps", lambda batch: maps)
+    with Waits() as waits:
+        loss, _ = model(batch)
+        loss.backward()
+    assert waits.names == []
+    assert all(codes.grad.abs().sum() > 0 for _, codes in maps[:1])
+
+
 @pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
 def test_every_parameter_learns_and_a_frame_without_boxes_or_points_is_fine(batch, modality):
     model = random_detector(replace(TINY, modality=modality))
@@ -313,7 +333,7 @@ def test_every_parameter_learns_and_a_frame_without_boxes_or_points_is_fine(batc
             assert p.grad is not None and p.grad.isfinite().all()
         idle = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-7}
         assert x is no_boxes or not idle - last, idle
-    assert terms["boxes"] == 0
+    assert terms["boxes"] == terms["L_box"] == 0
     branches = {"lidar", "camera"} if modality == "fusion" else {modality}
     children = {name.split(".")[0] for name, _ in model.named_children()}
     assert children == {"fuse", "neck", "shared", "heads"} | branches
@@ -704,7 +724,8 @@ def test_train_is_these_steps(world, stored, tmp_path, monkeypatch, accumulate, 
     cfg = replace(
         TINY, data=str(world), out=str(tmp_path / "run"), gpus=0, seed=3,
         init=str(tmp_path), use=("lidar",), modality="lidar", fraction=0.5, draw="scenes",
-        epochs=1, steps=0, batch=1, accumulate=accumulate, lr=2e-3, lr_pretrained=5e-4, weight_decay=0.3, clip=0.5,
+        epochs=1, steps=0, batch=1, accumulate=accumulate, lr=2e-3, lr_pretrained=5e-4,
+        weight_decay=0.3, clip=0.5,
         rotation=0.3, scale=0.2)
     finetune.train(0, 1, cfg)
 

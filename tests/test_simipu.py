@@ -8,6 +8,9 @@ import copy
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,13 +21,14 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 import common
 import data
 import finetune
 import simipu
-from conftest import run
+from conftest import ROOT, run
 from simipu import (
     SMALL,
     Config,
@@ -211,6 +215,50 @@ def test_farthest_features_match_a_greedy_loop_in_joined_space(cloud):
     assert not torch.equal(farthest_features(larger, 50), farthest_features(both, 50))
 
 
+KERNEL = """
+import torch
+import simipu
+torch.manual_seed(0)
+for B, n, count in ((2, 32, 32), (2, 50, 20), (1, 5, 3)):
+    features = torch.randn(B, n, 9)
+    whole = torch.randint(0, 3, (B, n, 3)).float()          # many equal distances
+    for x in (features, whole, features * torch.nan):
+        # below 0, as rounding makes the smallest
+        distance = (x[:, :, None] - x[:, None]).square().sum(3) - 2
+        chosen = simipu.farthest_by_kernel(distance, count)
+        if x.isfinite().all():
+            assert torch.equal(chosen, simipu.farthest_by_rounds(distance, count)), (n, count)
+        assert chosen.amin() >= 0 and chosen.amax() < n     # or a GPU would read elsewhere
+assert simipu.kernel_works(torch.device("cpu"))
+"""
+
+
+def test_the_kernel_chooses_as_the_rounds_do():
+    """In Triton's own interpreter, which needs no GPU. On one: python -m pytest -m cuda."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, env=environment,
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize("case", ["fails", "errs", "is right"])
+def test_a_kernel_that_fails_or_errs_is_not_used(case, monkeypatch, capsys):
+    def kernel(distance, count):
+        if case == "fails":
+            raise RuntimeError("Failed to find C compiler")
+        chosen = simipu.farthest_by_rounds(distance, count).clone()
+        chosen[1, 19] += case == "errs"
+        return chosen
+
+    monkeypatch.setattr(simipu, "farthest_by_kernel", kernel)
+    works = simipu.kernel_works.__wrapped__(torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert works == (case == "is right") == (not printed)
+    if case == "fails":
+        assert "Failed to find C compiler" in printed
+
+
 def test_ball_query_takes_the_first_of_each_shell_in_order(cloud):
     sources = torch.tensor(np.stack([cloud[:300] / 4, cloud[100:] / 4 + 40]))
     sources[:, 7] = sources[:, 5]                           # the same place twice
@@ -244,7 +292,7 @@ def test_set_abstraction_is_the_maximum_over_true_neighbours(cloud):
     xyz = torch.tensor(cloud[None, :200] / 2)
     f = torch.randn(1, 200, 2)
     chosen = torch.arange(0, 200, 20)[None]
-    centres, out = stage(xyz, f, chosen)
+    centres, (out,) = stage(xyz, [f], chosen)
     assert torch.equal(centres[0], xyz[0, chosen[0]])
     for m, at in enumerate(chosen[0]):
         distance = (xyz[0] - xyz[0, at]).norm(dim=1)
@@ -262,15 +310,30 @@ def test_point_encoder_gives_a_sixteenth_and_ignores_translation(batch, model):
     model.eval()
     alpha = model.views(batch)[0]
     first = per_frame(batch, "first_alpha")
-    l, f, row = model.points(alpha, first)
+    (l,), (f,), (row,) = model.points([alpha], [first])
     assert l.shape == (2, 16, 3) and f.shape == (2, 16, 128) and (f >= 0).all()
     assert torch.equal(l, alpha[..., :3].gather(1, row[..., None].expand(-1, -1, 3)))
     # both blocks begin with the first point
     assert (row[:, 0] == first[:, 0]).all() and (row[:, 8] == first[:, 0]).all()
     shifted = alpha + torch.tensor([3., -2., 0.5, 0.])
-    _, f_shifted, row_shifted = model.points(shifted, first)
+    _, (f_shifted,), (row_shifted,) = model.points([shifted], [first])
     assert torch.equal(row_shifted, row)
     torch.testing.assert_close(f_shifted, f, atol=1e-3, rtol=1e-3)
+
+
+def test_two_views_at_once_are_each_view_alone(batch, model):
+    """The same points and features, the batch norms see view after view, only alpha learns."""
+    alpha, beta, _ = model.views(batch)
+    firsts = [per_frame(batch, "first_alpha"), per_frame(batch, "first_beta")]
+    together = copy.deepcopy(model).train().points
+    alone = copy.deepcopy(together)
+    l, f, row = together([alpha, beta], firsts)
+    for view, first, *expected in zip((alpha, beta), firsts, l, f, row):
+        for value, part in zip(expected, alone([view], [first])):
+            assert torch.equal(value, part[0])
+    for (name, value), other in zip(together.named_buffers(), alone.buffers()):
+        assert torch.equal(value, other), name
+    assert f[0].requires_grad and not f[1].requires_grad
 
 
 def test_last_points_are_half_chosen_by_features_and_half_by_distance(cloud, model):
@@ -285,15 +348,15 @@ def test_last_points_are_half_chosen_by_features_and_half_by_distance(cloud, mod
     for stage in (net.stage1, net.stage2):      # features that tell more apart than places do
         torch.nn.init.constant_(stage.aggregate[-2].weight, 300.0)
     with torch.no_grad():
-        l, f = net.stage1(points[..., :3], points[..., 3:], first)
+        l, (f,) = net.stage1(points[..., :3], [points[..., 3:]], first)
         by_features = greedy_loop(torch.cat([l, f], 2)[0], p)
         assert by_features != greedy_loop(l[0], p) and by_features != greedy_loop(f[0], p)
         fused = torch.tensor([by_features + list(range(p))])
-        l, f = net.stage2(l, f, fused)
+        l, (f,) = net.stage2(l, [f], fused)
         by_features = greedy_loop(torch.cat([l, f], 2)[0, :p], p // 2)
         assert by_features != greedy_loop(l[0, :p], p // 2)
         halves = by_features + list(range(p, p + p // 2))
-        l, f, row = net(points, first)
+        (l,), _, (row,) = net([points], [first])
     assert row[0].tolist() == first[0, fused[0, halves]].tolist()
     assert torch.equal(l[0], points[0, row[0], :3])
 
@@ -340,10 +403,12 @@ def test_greedy_takes_row_by_row_the_nearest_free_partner():
 def test_pairs_stay_in_their_frame_and_undoing_T_costs_the_same(batch, model):
     model.eval()
     alpha, beta, T = model.views(batch)
-    l_alpha, _, id_alpha = model.points(alpha, per_frame(batch, "first_alpha"))
-    l_beta, _, row_beta = model.points(beta, per_frame(batch, "first_beta"))
+    first = [per_frame(batch, "first_alpha"), per_frame(batch, "first_beta")]
+    (l_alpha, l_beta), _, (id_alpha, row_beta) = model.points([alpha, beta], first)
     id_beta = per_frame(batch, "order").gather(1, row_beta)
-    j = model.pair(transform_points(T, l_alpha), l_beta, id_alpha, id_beta)
+    pairing = model.start_pairing(transform_points(T, l_alpha), l_beta, id_alpha, id_beta)
+    i, j = model.intra_pairs(pairing, batch)
+    assert torch.equal(i, torch.arange(32))
     assert (j // 16 == torch.arange(32) // 16).all() and sorted(j.tolist()) == list(range(32))
     back = transform_points(torch.linalg.inv(T), l_beta)
     for b in range(2):
@@ -374,8 +439,8 @@ def test_real_kitti_clouds_are_matched_at_the_optimum(kitti_root):
         alpha = frame.points[None, :, :4]
         beta = torch.cat([alpha[..., :3] @ T[:3, :3].t() + T[:3, 3], alpha[..., 3:]], 2)
         with torch.no_grad():
-            l_alpha, _, id_alpha = points(alpha, frame.extra["first_alpha"][None])
-            l_beta, _, row_beta = points(beta[:, order], frame.extra["first_beta"][None])
+            first = [frame.extra["first_alpha"][None], frame.extra["first_beta"][None]]
+            (l_alpha, l_beta), _, (id_alpha, row_beta) = points([alpha, beta[:, order]], first)
         moved = (l_alpha[0] @ T[:3, :3].t() + T[:3, 3]).numpy()
         l_beta = l_beta[0].numpy()
         pairs = common.pair_points(moved, l_beta, id_alpha[0].numpy(), order[row_beta[0]].numpy())
@@ -457,7 +522,7 @@ def plain_c5(model, batch):
 
 def points_and_features(model, view, first):
     """F_P of Eq. 2 for one view (256, 4) -> l (16, 3), f (16, C)."""
-    l, f, _ = model.points(view[None], first[None])
+    (l,), (f,), _ = model.points([view[None]], [first[None]])
     return l[0], f[0]
 
 
@@ -640,6 +705,12 @@ def test_a_frame_that_shows_no_point_has_no_pair(world, model):
     assert not len(cKDTree(frames[1].points[:, :3]).query_pairs(2 * 9.6))
     loss, terms = model.train()(data.collate(frames, [0, 1]))
     assert loss.isfinite() and terms["chance_intra"] == pytest.approx(math.log(16))
+    both = data.collate(frames, [0, 1]).to("cpu")
+    assert isinstance(both.extra["seen"], list) and both.extra["seen"][1] == 0   # never on a GPU
+    stand_in = both.points.view(2, -1, 5)[1, :, :3]
+    assert data.visible_points(stand_in.numpy(), frames[1].lidar2img, [(9999, 9999)] * 6).any()
+    point, _, _ = model.in_images(both.points.view(2, -1, 5)[..., :3], both)
+    assert len(point) > 200 and (point < 256).all()
     nothing, terms = model(data.collate([frames[1]], [0]))
     assert nothing == 0 and not terms["matched_median"]
     for one in (loss, nothing):
@@ -655,6 +726,38 @@ def test_neither_loss_has_more_pairs_than_asked(batch):
     with torch.no_grad():
         terms = model(batch)[1]
     assert terms["chance_intra"] == terms["chance_inter"] == pytest.approx(math.log(10))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators for which the CPU would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        masks = [part for part in args[1] if getattr(part, "dtype", None) == torch.bool] \
+            if name in ("index", "index_put_") else []
+        if masks or name in WAITS or operator == torch.ops.aten.repeat_interleave.Tensor:
+            self.names.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+WAITS = {"nonzero", "_local_scalar_dense", "_unique2", "unique_dim", "unique_consecutive",
+         "bincount", "multinomial", "masked_select", "equal"}
+
+
+def test_forward_waits_twice_a_level_and_once_for_the_pixels(batch, world):
+    """However many frames there are; and once more, not seen here, to fetch what is paired."""
+    model = SimIPU(TINY)
+    frame = data.open_dataset(world, "small").load(0, (48, 128))
+    one = data.collate([VIEWS(frame, np.random.default_rng(0))], [0])
+    for frames in (batch, one):
+        with Waits() as waits:
+            model(frames)
+        expected = ["repeat_interleave", "nonzero"] * 3 + ["nonzero"]
+        assert waits.names == expected
 
 
 @pytest.mark.slow
