@@ -623,7 +623,7 @@ def strided_map(coords, shape, pad, size):
 def later_neighbours(coords, shape, size):
     """The site at each of the kernel offsets 14 to 26 of each site.
 
-    -> (13, V) int32 row of coords, V where there is no site.
+    -> 13 x (V,) int32 row of coords, V where there is no site.
     Keys carry one empty cell on every side, so neighbours never alias. There is one search for
     each row of three cells: the other two follow by stepping. [ours]
     """
@@ -635,16 +635,16 @@ def later_neighbours(coords, shape, size):
     starts = (X - 1, Y * X - X - 1, Y * X - 1, Y * X + X - 1)
     target = keys + constant(starts, device, keys.dtype)[:, None]  # (4, V)
     place = torch.searchsorted(keys, target, out_int32=True)
-    rows = []
+    found = []
     for _ in range(3):
         # table[place] takes a third longer
         hit = table.index_select(0, place.flatten()).view_as(place) == target
-        rows.append(torch.where(hit, place, n))
+        found.append(torch.where(hit, place, n))
         target = target + 1
         place = place + hit
     after = torch.arange(1, n + 1, device=device, dtype=torch.int32)
     after = torch.where(table[1:] == keys + 1, after, n)  # in order, x + 1 comes next
-    return torch.cat([after[None], torch.stack(rows, 1).flatten(0, 1)])
+    return [after, *(rows for trio in zip(*found) for rows in trio)]
 
 
 def fed_outputs(coords, shape, pad, size):
@@ -709,8 +709,8 @@ class KernelPairs(NamedTuple):
 
     @classmethod
     def submanifold(cls, later):
-        """later (13, V) of later_neighbours. The earlier 13 offsets have their pairs exchanged."""
-        n = later.shape[1]
+        """later: of later_neighbours. The earlier 13 offsets have their pairs exchanged."""
+        n = len(later[0])
         outs = [(rows < n).nonzero()[:, 0] for rows in later]
         ins = [rows.index_select(0, out).long() for rows, out in zip(later, outs)]
         middle = [torch.arange(n)]
@@ -792,7 +792,8 @@ class KernelTable(NamedTuple):
 
     @classmethod
     def submanifold(cls, later):
-        """later (13, V) of later_neighbours. The earlier 13 offsets are the way back."""
+        """later: of later_neighbours. The earlier 13 offsets are the way back."""
+        later = torch.stack(later)  # (13, V)
         n = later.shape[1]
         rows = torch.arange(n, device=later.device, dtype=torch.int32)[None]
         earlier = later.new_full((13, n + 1), n)

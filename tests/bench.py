@@ -183,7 +183,7 @@ def searched_map(coords, shape):
     coords (V, 4) -> ins (P,), outs (P,), counts
     """
     padded = [s + 2 for s in shape]
-    keys = common.ravel(coords + coords.new_tensor([0, 1, 1, 1]), padded)
+    keys = common.ravel(coords + coords.new_tensor([0, 1, 1, 1]), padded, 1)
     table, order = keys.sort()
     ins, outs = [], []
     for z, y, x in product((-1, 0, 1), repeat=3):
@@ -206,14 +206,19 @@ def candidate_map(coords, shape, pad):
         inside = (v % 2 == 0) & (v >= 0) & (v // 2 < coords.new_tensor(out_shape))
         rows = inside.all(1).nonzero()[:, 0]
         ins.append(rows)
-        keys.append(common.ravel(torch.cat([coords[rows, :1], v[rows] // 2], 1), out_shape))
+        keys.append(common.ravel(torch.cat([coords[rows, :1], v[rows] // 2], 1), out_shape, 1))
     unique, outs = torch.unique(torch.cat(keys), return_inverse=True)
     return common.unravel(unique, out_shape), torch.cat(ins), outs, [len(i) for i in ins]
 
 
-def counts_of(kmap):
-    """Pairs of each of the 27 offsets."""
-    return kmap.ends.diff(prepend=kmap.ends.new_zeros(1)).tolist()
+def pairs_of(kmap, n_in):
+    """The pairs of our kernel map of n_in inputs -> ins (P,), outs (P,), counts"""
+    if isinstance(kmap, common.KernelPairs):
+        counts = kmap.ends.diff(prepend=kmap.ends.new_zeros(1))
+        return kmap.ins, kmap.outs, counts.tolist()
+    found = kmap.ins.t() < n_in    # (27, V')
+    offset, outs = found.nonzero().t()
+    return kmap.ins[outs, offset].long(), outs, found.sum(1).tolist()
 
 
 def by_offset(ins, outs, counts):
@@ -239,7 +244,7 @@ def spconv_pairs(out, pairs, counts, shape):
     Of a submanifold map spconv lists only the first 13 offsets; the rest is implied.
     """
     valid = torch.arange(pairs.shape[2], device=pairs.device) < counts[:, None]
-    rank = common.ravel(out.long(), shape).argsort().argsort()
+    rank = common.ravel(out.long(), shape, 1).argsort().argsort()
     return by_offset(pairs[0][valid].long(), rank[pairs[1][valid].long()], counts.tolist())
 
 
@@ -256,7 +261,7 @@ def bench_maps(rounds, level, pad):
     shuffled = coords[mixed]
 
     def submanifold():
-        return common.submanifold_map(coords, shape)
+        return common.submanifold_map(coords, shape, 1)
 
     def searched():
         return searched_map(shuffled, shape)
@@ -268,7 +273,7 @@ def bench_maps(rounds, level, pad):
         return spconv_map(spconv, narrow, shape, 1, (1, 1, 1))
 
     kmap = submanifold()
-    pairs = by_offset(kmap.ins, kmap.outs, counts_of(kmap))
+    pairs = by_offset(*pairs_of(kmap, len(coords)))
     ins, outs, counts = searched()
     expected = by_offset(mixed[ins], mixed[outs], counts)
     assert torch.equal(pairs, expected), "submanifold maps differ"
@@ -286,7 +291,7 @@ def bench_maps(rounds, level, pad):
     row("", "spconv get_indice_pairs", peer and a / peer, "<=", 0.5, a, peer=peer)
 
     def strided():
-        return common.strided_map(coords, shape, pad)
+        return common.strided_map(coords, shape, pad, 1)
 
     def candidates():
         return candidate_map(coords, shape, pad)
@@ -295,7 +300,7 @@ def bench_maps(rounds, level, pad):
         return spconv_map(spconv, narrow, shape, 2, pad)
 
     out, kmap = strided()
-    pairs = by_offset(kmap.ins, kmap.outs, counts_of(kmap))
+    pairs = by_offset(*pairs_of(kmap, len(coords)))
     expected_out, ins, outs, counts = candidates()
     assert torch.equal(out, expected_out), "strided maps differ"
     assert torch.equal(pairs, by_offset(ins, outs, counts)), "strided maps differ"
@@ -339,16 +344,17 @@ def open3d_layer(level, x, weight):
 
 def bench_convolution(rounds, level, C, share):
     """Row 3. share: the least part of its time that the bare products take."""
-    kmap = common.submanifold_map(level.coords, level.cells.shape)
+    voxels = len(level.coords)
+    kmap = common.submanifold_map(level.coords, level.cells.shape, 1)
     torch_rng = seeded(C)
-    x, grad = move(torch.randn(2, kmap.n_in, C, generator=torch_rng))
+    x, grad = move(torch.randn(2, voxels, C, generator=torch_rng))
     weight = move(torch.randn(27, C, C, generator=torch_rng) / C ** 0.5)
     x.requires_grad_()
     weight.requires_grad_()
-    counts = counts_of(kmap)
+    ins, outs, counts = pairs_of(kmap, voxels)
     offset = torch.repeat_interleave(move(torch.tensor(counts)))
-    table = move(torch.full((27, len(kmap.first) - 1), -1))
-    table[offset, kmap.outs] = kmap.ins
+    table = move(torch.full((27, voxels), -1))
+    table[offset, outs] = ins
     chunk = 4096 if DEVICE.type == "cpu" else max(counts)    # what stays in a CPU's cache
     buffer = move(torch.empty(chunk, C))
     peer = open3d_layer(level, x, weight)
@@ -379,8 +385,7 @@ def bench_convolution(rounds, level, C, share):
         same(peer(), exact, 1e-4, "open3d's sparse convolution")
     with torch.no_grad():
         a, b, floor, of_peer = timed(rounds, ours, masked, products, peer)
-    pairs = len(kmap.ins) / kmap.n_in
-    row(f"3 sparse conv C={C}, {kmap.n_in} voxels, {pairs:.1f} of 27",
+    row(f"3 sparse conv C={C}, {voxels} voxels, {len(ins) / voxels:.1f} of 27",
         "mask and index an offset", a / b, "seen <=", 0.59, a, b)
     row("", "open3d SparseConv, with its search", of_peer and a / of_peer, ours=a, peer=of_peer)
     row("  share of the products' floor", "27 matmuls into a reused buffer",
@@ -448,7 +453,7 @@ def norm_relu(bn, x, more=0):
 
 def ordered_features(sites, last):
     """The features of spconv's sites in the order of ours. last: our level of stride 8."""
-    order = common.ravel(sites.indices.long(), last.cells.shape).argsort()
+    order = common.ravel(sites.indices.long(), last.cells.shape, 1).argsort()
     assert torch.equal(sites.indices[order].long(), last.coords), (
         "the sites of stride 8 differ from spconv's")
     return sites.features[order]
@@ -460,19 +465,19 @@ def bench_trunk(rounds, net, points, b):
     Batch norms are in eval mode. float32 on a GPU too, where training takes bfloat16.
     """
     spconv = installed("spconv.pytorch")
-    level = net.eval().voxelise(points, b)
+    level = net.eval().voxelise(points, b, 1)
     weights = [part.weight for part in net.modules() if isinstance(part, common.SparseConv)]
     same_voxels = mock.patch.object(net, "voxelise", lambda *_: level)
     in_float32 = mock.patch.object(common, "bf16_autocast", lambda _: contextlib.nullcontext())
     with same_voxels, in_float32:
-        last = net(points, b)[-1]
+        last = net(points, b, 1)[-1]
         grad = move(torch.randn(last.features.shape, generator=seeded(0)))
 
         def forward():
-            return net(points, b)
+            return net(points, b, 1)
 
         def backward():
-            return torch.autograd.grad(net(points, b)[-1].features, weights, grad)
+            return torch.autograd.grad(net(points, b, 1)[-1].features, weights, grad)
 
         def spconv_forward():
             return trunk(level)
@@ -516,20 +521,39 @@ def unique_voxels(net, points, b):
 
 def bench_voxels(rounds, net, points, b):
     """Rows 4 and 9."""
-    level = net.voxelise(points, b)
+    level = net.voxelise(points, b, 1)
     coords, mean = unique_voxels(net, points, b)
     assert torch.equal(level.coords, coords), "voxels differ"
     same(level.features, mean, 1e-5, "voxel means")
     compare(rounds, f"4 voxelise {len(points)} points to {len(coords)}",
             "torch.unique(dim=0) + index_add_", 0.1,
-            lambda: net.voxelise(points, b), lambda: unique_voxels(net, points, b))
+            lambda: net.voxelise(points, b, 1), lambda: unique_voxels(net, points, b))
     if common.torch_scatter is None:
         print("9 torch-scatter: skipped, it is not installed (or not for this torch); "
-              "segment_sum is index_add_")
+              "segment_sum is index_add_ and segment_mean segment_reduce")
         return
+    bench_segment_mean(rounds, points, len(coords))
     for C, order in ((5, "sorted"), (64, "random")):
         index = torch.randint(len(coords), (len(points),), generator=seeded(C))
         bench_segment_sum(rounds, index, len(coords), C, order)
+
+
+def bench_segment_mean(rounds, points, count):
+    """Row 9: the means of voxels, of points that are sorted by voxel."""
+    index = torch.randint(count, (len(points) - count,), generator=seeded(0))
+    index = move(torch.cat([torch.arange(count), index]).sort().values)    # none is empty
+    first = torch.searchsorted(index, move(torch.arange(count + 1)))
+
+    def ours():
+        return common.segment_mean(points, first)
+
+    def scattered():
+        total = common.segment_sum(points, index, count)
+        return total / first.diff()[:, None]
+
+    same(ours(), scattered(), 1e-5, "segment means")
+    compare(rounds, f"9 segment_mean (torch-scatter), C={points.shape[1]}", "segment_sum / counts",
+            1.03, ours, scattered, "seen <=")
 
 
 def bench_segment_sum(rounds, index, count, C, order):
@@ -1006,13 +1030,13 @@ def bench_scaling(rounds, net, levels, points, b, sweep, grid):
     mixed = move(torch.randperm(len(points), generator=seeded(0)))
 
     def voxelise(rows):
-        return net.voxelise(points[rows], b[rows])
+        return net.voxelise(points[rows], b[rows], 1)
 
     counts = sizes(len(points))
     parts = [mixed[:n].sort().values for n in counts]
     fit(rounds, "points: voxelise", counts, [partial(voxelise, rows) for rows in parts])
 
-    coords, _, cells = levels[1]
+    coords, _, cells, _ = levels[1]
     pad = net.pads[1]
     weight = move(torch.randn(27, 32, 32))
     from_middle = coords[:, 2:] - coords.new_tensor(cells.shape[1:]) / 2
@@ -1020,8 +1044,8 @@ def bench_scaling(rounds, net, levels, points, b, sweep, grid):
     x = move(torch.randn(len(coords), 32))
 
     def convolve(coords):
-        common.strided_map(coords, cells.shape, pad)
-        kmap = common.submanifold_map(coords, cells.shape)
+        common.strided_map(coords, cells.shape, pad, 1)
+        kmap = common.submanifold_map(coords, cells.shape, 1)
         return common.SparseConvolution.apply(x[:len(coords)], weight, kmap)
 
     counts = sizes(len(coords))
@@ -1043,11 +1067,11 @@ def bench_scaling(rounds, net, levels, points, b, sweep, grid):
     counts = sizes(len(far))
     fit(rounds, "rays: rendering step, fwd+bwd", counts, [partial(render, n) for n in counts])
 
-    def trunk(points, b):
-        return net.eval()(points, b)
+    def trunk(points, b, size):
+        return net.eval()(points, b, size)
 
     counts = sizes(10)
-    frames = [(sweep.repeat(n, 1), move(torch.arange(n).repeat_interleave(len(sweep))))
+    frames = [(sweep.repeat(n, 1), move(torch.arange(n).repeat_interleave(len(sweep))), n)
               for n in counts]
     with torch.no_grad():
         fit(rounds, f"frames of {len(sweep)} points: VoxelResNet forward", counts,
@@ -1112,11 +1136,11 @@ def print_machine(rounds):
 
 def first_levels(net, points, b):
     """The voxels of the first three resolutions, without features in the second and third."""
-    levels = [net.voxelise(points, b)]
+    levels = [net.voxelise(points, b, 1)]
     for pad, cells in zip(net.pads[:2], net.cells[1:]):
         last = levels[-1]
-        coords = common.strided_map(last.coords, last.cells.shape, pad)[0]
-        levels.append(common.Level(coords, None, cells))
+        coords = common.strided_map(last.coords, last.cells.shape, pad, 1)[0]
+        levels.append(common.Level(coords, None, cells, 1))
     return levels
 
 

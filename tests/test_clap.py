@@ -922,7 +922,7 @@ def test_forward_masks_draws_by_curvature_and_pairs_visible_cells(batch, model, 
     zyx = zyx.clamp_min(0).minimum(torch.tensor(lidar.cells.shape) - 1)
     occupied = torch.cat([batch.b_points[visible, None], zyx], 1).unique(dim=0)
     shared = tuple(occupied[seen[tuple(occupied.t())]].t())
-    volumes = torch.cat([lidar.dense(2), image], 1).permute(0, 2, 3, 4, 1)
+    volumes = torch.cat([lidar.dense(), image], 1).permute(0, 2, 3, 4, 1)
     expected = volumes[shared]
     given = torch.cat(losses[0][0], 1)
     assert len(given) == len(expected) > 30

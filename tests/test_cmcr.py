@@ -188,7 +188,7 @@ def test_every_loss_matches_plain_loops(batch, model):
 
     # 1 features: points from the trunk, cells from images whose masked cells are black
     masked = masked_of(batch)
-    levels = model.lidar(batch.points, batch.b_points)
+    levels = model.lidar(batch.points, batch.b_points, batch.size)
     f = model.lidar.point_features(levels, batch.points, batch.b_points)
     F_3D = F.normalize(model.shared_3d(f), dim=1)
     G_3D = model.specific_3d(f)
@@ -370,7 +370,7 @@ def test_masked_pixels_reach_the_loss_but_not_the_network(batch, model):
 # ---- points and pairs ----------------------------------------------------------------
 
 def test_point_features_are_those_of_the_nearest_site_of_each_level(batch, model):
-    levels = model.lidar(batch.points, batch.b_points)
+    levels = model.lidar(batch.points, batch.b_points, batch.size)
     features = model.lidar.point_features(levels, batch.points, batch.b_points)
     assert features.shape == (len(batch.points), 15 * 4)
     low = torch.tensor(GRID.low)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clap
 import common
@@ -178,20 +179,20 @@ def test_a_linear_field_survives_the_trunk():
     finest = net.cells[0]
     zyx = torch.cartesian_prod(*map(torch.arange, finest.shape))
     every = torch.cat([torch.zeros(len(zyx), 1, dtype=torch.int64), zyx], 1)
-    level = common.Level(every, linear_field(finest.centres("cpu"))[:, None], finest)
+    level = common.Level(every, linear_field(finest.centres("cpu"))[:, None], finest, 1)
     for pad, below in zip(net.pads, net.cells[1:]):
-        coords, kmap = common.strided_map(level.coords, level.cells.shape, pad)
+        coords, kmap = common.strided_map(level.coords, level.cells.shape, pad, 1)
         kernel = torch.full((27, 1, 1), 1 / 27)
         mean = common.SparseConvolution.apply(level.features, kernel, kmap)
         full = torch.bincount(kmap.outs, minlength=len(coords)) == 27
-        level = common.Level(coords, coords.new_zeros(len(coords), 1).float(), below)
+        level = common.Level(coords, coords.new_zeros(len(coords), 1).float(), below, 1)
         expected = linear_field(level.centre())
         torch.testing.assert_close(mean[full, 0], expected[full], atol=1e-4, rtol=1e-4)
         assert full.float().mean() > 0.4
         level = level._replace(features=expected[:, None])
     assert level.cells == net.cells[-1]
     field = linear_field(net.cells[-1].centres("cpu"))
-    torch.testing.assert_close(level.dense(1).flatten(), field)
+    torch.testing.assert_close(level.dense().flatten(), field)
 
 
 def test_the_coordinates_of_an_image_survive_the_lift():
@@ -385,23 +386,64 @@ def ravelled(coords, shape):
     return torch.as_tensor(np.ravel_multi_index(tuple(coords.t().numpy()), (100, *shape)))
 
 
-@pytest.mark.parametrize("kind", ["submanifold", "strided", "strided, no padding in z"])
-def test_sparse_convolution_matches_conv3d_on_occupied_sites(kind):
+class OnCuda(torch.Tensor):
+    """A tensor that says it lies on a GPU, for what asks it."""
+    is_cuda = True
+
+
+def kernel_map(coords, shape, size, pad=None, on_gpu=False):
+    """The map of a device, strided where there is a pad -> coordinates of the outputs, map."""
+    if on_gpu:
+        coords = coords.as_subclass(OnCuda)
+    if pad is None:
+        kmap = common.submanifold_map(coords, shape, size)
+    else:
+        coords, kmap = common.strided_map(coords, shape, pad, size)
+    assert isinstance(kmap, common.KernelTable if on_gpu else common.KernelPairs)
+    fields = [field.as_subclass(torch.Tensor) if isinstance(field, torch.Tensor) else field
+              for field in kmap]
+    return coords.as_subclass(torch.Tensor), type(kmap)(*fields)
+
+
+def joined(kmap, n_in):
+    """A kernel map's pairs, as the set of (offset, output, input)."""
+    if isinstance(kmap, common.KernelPairs):
+        counts = kmap.ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+        offset = torch.repeat_interleave(torch.arange(27), counts)
+        pairs = list(zip(offset.tolist(), kmap.outs.tolist(), kmap.ins.tolist()))
+    else:
+        pairs = [(offset, output, kmap.ins[output, offset].item())
+                 for output, offset in (kmap.ins < n_in).nonzero().tolist()]
+    assert len(set(pairs)) == len(pairs)
+    return set(pairs)
+
+
+PADS = {"submanifold": None, "strided": (1, 1, 1), "strided, no padding in z": (0, 1, 1)}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("share", [0.3, 0.02])
+@pytest.mark.parametrize("kind", PADS)
+def test_sparse_convolution_matches_conv3d_on_occupied_sites(kind, share, on_gpu, monkeypatch):
+    """Dense sites, and a few, where most offsets have no pair.
+
+    A GPU's map is multiplied 11 rows at a time here.
+    """
+    chunks = [slice(start, start + 11) for start in range(0, 800, 11)]
+    monkeypatch.setattr(common, "chunks", lambda n, width: chunks[:-(-n // 11)])
     torch.manual_seed(0)
     shape = (5, 7, 6)
     frames = 4
-    coords = sites()
+    coords = sites(share=share)
+    pad = PADS[kind]
     x = torch.randn(len(coords), 3, requires_grad=True)
     weight = torch.randn(27, 3, 5, requires_grad=True)
     kernel = weight.double().view(3, 3, 3, 3, 5).permute(4, 3, 0, 1, 2)
     volume = dense(coords, x.double(), frames, shape)
-    if kind == "submanifold":
-        out = coords
-        kmap = common.submanifold_map(coords, shape)
+    out, kmap = kernel_map(coords, shape, frames, pad, on_gpu)
+    if pad is None:
         expected = F.conv3d(volume, kernel, padding=1)
     else:
-        pad = (1, 1, 1) if kind == "strided" else (0, 1, 1)
-        out, kmap = common.strided_map(coords, shape, pad)
         expected = F.conv3d(volume, kernel, stride=2, padding=pad)
         assert (ravelled(out, expected.shape[2:]).diff() > 0).all()  # sorted
         everywhere = torch.zeros(frames, *expected.shape[2:], dtype=torch.bool)
@@ -417,63 +459,117 @@ def test_sparse_convolution_matches_conv3d_on_occupied_sites(kind):
     expected_gradients = torch.autograd.grad((expected * pull).sum(), (x, weight))
     for a, b in zip(gradients, expected_gradients):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    # of the weight alone, as in the first layer
+    again = common.SparseConvolution.apply(x.detach(), weight, kmap)
+    assert torch.equal(torch.autograd.grad((again * pull).sum(), weight)[0], gradients[1])
     # as on CUDA
     rough = common.SparseConvolution.apply(x.bfloat16(), weight.bfloat16(), kmap)
     torch.testing.assert_close(rough.double(), expected, atol=0.15, rtol=0.05)
+    rough_gradients = torch.autograd.grad((rough * pull).sum(), (x, weight))
+    for a, b in zip(rough_gradients, expected_gradients):
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
+def test_chunks_cover_every_row_and_are_bounded():
+    for n, width in ((0, 27), (10, 2**25), (9, 2**25), (5, 2**27)):
+        parts = [range(n)[part] for part in common.chunks(n, width)]
+        assert [row for part in parts for row in part] == list(range(n))
+        assert all(0 < len(part) * width <= 2**27 for part in parts)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("shape, moved", [((4, 5, 6), (0, 0, 0, 0)),
                                           ((4, 1505, 1504), (239, 0, 1500, 1498))])
-def test_kernel_maps_match_a_dictionary(shape, moved):
+def test_kernel_maps_match_a_dictionary(shape, moved, on_gpu):
     """In one small volume, and in the last corner of the last of many large ones.
 
     The keys of the latter do not fit 32 bits.
     """
     near = sites(1, (4, 5, 6), share=0.4)
     coords = near + torch.tensor(moved)
-    keys = common.ravel(coords, shape)
+    size = moved[0] + 4
+    keys = common.ravel(coords, shape, size)
     assert keys.dtype == (torch.int64 if any(moved) else torch.int32)
     assert torch.equal(common.unravel(keys, shape), coords)
     # moved by an even number of cells: the same strided map, moved by half
     half = torch.tensor([moved[0], *(m // 2 for m in moved[1:])])
     for pad in ((1, 1, 1), (0, 1, 1)):
-        out, kmap = common.strided_map(coords, shape, pad)
-        near_out, near_map = common.strided_map(near, (4, 5, 6), pad)
+        out, kmap = kernel_map(coords, shape, size, pad, on_gpu)
+        near_out, near_map = kernel_map(near, (4, 5, 6), 4, pad, on_gpu)
         assert torch.equal(out - near_out, half.expand_as(out))
-        for name in ("ins", "outs", "ends", "order", "first"):
-            assert torch.equal(getattr(kmap, name), getattr(near_map, name))
-    row = {tuple(c): i for i, c in enumerate(coords.tolist())}
+        for field, near_field in zip(kmap, near_map):
+            assert torch.equal(torch.as_tensor(field), torch.as_tensor(near_field))
+        reads = set()
+        row = {tuple(c): i for i, c in enumerate(coords.tolist())}
+        for o, (b, *zyx) in enumerate(out.tolist()):
+            for k in range(27):
+                t = k // 9, k // 3 % 3, k % 3
+                cell = b, *(2 * v - p + at for v, p, at in zip(zyx, pad, t))
+                if cell in row:
+                    reads.add((k, o, row[cell]))
+        assert joined(kmap, len(coords)) == reads
     expected = set()
     for (b, z, y, x), o in row.items():
         for k in range(27):
             neighbour = b, z + k // 9 - 1, y + k // 3 % 3 - 1, x + k % 3 - 1
             if neighbour in row:
                 expected.add((k, o, row[neighbour]))
-    kmap = common.submanifold_map(coords, shape)
-    counts = kmap.ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
-    offset = torch.repeat_interleave(torch.arange(27), counts)
-    assert set(zip(offset.tolist(), kmap.outs.tolist(), kmap.ins.tolist())) == expected
-    assert len(offset) == len(expected)
+    _, kmap = kernel_map(coords, shape, size, None, on_gpu)
+    assert joined(kmap, len(coords)) == expected
+    if on_gpu:
+        return
     for o in range(len(coords)):  # the same pairs again, by output
         pairs = kmap.order[kmap.first[o]:kmap.first[o + 1]]
         assert (kmap.outs[pairs] == o).all() and len(pairs) == (kmap.outs == o).sum()
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
 
-    on_cuda = common.by_output(kmap.outs.as_subclass(OnCuda), kmap.ends, len(coords))
-    for tensor, on_cpu in zip(on_cuda, (kmap.order, kmap.first), strict=True):
-        assert torch.equal(tensor.as_subclass(torch.Tensor), on_cpu)
-
-
-def test_kernel_maps_of_no_sites_are_empty():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_kernel_maps_of_no_sites_are_empty(on_gpu):
     none = torch.zeros(0, 4, dtype=torch.int64)
-    kmap = common.submanifold_map(none, (4, 4, 4))
-    out, strided = common.strided_map(none, (4, 4, 4), (1, 1, 1))
-    assert len(kmap.first) - 1 == len(out) == len(strided.first) - 1 == 0
     w = torch.randn(27, 3, 4, requires_grad=True)
-    common.SparseConvolution.apply(torch.zeros(0, 3), w, strided).sum().backward()
-    assert (w.grad == 0).all()
+    for pad in (None, (1, 1, 1)):
+        x = torch.zeros(0, 3, requires_grad=True)
+        out, kmap = kernel_map(none, (4, 4, 4), 2, pad, on_gpu)
+        ours = common.SparseConvolution.apply(x, w, kmap)
+        assert out.shape == (0, 4) and ours.shape == (0, 4)
+        grad_x, grad_w = torch.autograd.grad(ours.sum(), (x, w))
+        assert grad_x.shape == (0, 3) and (grad_w == 0).all()
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operators after which the CPU would wait for a GPU."""
+    WAITS = ("nonzero", "item", "_local_scalar_dense", "bincount", "_unique2", "unique_dim",
+             "unique_consecutive", "masked_select", "repeat_interleave", "multinomial", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in args[1:2] if not isinstance(i, torch.Tensor) for i in i or ())
+        if name in self.WAITS or by_mask:
+            self.waits.append(name)
+        return func(*args, **kwargs or {})
+
+
+def test_the_trunk_waits_for_a_gpu_seven_times():
+    """For the number of voxels, and twice for each reduction. Never in backward."""
+    net = common.VoxelResNet(**GRID, width=2)
+    points, b = cloud()
+    with CountWaits() as forward:
+        last = net(points.as_subclass(OnCuda), b.as_subclass(OnCuda), 3)[-1]
+    assert forward.waits == 7 * ["nonzero"]
+    loss = last.features.as_subclass(torch.Tensor).square().sum()
+    with CountWaits() as backward:
+        loss.backward()
+    assert not backward.waits
+    assert all(p.grad is not None for p in net.parameters())
+    # and it is the trunk of a CPU
+    torch.testing.assert_close(last.features.as_subclass(torch.Tensor),
+                               net(points, b, 3)[-1].features, atol=1e-4, rtol=1e-4)
 
 
 def test_segment_sum_is_the_same_with_and_without_torch_scatter(monkeypatch):
@@ -489,6 +585,24 @@ def test_segment_sum_is_the_same_with_and_without_torch_scatter(monkeypatch):
     torch.testing.assert_close(grad, torch.autograd.grad(plain.square().sum(), values)[0])
     expected = torch.stack([values[index == i].sum(0) for i in range(9)])
     torch.testing.assert_close(plain, expected)
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_segment_mean_is_that_of_each_segment(scatter, monkeypatch):
+    """With torch-scatter and without. Rows after the last segment do not count."""
+    if scatter:
+        pytest.importorskip("torch_scatter")
+        assert common.torch_scatter is not None
+        monkeypatch.setattr(torch, "segment_reduce", None)
+    else:
+        monkeypatch.setattr(common, "torch_scatter", None)
+    values = torch.randn(50, 3)
+    first = torch.tensor([0, 1, 4, 20, 47])
+    ours = common.segment_mean(values, first)
+    expected = [values[a:b].double().mean(0) for a, b in zip(first, first[1:])]
+    torch.testing.assert_close(ours, torch.stack(expected).float())
+    assert common.segment_mean(values, first[:1]).shape == (0, 3)
+    assert common.segment_mean(values[:0], first[:1]).shape == (0, 3)
 
 
 # ---- §8 the trunk --------------------------------------------------------------------
@@ -507,7 +621,7 @@ def test_voxels_hold_the_mean_of_their_points():
     points[1500:, :3] = points[:1500, :3].clone()  # two in a voxel, which differ in the rest
     b[1500:] = b[:1500].clone()
     points[:5, 0] = 99.0                           # outside
-    level = net.voxelise(points, b)
+    level = net.voxelise(points, b, 3)
     low = np.array(GRID["low"])
     expected = {}
     for p, frame in zip(points[5:].double().numpy(), b[5:].tolist()):
@@ -531,13 +645,14 @@ def test_the_encoder_ignores_point_order_empty_frames_and_shifts_by_whole_cells(
     torch.manual_seed(0)
     net = common.VoxelResNet(**GRID, width=2).eval()
     points, b = cloud()
-    a = net(points, b)[-1]
+    a = net(points, b, 3)[-1]
     shuffled = torch.randperm(len(points), generator=torch.Generator().manual_seed(1))
-    other = net(points[shuffled], b[shuffled])[-1]
+    other = net(points[shuffled], b[shuffled], 3)[-1]
     torch.testing.assert_close(a.features, other.features, atol=1e-5, rtol=1e-4)
     assert torch.equal(a.coords, other.coords)
     # an empty last frame
-    assert torch.equal(a.dense(4)[:3], a.dense(3)) and (a.dense(4)[3] == 0).all()
+    more = net(points, b, 4)[-1].dense()
+    assert torch.equal(more[:3], a.dense()) and (more[3] == 0).all()
 
     small = points[:, :3].abs().amax(1) < 1.2
     points = points[small]
@@ -546,13 +661,13 @@ def test_the_encoder_ignores_point_order_empty_frames_and_shifts_by_whole_cells(
     moved[:, 0] += 0.8  # a whole cell of the last level
     original = net.voxelise
 
-    def without_xyz(points, b):
-        level = original(points, b)
+    def without_xyz(points, b, size):
+        level = original(points, b, size)
         return level._replace(features=level.features * torch.tensor([0, 0, 0, 1, 1]))
 
     net.voxelise = without_xyz
-    first = net(points, b)[-1]
-    second = net(moved, b)[-1]
+    first = net(points, b, 3)[-1]
+    second = net(moved, b, 3)[-1]
     assert torch.equal(first.coords + torch.tensor([0, 0, 0, 1]), second.coords)
     assert len(first.coords) > 5
     torch.testing.assert_close(first.features, second.features, atol=1e-5, rtol=1e-4)
@@ -567,7 +682,7 @@ def test_kernel_maps_are_built_once_a_level(monkeypatch):
 
     for name in ("submanifold_map", "strided_map"):
         monkeypatch.setattr(common, name, partial(counted, name, getattr(common, name)))
-    common.VoxelResNet(**GRID, width=2)(*cloud())
+    common.VoxelResNet(**GRID, width=2)(*cloud(), 3)
     assert calls.count("submanifold_map") == 4 and calls.count("strided_map") == 3
 
 
@@ -744,7 +859,7 @@ def test_the_encoder_matches_the_dense_network_on_occupied_sites():
     torch.manual_seed(0)
     net = trained(common.VoxelResNet(**GRID, width=2))
     points, b = cloud(3000, 2)
-    level = net.voxelise(points, b)
+    level = net.voxelise(points, b, 2)
     x = dense(level.coords, level.features, 2, level.cells.shape)
     occupied = dense(level.coords, torch.ones(len(level.coords), 1), 2, level.cells.shape)
     x = layer(x, net.conv_input.conv, net.conv_input.bn, occupied, padding=1).relu()
@@ -759,9 +874,9 @@ def test_the_encoder_matches_the_dense_network_on_occupied_sites():
         for block in blocks:
             x = residual(x, block, occupied)
         expected.append((x, occupied))
-    for level, (x, occupied) in zip(net(points, b), expected, strict=True):
+    for level, (x, occupied) in zip(net(points, b, 2), expected, strict=True):
         assert torch.equal(level.coords, occupied[:, 0].nonzero()) and level.features.std() > 0.02
-        torch.testing.assert_close(level.dense(2), x, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(level.dense(), x, atol=1e-5, rtol=1e-4)
 
 
 def test_the_lift_matches_a_sum_written_out_camera_by_camera(monkeypatch):
@@ -1800,7 +1915,7 @@ def test_coordinates_are_not_rounded_to_bfloat16(monkeypatch):
     for conv in (net.conv_input.conv, net.conv1[0].conv1):
         conv.register_forward_hook(lambda module, words, out: kinds.append(out.dtype))
     monkeypatch.setattr(common, "bf16_autocast", bf16_on_cpu)
-    net(*cloud())
+    net(*cloud(), 3)
     assert kinds == [torch.float32, torch.bfloat16]
 
 
@@ -1810,9 +1925,9 @@ def test_an_encoder_in_bfloat16_stays_near_float32(monkeypatch):
     size = torch.tensor([16., 16., 1., 1., 0.])
     points = torch.rand(4000, 5) * size - torch.tensor([8., 8., 1., 0., 0.])
     b = torch.zeros(4000, dtype=torch.int64)
-    exact = net(points, b)
+    exact = net(points, b, 1)
     monkeypatch.setattr(common, "bf16_autocast", bf16_on_cpu)
-    rough = net(points, b)
+    rough = net(points, b, 1)
     for x, y in zip(exact, rough, strict=True):
         assert y.features.dtype == torch.float32 and torch.equal(x.coords, y.coords)
         assert (x.features - y.features).norm() < 0.05 * x.features.norm()

@@ -219,7 +219,7 @@ def test_spconv_gives_our_features(lidar, tmp_path):
         if isinstance(module, spconv.SubMConv3d) and module.bias is not None:
             assert not module.bias.any()
             module.bias = None  # spconv's CPU path takes none
-    level = model.voxelise(points, b)
+    level = model.voxelise(points, b, 2)
     # OpenPCDet's sparse_shape: the grid's and one more in z
     assert level.cells.shape == (33, 512, 512)
     x = spconv.SparseConvTensor(level.features, level.coords.int(), level.cells.shape, 2)
@@ -228,10 +228,10 @@ def test_spconv_gives_our_features(lidar, tmp_path):
         levels = backbone(x)
     finally:
         torch.set_num_threads(threads)
-    for n, (ours, x) in enumerate(zip(model(points, b), levels, strict=True)):
+    for n, (ours, x) in enumerate(zip(model(points, b, 2), levels, strict=True)):
         assert list(x.spatial_shape) == list(ours.cells.shape)
         assert ours.features.std() > 0.1
-        order = common.ravel(x.indices.long(), ours.cells.shape).argsort()
+        order = common.ravel(x.indices.long(), ours.cells.shape, 2).argsort()
         assert torch.equal(x.indices[order].long(), ours.coords)
         gap = (x.features[order] - ours.features).abs().max()
         print(f"x_conv{n + 1}: {len(order)} sites, largest difference {gap:.1e}, "

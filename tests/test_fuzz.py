@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as arrays
 import common
 import data
 import finetune
+from test_common import kernel_map
 from test_data import clone, put
 
 GRID = data.GRIDS["nuscenes", "small"]
@@ -126,8 +127,8 @@ occupied_sites = arrays.arrays(bool, st.tuples(*[st.integers(1, n) for n in (3, 
 
 
 @QUICK
-@given(occupied_sites, st.booleans(), st.integers(0, 9))
-def test_sparse_convolutions_match_dense_ones(occupied, strided, seed):
+@given(occupied_sites, st.booleans(), st.booleans(), st.integers(0, 9))
+def test_sparse_convolutions_match_dense_ones(occupied, strided, on_gpu, seed):
     """Nothing at all, one voxel, borders, empty frames in the batch, full volumes."""
     generator = torch.Generator().manual_seed(seed)
     coords = torch.as_tensor(occupied).nonzero()
@@ -136,10 +137,7 @@ def test_sparse_convolutions_match_dense_ones(occupied, strided, seed):
     weight = torch.randn(27, 2, 3, generator=generator)
     volume = torch.zeros(frames, *shape, 2).index_put(tuple(coords.t()), x).permute(0, 4, 1, 2, 3)
     kernel = weight.view(3, 3, 3, 2, 3).permute(4, 3, 0, 1, 2)
-    if strided:
-        out, kmap = common.strided_map(coords, shape, (1, 1, 1))
-    else:
-        out, kmap = coords, common.submanifold_map(coords, shape)
+    out, kmap = kernel_map(coords, shape, frames, (1, 1, 1) if strided else None, on_gpu)
     dense = F.conv3d(volume, kernel, padding=1, stride=2 if strided else 1)
     dense = dense.permute(0, 2, 3, 4, 1)
     sparse = common.SparseConvolution.apply(x, weight, kmap)
@@ -160,7 +158,7 @@ def test_voxels_are_the_means_of_their_points(xyz, frames):
     net = common.VoxelResNet(GRID.low, GRID.high, GRID.voxel, 2)
     b = torch.arange(len(xyz)) % frames
     points = torch.cat([torch.as_tensor(xyz), torch.rand(len(xyz), 2)], 1)
-    level = net.voxelise(points, b)
+    level = net.voxelise(points, b, frames)
     low = np.array(GRID.low, np.float32)
     high = np.array(GRID.high, np.float32)
     step = np.array(GRID.voxel, np.float32)
