@@ -16,7 +16,6 @@ was measured on a CPU, on these very models and frames:
             nearer to the CPU's than none at all; the parts are held to less.
 """
 import copy
-import json
 import math
 import multiprocessing
 import os
@@ -69,7 +68,7 @@ class Tolerance(NamedTuple):
 
 
 FLOAT32 = Tolerance(1e-4, 1e-4, 5e-2, 1.5e-1)
-BFLOAT16 = Tolerance(3e-2, 5e-2, 0.9, math.inf)
+BFLOAT16 = Tolerance(3e-2, 5e-2, 1.0, math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +336,8 @@ def test_the_same_features_are_chosen_as_on_the_cpu():
 
     Of features that are not finite it chooses some rows, which exist.
     """
-    assert simipu.triton is None or simipu.kernel_works(GPU)
+    if simipu.triton:
+        assert simipu.kernel_works(GPU)
     for n, count in ((64, 16), (4096, 1024), (1024, 512)):
         x = whole_numbers(2, n, 8)
         chosen = simipu.farthest_features(x.to(GPU), count).cpu()
@@ -446,8 +446,7 @@ def profiled(script, root, out, *flags):
     return run.stdout
 
 
-# waits of the CPU for the GPU in a step of one process, at most
-WAITS = {"clap": 60, "cmcr": 50, "simipu": 40, "finetune": 50}
+WAITS = 30    # of the CPU for the GPU in a step, at most; 8 to 13 in the simulation
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -461,4 +460,4 @@ def test_ten_steps_at_paper_size(script, world, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{torch.cuda.get_device_name()}, {script}:\n{output}")
     waits = int(re.search(r"(\d+) waits of the CPU", output)[1])
-    assert "frames/s" in output and waits <= WAITS[script]
+    assert "frames/s" in output and waits <= WAITS
