@@ -644,7 +644,7 @@ def later_neighbours(coords, shape, size):
         row = row + hit
     following = torch.arange(1, n + 1, device=device, dtype=torch.int32)
     after = table[1:] == keys + 1, following  # x + 1 comes next in order
-    return [after, *(found for trio in zip(*steps) for found in trio)]
+    return [after, *(pair for trio in zip(*steps) for pair in trio)]
 
 
 def fed_outputs(coords, shape, pad, size):
