@@ -1677,6 +1677,8 @@ def init_process(cfg, world):
         # projection and field need all bits of float32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        # weight gradients of the sparse convolutions are sums over up to 300,000 rows
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # the fastest convolution for each size of pictures, which a run has few of
         torch.backends.cudnn.benchmark = True
     else:
