@@ -2571,7 +2571,8 @@ class Run:
     interrupted, leave: the first SIGTERM, SIGHUP or Ctrl-C asks for a stop after the step, or
     while the next batch is waited for. Another one more than two seconds later stops at once.
     An earlier one is ignored, since a launcher may pass on what the terminal has sent too.
-    The next batches are fetched in log: a run without data stops where it can be saved.
+    The next batches are fetched in log or in interrupted: a run without data stops where it can
+    be saved.
     """
 
     def __init__(self, cfg, rank, world, first, steps, device, about):
@@ -2626,6 +2627,7 @@ class Run:
         asked since then counts at the next one.
         """
         if processes() == 1:
+            self.fetch()
             self.stopping = self.asked > 0
             self.starved = self.failure is not None
         return self.stopping or self.starved
@@ -2658,7 +2660,7 @@ class Run:
         if self.stopping or self.starved:
             self.leave(first - 1)
         for step in range(first, self.steps):
-            self.fetch()  # log has done so, if it was called
+            self.fetch()  # log or interrupted has done so, if it was called
             if self.next is None:
                 raise self.failure or KeyboardInterrupt
             batches, self.next = self.next, None
@@ -2669,9 +2671,10 @@ class Run:
 
         terms: a dict for each batch. Called before the update: if a term is not finite,
         FloatingPointError names it and the frames, and no process makes the update. One
-        collective, and one wait for the GPU, which works while the next batches are fetched.
+        collective, and one wait for the GPU.
         """
-        self.fetch()
+        if processes() > 1:
+            self.fetch()  # so that all learn here whether one has no data
         more |= dict(stopping=self.asked > 0, starved=self.failure is not None)
         rows = [to_tensor({**row, **more}, self.device) for row in terms]
         local = torch.stack(rows).mean(0)                               # (T,)
