@@ -1097,7 +1097,7 @@ def test_training_on_two_processes_is_that_of_one(server, tmp_path):
         model = Trio(*torch_s)
         model.load_state_dict(state)
         frames = [torch.cat(parts) for parts in pair]
-        expected = train_trio(lambda *frames: model(*frames) / 2, model, frames)
+        expected = train_trio(lambda *frames, model=model: model(*frames) / 2, model, frames)
         for step, joined in zip(ours[0], expected[0], strict=True):
             torch.testing.assert_close(step, joined, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-5)
