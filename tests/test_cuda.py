@@ -6,14 +6,14 @@ yet. Under eight minutes on one H100 [estimated]; what a step costs there is pri
 Both devices get the same frames, weights and random numbers, see Draws. How far apart they may be
 was measured on a CPU, on these very models and frames:
   FLOAT32   autocast off. oneDNN off and one rounding error on each weight move a loss term by
-            3e-6, a running statistic by 8e-6, the gradient by 4e-3, that of one parameter by 1e-2
-            (units that change sides in ReLU). Allowed: about ten times that, since cuDNN's
-            algorithms round otherwise. TF32 would move a term by some 1e-3.
+            3e-6, a running statistic by 4e-6, the gradient by 1e-2, that of one parameter by 2e-2
+            (a few units change sides in ReLU). Allowed: seven times that for gradients, thirty
+            times for the rest, since cuDNN rounds otherwise. TF32 would move a term by some 1e-3.
   BFLOAT16  the encoders in bfloat16, as in training, against float32. With autocast's CUDA rules
-            and CPU arithmetic (a simulated GPU) terms move by 6e-3, statistics by 1.3e-2, the
-            gradient by 0.32 to 0.73: 20 to 40 layers of random weights, in each of which half a
-            percent of the units change sides. Allowed: four times that, and a gradient that is
-            nearer to the CPU's than none at all; the parts are held to less.
+            and CPU arithmetic (a simulated GPU) terms move by 1e-2, statistics by 1e-2, the
+            gradient by 0.3 to 0.7: 20 to 40 layers of random weights, in each of which half a
+            percent of the units change sides. Allowed: three to five times that, and a gradient
+            that is nearer to the CPU's than none at all. The parts are held to less.
 """
 import copy
 import math
@@ -67,7 +67,7 @@ class Tolerance(NamedTuple):
     each: float       # of each parameter's gradient; below a thousandth of all: of that
 
 
-FLOAT32 = Tolerance(1e-4, 1e-4, 5e-2, 1.5e-1)
+FLOAT32 = Tolerance(1e-4, 1e-4, 8e-2, 1.5e-1)
 BFLOAT16 = Tolerance(3e-2, 5e-2, 1.0, math.inf)
 
 
