@@ -5,7 +5,7 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, rows_where, Cells,           clap, cmcr, simipu, finetune
+    §1 geometry             constant, send, rows_where, Cells,     clap, cmcr, simipu, finetune
                             multilinear, gather_weighted,
                             project, project_frame,
                             valid_pixels, rays, sample_image,
@@ -118,6 +118,13 @@ def constant(values, device, dtype=torch.float32):
     values: a tuple, of tuples for more axes. The tensor is shared: do not change it in place.
     """
     return torch.tensor(values, device=device, dtype=dtype)
+
+
+def send(x, device):
+    """A tensor of the CPU on the device: from pinned memory, or the copy would wait for a GPU."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def rows_where(mask, counts):
@@ -2820,8 +2827,7 @@ def to_tensor(terms, device):
     for place, term in enumerate(terms.values()):
         if not isinstance(term, torch.Tensor):
             numbers[place] = term
-    if device.type == "cuda":
-        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    numbers = send(numbers, device)
     out = [term.detach().double() if isinstance(term, torch.Tensor) else numbers[place]
            for place, term in enumerate(terms.values())]
     return torch.stack(out)

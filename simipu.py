@@ -76,7 +76,7 @@ from torch import nn
 
 import data
 from common import (
-    constant, project_frame, valid_pixels, sample_image,  # geometry
+    constant, send, project_frame, valid_pixels, sample_image,  # geometry
     pair_points,  # matching
     info_nce,  # contrast
     ResNet, BatchNorm, mlp, bf16_autocast,  # networks
@@ -661,11 +661,8 @@ class SimIPU(nn.Module):
     def intra_pairs(self, partners, batch):
         """M_1, the pairs of Eq. 3. -> i (M,) rows of (B p) in alpha, j (M,) in beta."""
         j = [rows + frame * len(rows) for frame, rows in enumerate(partners)]
-        j = torch.from_numpy(np.concatenate(j))             # (B p,)
         device = batch.points.device
-        if device.type == "cuda":
-            j = j.pin_memory()                  # or the copy would wait for the GPU
-        j = j.to(device, non_blocking=True)
+        j = send(torch.from_numpy(np.concatenate(j)), device)   # (B p,)
         rows = torch.arange(len(j), device=device).chunk(batch.size)
         shown = [row if seen else row[:0] for row, seen in zip(rows, batch.extra["seen"])]
         i = self.draw_pairs(torch.cat(shown), batch)

@@ -216,9 +216,9 @@ def pairs_of(kmap, n_in):
     if isinstance(kmap, common.KernelPairs):
         counts = kmap.ends.diff(prepend=kmap.ends.new_zeros(1))
         return kmap.ins, kmap.outs, counts.tolist()
-    found = kmap.ins.t() < n_in    # (27, V')
-    offset, outs = found.nonzero().t()
-    return kmap.ins[outs, offset].long(), outs, found.sum(1).tolist()
+    joined = kmap.ins.t() < n_in   # (27, V')
+    offset, outs = joined.nonzero().t()
+    return kmap.ins[outs, offset].long(), outs, joined.sum(1).tolist()
 
 
 def by_offset(ins, outs, counts):

@@ -23,13 +23,12 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import clap
 import common
 import data
 import finetune
-from conftest import die_with_the_server, on_two, trained
+from conftest import Waits, die_with_the_server, on_two, trained
 
 ROOT = Path(common.__file__).parent
 
@@ -536,36 +535,17 @@ def test_kernel_maps_of_no_sites_are_empty(on_gpu):
         assert grad_x.shape == (0, 3) and (grad_w == 0).all()
 
 
-class CountWaits(TorchDispatchMode):
-    """Counts the operators after which the CPU would wait for a GPU."""
-    WAITS = ("nonzero", "item", "_local_scalar_dense", "bincount", "_unique2", "unique_dim",
-             "unique_consecutive", "masked_select", "repeat_interleave", "multinomial", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.waits = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for i in args[1:2] if not isinstance(i, torch.Tensor) for i in i or ())
-        if name in self.WAITS or by_mask:
-            self.waits.append(name)
-        return func(*args, **kwargs or {})
-
-
 def test_the_trunk_waits_for_a_gpu_seven_times():
     """For the number of voxels, and twice for each reduction. Never in backward."""
     net = common.VoxelResNet(**GRID, width=2)
     points, b = cloud()
-    with CountWaits() as forward:
+    with Waits() as forward:
         last = net(points.as_subclass(OnCuda), b.as_subclass(OnCuda), 3)[-1]
-    assert forward.waits == 7 * ["nonzero"]
+    assert forward.names == 7 * ["nonzero"]
     loss = last.features.as_subclass(torch.Tensor).square().sum()
-    with CountWaits() as backward:
+    with Waits() as backward:
         loss.backward()
-    assert not backward.waits
+    assert not backward.names
     assert all(p.grad is not None for p in net.parameters())
     # and it is the trunk of a CPU
     torch.testing.assert_close(last.features.as_subclass(torch.Tensor),

@@ -573,22 +573,22 @@ def test_batches_do_not_depend_on_workers(world, new_cache):
 
 def test_kept_batches_are_the_same_and_not_in_shared_memory(world):
     def shared(batch):
-        found = []
-        batch.map(lambda tensor: found.append(tensor.is_shared()) or tensor)
-        return found
+        flags = []
+        batch.map(lambda tensor: flags.append(tensor.is_shared()) or tensor)
+        return flags
 
     def make(workers):
         return data.loader(world, "val", 2, preset="small", image=(12, 32), workers=workers,
                            augment=jiggle)
     assert all(shared(next(make(1).once())))
-    kept = {workers: (make(workers).first(3), data.keep(make(workers).once()))
-            for workers in (0, 2)}
-    for alone, by_workers in zip(*kept.values()):
+    batches = {workers: (make(workers).first(3), data.keep(make(workers).once()))
+               for workers in (0, 2)}
+    for alone, by_workers in zip(*batches.values()):
         assert not any(any(shared(batch)) for batch in by_workers)
         for a, b in zip(alone, by_workers, strict=True):
             assert_same(a, b)
-    assert len(kept[0][0]) == 3
-    for a, b in zip(kept[0][0], take(make(0).begin_at(0), 3), strict=True):
+    assert len(batches[0][0]) == 3
+    for a, b in zip(batches[0][0], take(make(0).begin_at(0), 3), strict=True):
         assert_same(a, b)
 
 

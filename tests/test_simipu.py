@@ -21,14 +21,13 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 import common
 import data
 import finetune
 import simipu
-from conftest import ROOT, run
+from conftest import ROOT, Waits, run
 from simipu import (
     SMALL,
     Config,
@@ -726,26 +725,6 @@ def test_neither_loss_has_more_pairs_than_asked(batch):
     with torch.no_grad():
         terms = model(batch)[1]
     assert terms["chance_intra"] == terms["chance_inter"] == pytest.approx(math.log(10))
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operators for which the CPU would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.overloadpacket.__name__
-        masks = [part for part in args[1] if getattr(part, "dtype", None) == torch.bool] \
-            if name in ("index", "index_put_") else []
-        if masks or name in WAITS or operator == torch.ops.aten.repeat_interleave.Tensor:
-            self.names.append(name)
-        return operator(*args, **(kwargs or {}))
-
-
-WAITS = {"nonzero", "_local_scalar_dense", "_unique2", "unique_dim", "unique_consecutive",
-         "bincount", "multinomial", "masked_select", "equal"}
 
 
 def test_forward_waits_twice_a_level_and_once_for_the_pixels(batch, world):
