@@ -17,10 +17,11 @@ The sections stand in the order in which a world comes about:
                other; a pure function of (seed, index)
     rays       cast: the nearest hit of rays with solids, culled by the rays that each
                solid can cover; the LiDAR, the cameras and the sun all use it
-    LiDAR      sweep: 32 beams by 360 azimuths, with noise, drop-outs and intensity
+    LiDAR      sweep: 32 beams by 360 azimuths, with noise, drop-outs and intensity, and
+               what each point hit
     cameras    render: texture, sun and its shadows, sky, haze
-    scene      the .pcd.bin and .jpg files of one scene, and its table rows
-    tables     the thirteen tables and splits.json, version v1.0-embedded
+    scene      the .pcd.bin, .jpg and lidarseg files of one scene, and its table rows
+    tables     the thirteen tables, lidarseg.json and splits.json, version v1.0-embedded
     layouts    the same world as KITTI's files, and as Waymo's
     world      write: all of it; the same arguments give the same bytes
 
@@ -55,7 +56,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-VERSION = 1
+VERSION = 2
 TABLES = "v1.0-embedded"
 
 
@@ -96,15 +97,17 @@ class World:
     shine: np.ndarray
     axes: np.ndarray               # (P, 3, 3) local to plane
     owner: np.ndarray              # an index into Scene.things, or -1 for scenery
+    category: np.ndarray           # an index into CATEGORIES
 
 
-def stack(solids, owner):
-    """Solids and the owner of each -> World."""
+def stack(solids, owner, categories):
+    """Solids, and the owner and the category's name of each -> World."""
     columns = {}
     for name in Solid._fields:
         dtype = int if name in ("kind", "texture") else float
         columns[name] = np.array([getattr(solid, name) for solid in solids], dtype)
-    return World(**columns, owner=np.array(owner))
+    category = np.array([CATEGORIES.index(name) for name in categories], int)
+    return World(**columns, owner=np.array(owner), category=category)
 
 
 def block(x, y, z, colour, texture=PLAIN, taper=0.0, shine=0.4, kind=CUBE):
@@ -200,7 +203,7 @@ class Thing:
 
     At time t it is at (s + vs t, l + vl t) in road coordinates.
     """
-    category: str                  # "" is clutter: drawn, never labelled
+    category: str                  # "static..." is scenery and clutter: it gets no box
     size: tuple                    # w, l, h; the solids of a labelled thing lie inside
     solids: list
     attribute: str = ""
@@ -411,7 +414,7 @@ def wheelie_bin(rng):
 
 
 def clutter(rng):
-    """An unlabelled thing that by shape alone, or by colour alone, may be an object."""
+    """A thing without a box that by shape alone, or by colour alone, may be an object."""
     u = rng.uniform(.9, 1.1)
     box_colour = pick(rng, CLOTHES)
     container_colour = pick(rng, WALLS + BINS)
@@ -432,18 +435,17 @@ def clutter(rng):
         pillar(.04, (0, 2.4), STEEL),
         block((-.09, -.05), .32, (1.75, 2.4), sign_colour, shine=1.),
     ]
-    kinds = [                                        # size, solids; what it resembles
-        ((2.1 * u, .5, 1.), [wall]),                 # a barrier
-        ((.6, .6, 1.7 * u), post_box),               # a pedestrian
-        ((1.9, 4.3 * u, 1.55), [container]),         # a car
-        ((.55, .55, .6), [orange_box]),              # a cone, by its orange
-        ((.3, .3, .85), [bollard]),                  # a cone, by its size
-        ((.5, 1.7, 1.), rack),                       # a bicycle
-        ((1.7 * u, 1.7 * u, 1.3), [bush]),
-        ((.7, .2, 2.5), sign),
+    kinds = [                                        # what it resembles:
+        Thing("static.manmade", (2.1 * u, .5, 1.), [wall]),            # a barrier
+        Thing("static.manmade", (.6, .6, 1.7 * u), post_box),          # a pedestrian
+        Thing("static.manmade", (1.9, 4.3 * u, 1.55), [container]),    # a car
+        Thing("static.manmade", (.55, .55, .6), [orange_box]),         # a cone, by its orange
+        Thing("static.manmade", (.3, .3, .85), [bollard]),             # a cone, by its size
+        Thing("static_object.bicycle_rack", (.5, 1.7, 1.), rack),      # a bicycle
+        Thing("static.vegetation", (1.7 * u, 1.7 * u, 1.3), [bush]),
+        Thing("static.manmade", (.7, .2, 2.5), sign),
     ]
-    size, solids = kinds[rng.integers(8)]
-    return Thing("", size, solids)
+    return kinds[rng.integers(8)]
 
 
 def tree(rng):
@@ -462,11 +464,11 @@ def tree(rng):
             height = (h - 1.9 * r + z, h + z)
             solids.append(pillar(r, height, tuple(colour), x=x, y=y, texture=LEAVES,
                                  kind=BALL))
-    return Thing("", (1., 1., h), solids)
+    return Thing("static.vegetation", (1., 1., h), solids)
 
 
 def lamp_post(rng):
-    return Thing("", (.3, .3, 7.), [
+    return Thing("static.manmade", (.3, .3, 7.), [
         pillar(.09, (0, 7), STEEL, taper=.4),
         block(.1, (-1.6, .1), (6.9, 7.05), STEEL),
         block(.15, (-1.9, -1.2), (6.8, 6.95), (.7, .7, .65)),
@@ -678,16 +680,30 @@ def speckle(*cells):
     return (h * np.uint32(0x85EBCA77) >> np.uint32(8)) / 2.0 ** 24
 
 
+def road_and_pavement(scene, s, l):
+    """Which places (N,) in road coordinates are road, and which pavement; the rest is grass."""
+    side = abs(l)
+    road = (side < HALF_ROAD) | (abs(s - scene.crossing) < 5)
+    return road, ~road & (side < HALF_ROAD + PAVEMENT)
+
+
+def ground_categories(scene, x, y):
+    """x, y (N,) -> index into CATEGORIES (N,)"""
+    road, pavement = road_and_pavement(scene, *to_road(scene.curve, x, y))
+    names = "flat.driveable_surface", "flat.sidewalk", "flat.terrain"
+    drive, walk, grass = [CATEGORIES.index(name) for name in names]
+    return np.select([road, pavement], [drive, walk], grass)
+
+
 def ground_colour(scene, x, y):
     """Asphalt, markings, pavement, grass.
 
     x, y (N,) -> albedo (N, 3), LiDAR reflectance (N,)
     """
     s, l = to_road(scene.curve, x, y)
+    road, pavement = road_and_pavement(scene, s, l)
     across = abs(s - scene.crossing)
     side = abs(l)
-    road = (side < HALF_ROAD) | (across < 5)
-    pavement = ~road & (side < HALF_ROAD + PAVEMENT)
     middle_line = (side < .08) & (s % 6 < 3)
     lane_line = (abs(side - 3.55) < .07) & (s % 3 < 2)
     edge_line = abs(side - HALF_ROAD + .2) < .06
@@ -906,14 +922,18 @@ def compose(seed, index, frames=8):
     add_trees_and_lamps(planner, rng)
 
     solids = []
-    owner = []
+    categories = []
     for side in SIDES:
-        solids += houses(scene, rng, side) + kerbs(scene, side)
-    owner += [-1] * len(solids)
+        row = houses(scene, rng, side)
+        kerb = kerbs(scene, side)
+        solids += row + kerb
+        categories += ["static.manmade"] * len(row) + ["flat.sidewalk"] * len(kerb)
+    owner = [-1] * len(solids)
     for i, thing in enumerate(scene.things):
         solids += thing.solids
         owner += [i] * len(thing.solids)
-    scene.solids = stack(solids, owner)
+        categories += [thing.category] * len(thing.solids)
+    scene.solids = stack(solids, owner, categories)
     return scene
 
 
@@ -1140,7 +1160,8 @@ def beam_rects(world, lidar2plane, elevations, azimuths):
 def sweep(world, scene, lidar2plane, roof, beams, azimuths, rng):
     """One turn of the LiDAR; roof: the ego vehicle's own, a World.
 
-    -> (N, 5) float32: x right, y forward, z up, intensity 0 to 255, ring
+    -> (N, 5) float32: x right, y forward, z up, intensity 0 to 255, ring;
+       (N,) uint8: what each point hit, an index into CATEGORIES
     """
     elevations = beam_elevations(beams)
     local = beam_rays(elevations, azimuths)
@@ -1160,7 +1181,20 @@ def sweep(world, scene, lidar2plane, roof, beams, azimuths, rng):
     ring = np.broadcast_to(np.arange(beams)[:, None], ids.shape)
     columns = [local * noisy[..., None], intensity[..., None], ring[..., None]]
     points = np.concatenate(columns, -1)
-    return points.transpose(1, 0, 2)[keep.T].astype(np.float32)  # as they are fired
+    hits = categories_hit(world, scene, origin, rays, distance, ids, clear)
+    as_fired = keep.T
+    return points.transpose(1, 0, 2)[as_fired].astype(np.float32), hits.T[as_fired]
+
+
+def categories_hit(world, scene, origin, rays, distance, ids, clear):
+    """What each ray hits: (H, W) uint8, an index into CATEGORIES; 0 is noise, nothing."""
+    hits = np.zeros(ids.shape, np.uint8)
+    ground = ids == GROUND
+    xy = origin[:2] + rays[ground][:, :2] * distance[ground][:, None]
+    hits[ground] = ground_categories(scene, *xy.T)
+    hits[ids >= 0] = world.category[ids[ids >= 0]]
+    hits[~clear] = CATEGORIES.index("vehicle.ego")
+    return hits
 
 
 def echoes(world, scene, origin, rays, distance, ids, clear):
@@ -1434,7 +1468,7 @@ class Recorder:
         for channel in ("LIDAR_TOP", *CAMERAS):
             self.sensors[channel] = calibration(self.rng, channel, image)
         roof = Solid(FRUSTUM, (.94, 0, 1.4), (.555, .555, .14), STEEL)
-        self.roof = stack([roof], [-1])              # two of 32 beams meet it
+        self.roof = stack([roof], [-1], ["vehicle.ego"])  # two of 32 beams meet it
         self.rows = {}                               # table -> its rows
         self.tracks = {}                             # thing's index -> its annotations
 
@@ -1514,11 +1548,18 @@ class Recorder:
         ego2world = scene.plane2world @ ego
         path = self.add_data(k, "LIDAR_TOP", moment, ego2world, "pcd.bin", (0, 0))
         roof = replace(self.roof, centre=self.roof.centre @ ego[:3, :3].T + ego[:3, 3])
-        points = sweep(world, scene, ego @ sensor2ego, roof, self.beams, self.azimuths,
-                       self.rng)
+        points, categories = sweep(world, scene, ego @ sensor2ego, roof, self.beams,
+                                   self.azimuths, self.rng)
         points.tofile(self.root / path)
+        self.write_categories(self.key("LIDAR_TOP", k), categories)
         shadows = shadow_map(world, scene, ego[:2, 3])
         return Sweep(points, ego2world @ sensor2ego, ego, shadows)
+
+    def write_categories(self, key, categories):
+        """The lidarseg file of a sweep, and its row."""
+        path = f"lidarseg/{TABLES}/{key}_lidarseg.bin"
+        categories.tofile(self.root / path)
+        self.add("lidarseg", token=key, sample_data_token=key, filename=path)
 
     def write_pictures(self, k, moment, shadows):
         """Write the pictures of all cameras.
@@ -1546,11 +1587,11 @@ class Recorder:
         return shown, whole
 
     def annotate(self, k, moment, swept, shown, whole):
-        """Annotations of the labelled things around the ego vehicle."""
+        """Annotations of the things with a box around the ego vehicle."""
         for i, thing in enumerate(self.scene.things):
             place = thing2plane(self.scene, thing, moment / 1e6)
             distance = np.linalg.norm(place[:2, 3] - swept.ego[:2, 3])
-            if not thing.category or distance > LABEL_REACH:
+            if thing.category.startswith("static") or distance > LABEL_REACH:
                 continue
             thing2world = self.scene.plane2world @ place
             size = [float(edge) for edge in thing.size]
@@ -1615,21 +1656,39 @@ ATTRIBUTES = [
     "cycle.with_rider", "cycle.without_rider",
     "pedestrian.standing", "pedestrian.moving", "pedestrian.sitting_lying_down",
 ]
-CATEGORIES = [
+CATEGORIES = [           # nuScenes-lidarseg's, at their indices
+    "noise",
+    "animal",
     "human.pedestrian.adult",
     "human.pedestrian.child",
     "human.pedestrian.construction_worker",
+    "human.pedestrian.personal_mobility",
     "human.pedestrian.police_officer",
+    "human.pedestrian.stroller",
+    "human.pedestrian.wheelchair",
     "movable_object.barrier",
+    "movable_object.debris",
     "movable_object.pushable_pullable",
     "movable_object.trafficcone",
+    "static_object.bicycle_rack",
     "vehicle.bicycle",
+    "vehicle.bus.bendy",
     "vehicle.bus.rigid",
     "vehicle.car",
     "vehicle.construction",
+    "vehicle.emergency.ambulance",
+    "vehicle.emergency.police",
     "vehicle.motorcycle",
     "vehicle.trailer",
     "vehicle.truck",
+    "flat.driveable_surface",
+    "flat.other",
+    "flat.sidewalk",
+    "flat.terrain",
+    "static.manmade",
+    "static.other",
+    "static.vegetation",
+    "vehicle.ego",
 ]
 
 
@@ -1640,7 +1699,7 @@ def named_rows(table, names):
 def shared_tables():
     """The tables that do not depend on the scenes."""
     categories = named_rows("category", CATEGORIES)
-    for index, row in enumerate(categories, 1):
+    for index, row in enumerate(categories):
         row["index"] = index
     sensors = []
     for channel in (*CAMERAS, "LIDAR_TOP"):
@@ -1705,6 +1764,7 @@ class Keyframe:
     split: str
     time: int
     points: np.ndarray = None      # (N, 5) without those on the ego vehicle's own roof
+    categories: np.ndarray = None  # (N,) what they hit, indices into CATEGORIES
     lidar2ego: np.ndarray = None   # (4, 4)
     ego2world: np.ndarray = None   # (4, 4)
     pictures: dict = field(default_factory=dict)     # channel -> Picture
@@ -1718,6 +1778,8 @@ class Tables:
         self.root = root
         self.splits = self.read("splits")
         self.data = self.read("sample_data")
+        self.lidarseg = {row["sample_data_token"]: row["filename"]
+                         for row in self.read("lidarseg")}
         self.scenes = self.by_token("scene")
         self.samples = self.by_token("sample")
         self.poses = self.by_token("ego_pose")
@@ -1757,7 +1819,9 @@ class Tables:
             x = points[:, 0]
             y = points[:, 1]
             roof = (y > -1.5) & (y < 2.5) & (abs(x) < 1)
+            categories = np.fromfile(self.root / self.lidarseg[row["token"]], np.uint8)
             frame.points = points[~roof]
+            frame.categories = categories[~roof]
             frame.lidar2ego = sensor2ego
             frame.ego2world = ego2world
         else:
@@ -1803,6 +1867,17 @@ KITTI_TYPE = {
     "pedestrian": "Pedestrian",
     "bicycle": "Cyclist", "motorcycle": "Cyclist",
 }
+SEMANTIC_KITTI = {           # ids of SemanticKITTI; of other categories 0, unlabelled
+    "vehicle.car": 10, "vehicle.bicycle": 11, "vehicle.bus.rigid": 13, "vehicle.motorcycle": 15,
+    "vehicle.truck": 18, "vehicle.trailer": 20, "vehicle.construction": 20,
+    "human.pedestrian.adult": 30, "human.pedestrian.child": 30,
+    "human.pedestrian.construction_worker": 30, "human.pedestrian.police_officer": 30,
+    "flat.driveable_surface": 40, "flat.sidewalk": 48, "flat.terrain": 72,
+    "static.manmade": 50, "static.vegetation": 70, "movable_object.barrier": 51,
+    "movable_object.pushable_pullable": 99, "movable_object.trafficcone": 99,
+    "static_object.bicycle_rack": 52,
+}
+SEQUENCES = {"train": "00", "val": "08"}
 # x forward, y left -> x right, y forward
 FORWARD2LIDAR = rigid(LIDAR_AXES.T, (0, 0, 0))
 
@@ -1810,9 +1885,14 @@ FORWARD2LIDAR = rigid(LIDAR_AXES.T, (0, 0, 0))
 def to_kitti(source, root):
     """training/{velodyne, image_2, calib, label_2} and ImageSets of the front camera.
 
-    The labels are of what its picture shows.
+    The labels are of what its picture shows. dataset/sequences holds the same sweeps with a
+    label for each point, as SemanticKITTI has them, without pictures and calibration.
     """
     training = root / "training"
+    ids = np.array([SEMANTIC_KITTI.get(name, 0) for name in CATEGORIES], np.uint32)
+    for sequence in SEQUENCES.values():
+        for folder in ("velodyne", "labels"):
+            (root / "dataset" / "sequences" / sequence / folder).mkdir(parents=True)
     for folder in ("velodyne", "image_2", "calib", "label_2"):
         (training / folder).mkdir(parents=True)
     (root / "ImageSets").mkdir()
@@ -1833,6 +1913,10 @@ def to_kitti(source, root):
         for label in frame.labels:
             lines += kitti_label(label, world2camera, front.K, picture.size)
         (training / "label_2" / f"{name}.txt").write_text(lines)
+
+        sequence = root / "dataset" / "sequences" / SEQUENCES[frame.split]
+        kitti_points(frame.points).tofile(sequence / "velodyne" / f"{name}.bin")
+        ids[frame.categories].tofile(sequence / "labels" / f"{name}.label")
     for split, names in lists.items():
         (root / "ImageSets" / f"{split}.txt").write_text("\n".join(names))
 
@@ -1894,6 +1978,15 @@ WAYMO_TYPE = {
     "pedestrian": 2,
     "bicycle": 4,
 }
+WAYMO_CLASS = {              # of lidar_segmentation; of other categories 0, undefined
+    "vehicle.car": 1, "vehicle.truck": 2, "vehicle.bus.rigid": 3, "vehicle.trailer": 4,
+    "vehicle.construction": 4, "vehicle.bicycle": 12, "vehicle.motorcycle": 13,
+    "human.pedestrian.adult": 7, "human.pedestrian.child": 7,
+    "human.pedestrian.construction_worker": 7, "human.pedestrian.police_officer": 7,
+    "movable_object.trafficcone": 11, "static.manmade": 14, "static_object.bicycle_rack": 14,
+    "static.vegetation": 15, "flat.driveable_surface": 18, "flat.terrain": 21,
+    "flat.sidewalk": 22,
+}
 WAYMO_CAMERAS = {
     1: "CAM_FRONT",
     2: "CAM_FRONT_LEFT",
@@ -1925,6 +2018,13 @@ WAYMO_COMPONENTS = {
         "range_image_return2.values": "floats",
         "range_image_return2.shape": "shape",
     }),
+    "lidar_segmentation": Component(
+        "segment time laser", "[LiDARSegmentationLabelComponent].", {
+            "range_image_return1.values": "ints",
+            "range_image_return1.shape": "shape",
+            "range_image_return2.values": "ints",
+            "range_image_return2.shape": "shape",
+        }),
     "lidar_pose": Component("segment time laser", "[LiDARPoseComponent].", {
         "range_image_return1.values": "floats",
         "range_image_return1.shape": "shape",
@@ -2032,7 +2132,13 @@ class Segment:
         return self.rows
 
     def add_sweep(self, frame, vehicle2world):
-        image = self.range_image(frame.points.astype(np.float64))
+        row, column = self.pixels(frame.points.astype(np.float64))
+        image = self.range_image(frame.points.astype(np.float64), row, column)
+        classes = np.array([WAYMO_CLASS.get(name, 0) for name in CATEGORIES], np.int32)
+        labels = np.zeros((self.beams, self.azimuths, 2), np.int32)  # instance, class
+        labels[row, column, 1] = classes[frame.categories]
+        self.add("lidar_segmentation", frame.time, 1, labels.ravel(), labels.shape,
+                 np.zeros_like(labels).ravel(), labels.shape)
         no_second_return = np.full(image.size, -1, np.float32)
         self.add("lidar", frame.time, 1, image.ravel(), image.shape,
                  no_second_return, image.shape)
@@ -2041,15 +2147,19 @@ class Segment:
         poses = np.tile(pixel, (self.beams, self.azimuths, 1))
         self.add("lidar_pose", frame.time, 1, poses.ravel(), poses.shape)
 
-    def range_image(self, points):
-        """(N, 5) -> (beams, azimuths, 4) float32: range, intensity, elongation, -1."""
-        image = np.full((self.beams, self.azimuths, 4), -1, np.float32)
-        image[..., 1:3] = 0
+    def pixels(self, points):
+        """Row and column (N,) of points (N, 5) in the range image."""
         row = self.beams - 1 - points[:, 4].astype(int)
         azimuth = np.arctan2(-points[:, 0], points[:, 1])      # from ahead to the left
         step = 2 * np.pi / self.azimuths
         # Middles are at pi - (k + 1/2) steps; the vehicle is turned by half a step.
         column = (np.round((np.pi - azimuth) / step).astype(int) - 1) % self.azimuths
+        return row, column
+
+    def range_image(self, points, row, column):
+        """(N, 5) -> (beams, azimuths, 4) float32: range, intensity, elongation, -1."""
+        image = np.full((self.beams, self.azimuths, 4), -1, np.float32)
+        image[..., 1:3] = 0
         image[row, column, 0] = np.linalg.norm(points[:, :3], axis=1)
         image[row, column, 1] = np.arctanh(np.clip(points[:, 3] / 255, 0, 0.999))
         return image
@@ -2073,6 +2183,7 @@ def arrow_type(name):
     composed = {
         "floats": pa.list_(pa.float32()),
         "doubles": pa.list_(pa.float64()),
+        "ints": pa.list_(pa.int32()),
         "shape": pa.list_(pa.int32(), 3),
         "matrix": pa.list_(pa.float64(), 16),
     }
@@ -2125,6 +2236,7 @@ def write(root, *, seed=0, train=24, val=8, frames=8, beams=32, azimuths=360,
                beams=beams, azimuths=azimuths, image=tuple(image))
     with removed_at_the_end(staging):
         samples = [f"samples/{channel}" for channel in ("LIDAR_TOP", *CAMERAS)]
+        samples.append(f"lidarseg/{TABLES}")
         for folder in ("maps", "rows", TABLES, *samples):
             (staging / folder).mkdir(parents=True)
         write_scenes(staging, root, job)
