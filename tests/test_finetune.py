@@ -20,9 +20,10 @@ import clap
 import common
 import data
 import finetune
+from common import draw_labels, listed_labels
 from conftest import Waits
 from finetune import (
-    SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets)
+    SMALL, Config, Detector, decode, encode, focal, gaussian_radius, heat_targets)
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = data.GRIDS["nuscenes", "small"]
