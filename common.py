@@ -34,7 +34,8 @@ To fork a method, read its file, the functions that it imports from here, and da
                             first_line, lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
-                            load_resnet, draw_labels,
+                            load_resnet, stored_config,
+                            check_run, draw_labels,
                             listed_labels, describe_draw
     §11 log and figures     Run, evaluate, load_tool, figure,      clap, cmcr, simipu, finetune
                             bird_eye, overlay, loss_curves
@@ -972,22 +973,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 @torch.no_grad()
 def collect_statistics(network, encode, batches):
-    """The batch norms of a network take the mean statistics of these batches; weights stay.
+    """The batch norms of a network follow these batches as in training; its weights stay.
 
-    encode(batch) runs the network. A network that is frozen needs it: new ones normalise by
-    mean 0 and variance 1, which their features do not have, and pre-trained ones by what they
-    saw masked or augmented.
+    encode(batch) runs the network. A network that is frozen needs it: a new one normalises by
+    mean 0 and variance 1, which its features do not have, and a pre-trained one by what it saw
+    masked or augmented.
     """
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     training = network.training
     network.train()
-    for k, batch in enumerate(batches):
-        for norm in norms:
-            norm.momentum = 1 / (k + 1)  # the plain mean of the first k + 1
+    for batch in batches:
         encode(batch)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
     network.train(training)
 
 
@@ -2583,6 +2578,48 @@ def load_resnet(source, resnet, rank, prefix=""):
     if rank == 0:
         count = len(stored)
         print(f"{path}: loaded {count}/{count} tensors of the image network", flush=True)
+
+
+def stored_config(config, folder):
+    """The Config that a run folder was made with. config: its class."""
+    fields = {}
+    for name, value in run_config(folder).items():
+        default = getattr(config(), name, None)
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        fits = default is None or type(value) is type(default) or (
+            type(value) is int and type(default) is float)
+        require(fits, f"{folder}/config.json: {name} is {value!r}, expected something like "
+                      f"{default!r}; put the file back as the run wrote it")
+        if name in config.__dataclass_fields__:
+            fields[name] = value
+    return config(**fields)
+
+
+def check_run(run, trained, dataset, model, sizes):
+    """End with a message if a run's folder, its checkpoint and this data set do not fit.
+
+    trained: the configuration in its config.json; model: made from it; sizes: the fields that
+    the model is made from.
+    """
+    listing = Path(run, "labels.txt")
+    names = listing.read_text(errors="replace") if listing.is_file() else ""
+    kind = names.partition("/")[0] or dataset.grid.dataset
+    require(kind == dataset.grid.dataset,
+            f"--eval-only {run}: a run on {kind}, and {dataset.what} is {dataset.grid.dataset}; "
+            f"give the root of {kind} as --data")
+    state = checkpoint(run, verbose=True, mmap=True)
+    require(state, f"--eval-only {run}: no checkpoint there; finish a run first")
+    stored = json.loads(state["config"])
+    for field in sizes:
+        now = getattr(trained, field)
+        before = stored.get(field, now)
+        require(before == now,
+                f"{run}/config.json: {field} is {now!r}, in the checkpoint it is {before!r}; "
+                "put the file back as the run wrote it")
+    refuse_misfit(f"{run}: checkpoint of step {state['step']}", model.state_dict(),
+                  state["model"], "this model",
+                  "; put config.json back as the run wrote it, and give its data set")
 
 
 def draw_labels(dataset, indices, fraction, draw, seed):

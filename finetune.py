@@ -52,8 +52,8 @@ from common import (
     all_reduce, mean_over_ranks, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
-    checkpoint, read_units, load_units, refuse_misfit, first_line,
-    draw_labels, listed_labels, describe_draw,
+    stored_config, check_run, read_units, load_units, first_line, draw_labels, listed_labels,
+    describe_draw,
     destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
 )
 
@@ -594,22 +594,6 @@ def train(rank, world, cfg):
         loss_curves(cfg.out)
 
 
-def config_of(folder):
-    """The Config that a run folder was made with."""
-    fields = {}
-    for name, value in run_config(folder).items():
-        default = getattr(Config(), name, None)
-        if isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        fits = default is None or type(value) is type(default) or (
-            type(value) is int and type(default) is float)
-        require(fits, f"{folder}/config.json: {name} is {value!r}, expected something like "
-                      f"{default!r}; put the file back as the run wrote it")
-        if name in Config.__dataclass_fields__:
-            fields[name] = value
-    return Config(**fields)
-
-
 def rescore(rank, world, cfg):
     """--eval-only RUN: predict and score again, with its own configuration and weights.
 
@@ -618,7 +602,7 @@ def rescore(rank, world, cfg):
     require("use" in run_config(cfg.eval_only),
             f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; "
             "expected a folder that finetune.py wrote")
-    trained = config_of(cfg.eval_only)
+    trained = stored_config(Config, cfg.eval_only)
     trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
                       workers=cfg.workers, eval_only="")
     dataset = data.open_dataset(trained.data, trained.preset,
@@ -632,7 +616,8 @@ def rescore(rank, world, cfg):
     device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     model = Detector(trained, dataset.grid).to(device)
-    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model))
+    sizes = "preset", "modality", "resnet", "width", "bins"
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model, sizes))
     step = resume(cfg.eval_only, model)
     if rank == 0:
         print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
@@ -641,31 +626,6 @@ def rescore(rank, world, cfg):
             print(f"{cfg.eval_only}: scored on other data than the run's: {'; '.join(changes)}",
                   flush=True)
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
-
-
-def check_run(run, trained, dataset, model):
-    """End with a message if a run's folder, its checkpoint and this data set do not fit.
-
-    trained: the configuration in its config.json; model: made from it.
-    """
-    listing = Path(run, "labels.txt")
-    names = listing.read_text(errors="replace") if listing.is_file() else ""
-    kind = names.partition("/")[0] or dataset.grid.dataset
-    require(kind == dataset.grid.dataset,
-            f"--eval-only {run}: a run on {kind}, and {dataset.what} is {dataset.grid.dataset}; "
-            f"give the root of {kind} as --data")
-    state = checkpoint(run, verbose=True, mmap=True)
-    require(state, f"--eval-only {run}: no checkpoint there; finish a run first")
-    stored = json.loads(state["config"])
-    for field in ("preset", "modality", "resnet", "width", "bins"):
-        now = getattr(trained, field)
-        before = stored.get(field, now)
-        require(before == now,
-                f"{run}/config.json: {field} is {now!r}, in the checkpoint it is {before!r}; "
-                "put the file back as the run wrote it")
-    refuse_misfit(f"{run}: checkpoint of step {state['step']}", model.state_dict(),
-                  state["model"], "this detector",
-                  "; put config.json back as the run wrote it, and give its data set")
 
 
 # ---- prediction ----------------------------------------------------------------------

@@ -1034,7 +1034,7 @@ def two_steps(three_frames, tmp_path_factory):
     ("data", "a run on nuscenes, and .* is kitti; give the root of nuscenes as --data"),
     ("width", "config.json: width is 8, in the checkpoint it is 4; put the file back"),
     ("modality", "config.json: modality is 'camera', in the checkpoint it is 'lidar'"),
-    ("tensor", r"step 2: 1 of the \d+ tensors of this detector do not fit, first neck.reduce"),
+    ("tensor", r"step 2: 1 of the \d+ tensors of this model do not fit, first neck.reduce"),
     ("empty", "no checkpoint there; finish a run first"),
 ])
 def test_a_run_is_not_scored_with_what_does_not_fit_it(

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in ("clap", "cmcr", "simipu") if (ROOT / f"{name}.py").exists()]
-SCRIPTS = [*METHODS, "finetune"]
-OURS = {*METHODS, "common", "data", "synthetic", "finetune"}
+SCRIPTS = [*METHODS, *(name for name in ("finetune", "segment", "depth")
+                       if (ROOT / f"{name}.py").exists())]
+OURS = {*SCRIPTS, "common", "data", "synthetic"}
 SOURCE = {p.stem: p.read_text() for p in ROOT.glob("*.py")}
 
 COLUMNS = 100
@@ -65,8 +66,7 @@ def function(name, path):
 
 def test_arrows_point_one_way():
     allowed = {
-        **{method: {"common", "data"} for method in METHODS},
-        "finetune": {"common", "data"},
+        **{script: {"common", "data"} for script in SCRIPTS},
         "data": {"synthetic"},
         "common": set(),
         "synthetic": set(),
@@ -101,7 +101,7 @@ def test_the_used_by_table_of_common_is_true():
     defined = {n.name for n in ast.parse(SOURCE["common"]).body
                if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     taken = {}                  # by each file
-    for user in (*METHODS, "finetune"):
+    for user in SCRIPTS:
         taken[user] = {a.name for n in ast.walk(ast.parse(SOURCE[user]))
                        if isinstance(n, ast.ImportFrom) and n.module == "common" for a in n.names}
     listed = set()
