@@ -192,7 +192,7 @@ def test_collected_statistics_are_those_of_the_clouds(batch):
     model = random_segmenter().eval()
     before = model.encode(batch)[0].features.std(0).mean()
     weights = [p.clone() for p in model.parameters()]
-    collect_statistics(model.lidar, model.encode, [batch] * 40)
+    collect_statistics(model.lidar, model.encode, [batch] * 60)
     assert not model.lidar.training
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
     eval_features = [level.features for level in model.encode(batch)]
