@@ -1362,9 +1362,24 @@ def kitti_bound(total):
     return 100 * precision[1:].mean(), 100 * precision[::4].mean()
 
 
+def kitti_overall(classes):
+    """The mean of the classes' AP at each level, SimIPU's Overall; nan if one has no truth.
+
+    classes {name: {"R40": [3], "R11": [3]}} -> {"R40": [3], "R11": [3]}.
+    """
+    overall = {}
+    for positions in ("R40", "R11"):
+        values = [ap[positions] for ap in classes.values()]
+        overall[positions] = np.mean(values, 0).tolist()
+    return overall
+
+
 def finish_kitti(val_loader, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the row's scores."""
     metrics = kitti_score(val_loader.dataset, frames, out / "kitti")
+    moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
+    for classes in metrics.values():
+        classes["Overall"] = kitti_overall(classes)
     truths = kitti_truths(val_loader.dataset, frames)
     bounds = {}
     for name, counts in truths.items():
@@ -1387,7 +1402,6 @@ def finish_kitti(val_loader, frames, out):
             r11 = "".join(f"{value:8.2f}" for value in bounds[name]["R11"])
             print(f"{'n':4}{name:12}{n}   truths, fewer than 41: a perfect detector gets")
             print(f"{'max':4}{name:12}{r40}   {r11}")
-    moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
     scores = ", ".join(f"{name} {value:.2f}" for name, value in moderate.items())
     return f"3D AP|R40 moderate {scores}"
 

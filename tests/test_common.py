@@ -1466,8 +1466,11 @@ def test_weights_for_another_project_are_named_as_such(tmp_path, monkeypatch):
     from safetensors.torch import save_file
     path = tmp_path / "backbones.safetensors"
     weights = {"w": torch.ones(2)}
-    good = dict(config='{"preset": "small"}', grid="{}", commit="x", step="3", units="lidar")
+    grid = dict(dataset="x", low=[0, 0, 0], high=[1, 1, 1], voxel=[1, 1, 1], sweeps=1)
+    good = dict(config='{"preset": "small"}', grid=json.dumps(grid), commit="x", step="3",
+                units="lidar")
     for header in (None, {}, {**good, "config": "x"}, {**good, "config": "[]"},
+                   {**good, "grid": "{}"}, {**good, "grid": json.dumps(grid | dict(low=3))},
                    {**good, "step": "x"}, {**good, "units": ""}):
         save_file(weights, path, header)
         with pytest.raises(SystemExit, match="its header is not one that these scripts write"):
