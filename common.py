@@ -20,7 +20,8 @@ To fork a method, read its file, the functions that it imports from here, and da
     §7 sparse convolutions  segment_sum, ravel                     clap, cmcr
     §8 the trunk            trunk, lift_depth, VoxelResNet,        clap, cmcr, simipu, finetune
                             ResNet, CameraNet, mlp, conv3d,
-                            BatchNorm, bf16_autocast
+                            BatchNorm, collect_statistics,
+                            bf16_autocast
 
     RUNS
     §9 processes            processes, all_reduce, AllReduceSum,   clap, cmcr, simipu, finetune
@@ -34,7 +35,8 @@ To fork a method, read its file, the functions that it imports from here, and da
                             first_line, lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
-                            load_resnet
+                            load_resnet, draw_labels,
+                            listed_labels, describe_draw
     §11 log and figures     Run, evaluate, load_tool, figure,      clap, cmcr, simipu, finetune
                             bird_eye, overlay, loss_curves
 
@@ -967,6 +969,27 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(var / (1 - share), self.momentum)
         self.num_batches_tracked += several
         return mean, var, share
+
+
+@torch.no_grad()
+def collect_statistics(network, encode, batches):
+    """The batch norms of a network take the mean statistics of these batches; weights stay.
+
+    encode(batch) runs the network. A network that is frozen needs it: new ones normalise by
+    mean 0 and variance 1, which their features do not have, and pre-trained ones by what they
+    saw masked or augmented.
+    """
+    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    training = network.training
+    network.train()
+    for k, batch in enumerate(batches):
+        for norm in norms:
+            norm.momentum = 1 / (k + 1)  # the plain mean of the first k + 1
+        encode(batch)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    network.train(training)
 
 
 class Normalise(torch.autograd.Function):
@@ -2010,7 +2033,7 @@ def read_json(path, kind):
 
 
 # flags that older runs did not have, and what they did
-OLDER = dict(accumulate=1, max_depth=0.0, image_init="", freeze=False, share=1.0)
+OLDER = dict(accumulate=1, labels="", max_depth=0.0, image_init="", freeze=False, share=1.0)
 
 
 def refuse_changes(out, before, now, free):
@@ -2613,6 +2636,71 @@ def load_resnet(source, resnet, rank, prefix=""):
     if rank == 0:
         count = len(stored)
         print(f"{path}: loaded {count}/{count} tensors of the image network", flush=True)
+
+
+def draw_labels(dataset, indices, fraction, draw, seed):
+    """A seeded share of these frames, at least one frame or scene -> indices (n,), sorted.
+
+    draw: frames, scenes or every; every takes the share that the field does (every_kth of the
+    reader), whatever the seed. The draw of a smaller fraction is part of that of a larger one,
+    but for every.
+    """
+    require(0 < fraction <= 1,
+            f"--fraction {fraction}: expected more than 0 and at most 1")
+    if draw == "every":
+        return dataset.every_kth(indices, round(1 / fraction))
+    rng = np.random.default_rng((seed, 7))
+    names = dataset.names
+    scenes = [names[i].rsplit("/", 1)[0] for i in indices]
+    units = np.unique(scenes) if draw == "scenes" else np.arange(len(indices))
+    count = max(1, round(fraction * len(units)))
+    drawn = rng.permutation(units)[:count]
+    if draw == "scenes":
+        return np.sort(indices[np.isin(scenes, drawn)])
+    return np.sort(indices[drawn])
+
+
+def listed_labels(dataset, indices, path):
+    """The frames that a file names, one a line, as labels.txt of a run does -> indices (n,)."""
+    try:
+        names = Path(path).read_text(errors="replace").split()
+    except OSError as error:
+        raise SystemExit(f"--labels {path}: cannot be read ({error.strerror}); give a file with "
+                         "the name of a frame on each line, such as labels.txt of a run") from error
+    all_names = dataset.names
+    place = {all_names[i]: i for i in indices}
+    others = [name for name in names if name not in place]
+    require(names and not others,
+            f"--labels {path}: {len(others)} of its {len(names)} lines name no frame of the train "
+            f"split of {dataset.what}, first {others[:1]}; expected names such as "
+            f"{all_names[indices[0]]}")
+    return np.unique([place[name] for name in names])
+
+
+def describe_draw(cfg, what, counts):
+    """Print which labels are learned from, and how many of the frames the pre-training has seen.
+
+    what: is counted, counts {class: n}. The hash is the beginning of the SHA-256 of labels.txt,
+    which lists the frames' names.
+    """
+    folder = Path(cfg.out)
+    path = folder / "labels.txt"
+    names = path.read_text().splitlines()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    seen = Path(cfg.init) / "frames.txt"
+    overlap = ""
+    if seen.is_file():
+        count = len(set(names) & set(seen.read_text(errors="replace").splitlines()))
+        overlap = (f"; {count} of them were in the pre-training of {cfg.init}, "
+                   "without their labels")
+    drawn = f"{cfg.draw} drawn with seed {cfg.seed}"
+    if cfg.draw == "every":
+        drawn = "every k-th"
+    if cfg.labels:
+        drawn = f"listed in {cfg.labels}"
+    print(f"{folder}: labels of {len(names)} frames, {drawn}, hash {digest} "
+          f"(labels.txt){overlap}", flush=True)
+    print(f"{what}: " + ", ".join(f"{name} {n}" for name, n in counts.items()), flush=True)
 
 
 # ---- §11 log and figures -------------------------------------------------------------

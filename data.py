@@ -63,6 +63,7 @@ LARGE_BATCH = 64
 
 # Of everything cached: raise it when the index, or what load() returns for the same files, changes
 VERSION = 4
+INDEX_VERSION = 1            # of nuScenes' index alone
 DIGEST_FRAMES = 32           # frames whose files a resumed run compares (file_digests)
 
 
@@ -115,6 +116,21 @@ CLASSES = (
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 WAYMO_CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT")  # 1 to 5
 WAYMO_CLASSES = ("Vehicle", "Pedestrian", "Cyclist")
+POINT_CLASSES = {             # of semantic segmentation: labels of points index these
+    "nuscenes": (
+        "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
+        "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk",
+        "terrain", "manmade", "vegetation"),
+    "kitti": (
+        "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist",
+        "motorcyclist", "road", "parking", "sidewalk", "other-ground", "building", "fence",
+        "vegetation", "trunk", "terrain", "pole", "traffic-sign"),
+    "waymo": (
+        "CAR", "TRUCK", "BUS", "OTHER_VEHICLE", "MOTORCYCLIST", "BICYCLIST", "PEDESTRIAN", "SIGN",
+        "TRAFFIC_LIGHT", "POLE", "CONSTRUCTION_CONE", "BICYCLE", "MOTORCYCLE", "BUILDING",
+        "VEGETATION", "TREE_TRUNK", "CURB", "ROAD", "LANE_MARKER", "OTHER_GROUND", "WALKABLE",
+        "SIDEWALK"),
+}
 
 NUSCENES_GRID = Grid(
     dataset="nuscenes",
@@ -197,7 +213,9 @@ class Frame:
                                        velocity xy (m/s, NaN where unknown)
     labels       (M,) int64, None      index into Grid.classes
     extra        {name: array}         what `prepare` computed; "points_*" has one row for each
-                                       point and follows the points. An augment may add an int
+                                       point and follows the points. An augment may add an int.
+                                       points_label (N,) int64: index into POINT_CLASSES, -1 for
+                                       none, where the data set is opened with point_labels
     name         str                   "nuscenes/scene-0061/<sample token>"; every error about
                                        this frame starts with it
     """
@@ -521,7 +539,8 @@ def inside_box(xyz, box):
 
 # ---- open: which data set a folder holds ---------------------------------------------
 
-def open_dataset(root, preset="paper", *, sweeps=None, images=True, labels=True):
+def open_dataset(root, preset="paper", *, sweeps=None, images=True, labels=True,
+                 point_labels=False):
     """The data set in folder `root`, recognised by its layout -> a NuScenes, Kitti or Waymo.
 
     "" is the embedded world, written under cache_dir() at first use. Where a nuScenes
@@ -531,6 +550,7 @@ def open_dataset(root, preset="paper", *, sweeps=None, images=True, labels=True)
     sweeps  at most so many LiDAR sweeps in a frame, default the grid's
     images  False: no image is read, and none need be on disk
     labels  False: labels may be absent or damaged; such a frame then has no boxes
+    point_labels  True: the class of each point is read too; frames without are left out
     Frames that lack a file of what is read are left out, and their number is printed.
 
     A data set of your own is easiest written in nuScenes' layout. It may have fewer
@@ -544,7 +564,7 @@ def open_dataset(root, preset="paper", *, sweeps=None, images=True, labels=True)
         with reading(root, "look at what is mounted there"):
             reader, place, *version = recognise(root)
             dataset = reader(place, preset, *version, sweeps=sweeps, images=images,
-                             labels=labels)
+                             labels=labels, point_labels=point_labels)
         damage = dataset.notes[0] if embedded and dataset.notes else ""
     except DataError as error:
         if not embedded:
@@ -788,7 +808,8 @@ class Loader:
         epoch, index, training = job
         frame = self.dataset.load(index, self.image)
         if self.prepare:
-            frame = replace(frame, extra=cached_extra(frame, self.prepare, self.folder))
+            prepared = cached_extra(frame, self.prepare, self.folder)
+            frame = replace(frame, extra=frame.extra | prepared)
         if self.crop:
             frame = select(frame, self.dataset.image_shows(index, frame.points))
         if training and self.augment:
@@ -1368,6 +1389,17 @@ DETECTION = {
     "movable_object.trafficcone": "traffic_cone",
 }
 
+# category of a point -> class of the segmentation task; other categories have none  [devkit]
+SEGMENTATION = {
+    **{name: label for name, label in DETECTION.items()},
+    "flat.driveable_surface": "driveable_surface",
+    "flat.other": "other_flat",
+    "flat.sidewalk": "sidewalk",
+    "flat.terrain": "terrain",
+    "static.manmade": "manmade",
+    "static.vegetation": "vegetation",
+}
+
 # LiDAR axes on disk (x right, y forward) -> ours
 NUSCENES_AXES = np.array([[0., 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
@@ -1591,6 +1623,7 @@ class Samples(NamedTuple):
     table: Table
     time: np.ndarray     # (n,) int64, us
     scene: list          # (n,) name of its scene
+    scene_row: np.ndarray  # (n,) row of its scene in scene.json
     channels: np.ndarray  # (1 + K,) those of CHANNELS that the tables have, LiDAR first
     sensors: np.ndarray  # (n, 1 + K) rows of sample_data
     order: np.ndarray    # (m,) the rows that are frames: on disk; scenes by start, then by time
@@ -1601,7 +1634,9 @@ def build_index(root, version):
 
     -> {name: structured array}, without a Python object:
     frames  token, scene, split; time (us); sensors (1 + K,) rows of `sensors`, LiDAR first;
-            boxes (2,) first and last + 1 row of `boxes`
+            boxes (2,) first and last + 1 row of `boxes`; sweep, token of the keyframe sweep;
+            scene_row, that of its scene in scene.json; lidarseg, the file with the classes of
+            its points, empty where the tables have none
     sensors file; on_disk, whether it is there; to_world (4, 4), of the LiDAR in our axes;
             intrinsic (3, 3); height, width; time (us); prev, the sweep before or -1
     boxes   box (9,) as Frame.boxes but in the world; category, token, instance; label or -1;
@@ -1609,6 +1644,7 @@ def build_index(root, version):
     counts  one row: frames in the tables; of them absent, without a keyframe sweep on disk,
             which are not in `frames`; sweeps that are no keyframes' in the tables and
             sweeps_on_disk; channels (7,) bool, which of CHANNELS the tables have
+    categories  name; index, which stands for it in a lidarseg file, or -1
     """
     folder = Path(root) / version
     bar = tqdm(total=9, desc=f"{version}: reading the tables, once", unit=" tables",
@@ -1623,6 +1659,7 @@ def build_index(root, version):
     on_disk = sensors["on_disk"]
     samples = index_samples(read, root, version, data, channel, on_disk)
     boxes, bounds = index_boxes(read, samples)
+    lidarseg, categories = index_point_labels(folder, data)
     split_of = official_splits(folder)
     bar.close()
     order = samples.order
@@ -1634,6 +1671,9 @@ def build_index(root, version):
         time=samples.time[order],
         sensors=samples.sensors[order],
         boxes=bounds,
+        sweep=[data["token"][row] for row in samples.sensors[order, 0]],
+        scene_row=samples.scene_row[order],
+        lidarseg=[lidarseg.get(row, "") for row in samples.sensors[order, 0].tolist()],
     )
     older = (channel == 0) & ~np.array(data["is_key_frame"], bool)
     counts = pack(
@@ -1643,7 +1683,7 @@ def build_index(root, version):
         sweeps_on_disk=np.array([(older & on_disk).sum()]),
         channels=np.isin(np.arange(len(CHANNELS)), samples.channels)[None],
     )
-    return dict(frames=frames, sensors=sensors, boxes=boxes, counts=counts)
+    return dict(frames=frames, sensors=sensors, boxes=boxes, counts=counts, categories=categories)
 
 
 def index_sensors(read, root):
@@ -1743,7 +1783,7 @@ def index_samples(read, root, version, data, channel, on_disk):
         raise DataError(f"{root}: none of the {len(sample)} frames of {version} has its "
                         "keyframe sweep under samples/LIDAR_TOP; extract the file blobs there")
     names = [scene["name"][s] for s in sample_scene]
-    return Samples(sample, time, names, channels, sensors, order)
+    return Samples(sample, time, names, sample_scene, channels, sensors, order)
 
 
 def files_on_disk(files):
@@ -1808,6 +1848,25 @@ def index_boxes(read, samples):
     return boxes, np.stack([bounds[:-1], bounds[1:]], 1)
 
 
+def index_point_labels(folder, data):
+    """nuScenes-lidarseg, where it is extracted: which file has the classes of a sweep's points.
+
+    data: the table sample_data -> {row of data: file}, `categories` of the index.
+    """
+    category = Table(folder, "category", "name")
+    names = category["name"]
+    if not (folder / "lidarseg.json").exists():
+        return {}, pack(name=names, index=np.full(len(names), -1))
+    table = Table(folder, "lidarseg", "sample_data_token filename")
+    rows = table.link("sample_data_token", data)
+    try:
+        index = Table(folder, "category", "name index").numbers("index").astype(np.int64)
+    except DataError:  # that of the download without lidarseg: see check_point_labels
+        index = np.full(len(names), -1)
+    index[(index < 0) | (index > 255)] = -1
+    return dict(zip(rows.tolist(), table["filename"])), pack(name=names, index=index)
+
+
 def find_version(root, version):
     """Name of the folder of tables in root.
 
@@ -1834,7 +1893,8 @@ def find_version(root, version):
                     f"give the folder of the one that is meant{example}")
 
 
-INDEX = ("frames", "sensors", "boxes", "counts")  # the arrays of an index, each in its file
+# the arrays of an index, each in its file
+INDEX = ("frames", "sensors", "boxes", "counts", "categories")
 
 
 def index_digest(folder, key):
@@ -1880,12 +1940,13 @@ class NuScenes:
     LAYOUT_HINT = "samples/ and v1.0-*/"
 
     def __init__(self, root, preset="paper", version=None, *, sweeps=None, images=True,
-                 labels=True):
+                 labels=True, point_labels=False):
         self.grid = choose_grid("nuscenes", preset, sweeps)
         self.sweeps = self.grid.sweeps  # of what is opened; a user may change .grid
         self.preset = preset
         self.images = images
         self.labels = labels
+        self.point_labels = point_labels
         self.root = os.path.realpath(root)
         self.version = find_version(Path(self.root), version)
         self.what = f"{self.root}: nuScenes {self.version}"
@@ -1896,6 +1957,8 @@ class NuScenes:
         self.notes = self.leave_out_frames()
         for note in self.notes:
             print_once(note)
+        if point_labels:
+            self.check_point_labels()
 
     def leave_out_frames(self):
         """Leave out the frames that lack a file of what is read -> notes, which say so."""
@@ -1965,7 +2028,8 @@ class NuScenes:
             for path in Path(self.root, folder).glob("*"):
                 if path.exists():  # a link may lead nowhere
                     state.append((str(path), path.stat().st_mtime_ns))
-        return hashlib.sha256(repr((VERSION, sorted(state))).encode()).hexdigest()[:16]
+        key = repr((VERSION, INDEX_VERSION, sorted(state)))
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def open_index(self):
         folder = cache_dir() / f"index-{self.key}"
@@ -2003,7 +2067,7 @@ class NuScenes:
         try:
             if digest.exists() and digest.read_text() != index_digest(folder, self.key):
                 raise ValueError("its digest is of other bytes")
-            self.frames, self.sensors, self.boxes, self.counts = (
+            self.frames, self.sensors, self.boxes, self.counts, self.categories = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in INDEX)
             return True
@@ -2044,15 +2108,22 @@ class NuScenes:
         return split_frames(self.what, self.frames["split"], name)
 
     def files(self, i):
-        """The files of frame i below the root: the keyframe sweep and the images."""
-        return [self.sensors["file"][row].decode() for row in self.frames["sensors"][i]]
+        """The files of frame i below the root: the keyframe sweep and the images.
+
+        The file of point labels too where they are read.
+        """
+        files = [self.sensors["file"][row].decode() for row in self.frames["sensors"][i]]
+        if self.point_labels:
+            files.append(self.frames["lidarseg"][i].decode())
+        return files
 
     def fingerprint(self):
         """What tells whether the data set is still the same -> {what: digest}."""
         digest = hashlib.sha256()
         for array in (self.frames, self.sensors, self.boxes):
             digest.update(array)
-        tables = {f"tables of {self.version}, index {VERSION}": digest.hexdigest()[:16]}
+        index = f"index {VERSION}.{INDEX_VERSION}"
+        tables = {f"tables of {self.version}, {index}": digest.hexdigest()[:16]}
         return tables | file_digests(self)
 
     def load(self, i, image=None):
@@ -2062,7 +2133,13 @@ class NuScenes:
         lidar = self.sensors[row["sensors"][0]]
         lidar2world = np.array(lidar["to_world"])
         world2lidar = np.linalg.inv(lidar2world)
-        points = self.merge_sweeps(lidar, world2lidar, name)
+        points, on_car = self.merge_sweeps(lidar, world2lidar, name)
+        extra = {}
+        if self.point_labels:
+            label = np.full(len(points), -1)
+            own = self.point_truth(i, len(on_car))[~on_car]
+            label[:len(own)] = own  # the keyframe sweep comes first
+            extra["points_label"] = label
         images = []
         world2img = np.zeros((0, 4, 4))
         if self.images:
@@ -2083,22 +2160,25 @@ class NuScenes:
             time=row["time"] * 1e-6,
             boxes=boxes,
             labels=labels,
-            extra={},
+            extra=extra,
             name=name,
         )
 
     def merge_sweeps(self, lidar, world2lidar, name):
-        """The keyframe sweep `lidar` and those before it, in its place -> points (N, 5) float32.
+        """The keyframe sweep `lidar` and those before it, in its place.
+
+        -> points (N, 5) float32; which points of the keyframe's file are on the car, and not
+        among them (n,) bool.
 
         Those before it that are not on disk are passed over: see leave_out_frames.
         """
         clouds = []
+        key_on_car = None
         for sensor in self.chain(lidar):
             columns = self.read_sweep(sensor, name)
-            x, y = columns[:2]
-            # the car itself, 3 % of it beyond the devkit's |x|, |y| < 1: bonnet and tail; nothing
-            # else fits in this place [ours]
-            on_car = (x > -1.5) & (x < 2.5) & (abs(y) < 1)
+            on_car = is_on_car(columns)
+            if sensor is lidar:
+                key_on_car = on_car
             columns = np.compress(~on_car, columns, 1)  # a third of the time of columns[:, mask]
             if sensor is not lidar:
                 move = (world2lidar @ sensor["to_world"]).astype(np.float32)  # product in float64
@@ -2106,7 +2186,7 @@ class NuScenes:
             columns[4] = (lidar["time"] - sensor["time"]) * 1e-6
             clouds.append(columns)
         points = np.empty((sum(cloud.shape[1] for cloud in clouds), 5), np.float32)
-        return np.concatenate(clouds, 1, out=points.T).T
+        return np.concatenate(clouds, 1, out=points.T).T, key_on_car
 
     def chain(self, lidar):
         """The keyframe sweep `lidar`, then those of the Grid.sweeps - 1 before it on disk."""
@@ -2182,6 +2262,81 @@ class NuScenes:
         sweep).
         """
         return self.boxes[slice(*self.frames["boxes"][i])]
+
+    def check_point_labels(self):
+        """End if the classes of the points cannot be read, of all frames that are."""
+        tables = f"{self.root}/{self.version}"
+        lacking = self.frames["lidarseg"] == b""
+        if lacking.all():
+            raise DataError(f"{tables}: no lidarseg.json, which lists the classes of points; "
+                            "extract the archive of nuScenes-lidarseg here too")
+        if (self.categories["index"] < 0).any():
+            raise DataError(f"{tables}/category.json: not every row has an index from 0 to 255; it "
+                            "is that of the download without lidarseg: put the category.json of "
+                            "the archive of nuScenes-lidarseg in its place")
+        files = [self.root + "/" + file.decode() for file in self.frames["lidarseg"]]
+        on_disk = files_on_disk(files)
+        if not on_disk.all():
+            first = files[np.flatnonzero(~on_disk)[0]]
+            if lacking.any():
+                first = f"those of frame {self.name(np.flatnonzero(lacking)[0])}"
+            raise DataError(f"{self.what}: of {len(files)} frames {(~on_disk).sum()} have no file "
+                            f"of point labels, first {first}; extract the archive of "
+                            "nuScenes-lidarseg again")
+
+    def point_truth(self, i, n):
+        """The class of each of the n points in the file of frame i -> (n,) int64, -1 for none."""
+        name = self.name(i)
+        file = path_inside(self.root, self.frames["lidarseg"][i].decode(), name)
+        with reading(name, "extract the archive of nuScenes-lidarseg again", file):
+            ids = np.fromfile(file, np.uint8)
+        if len(ids) != n:
+            raise DataError(f"{name}: {file} has {len(ids)} labels, expected one for each of the "
+                            f"{n} points of its sweep; extract it again")
+        classes = POINT_CLASSES["nuscenes"]
+        label = np.full(256, -2)
+        for category, index in zip(self.categories["name"], self.categories["index"]):
+            class_name = SEGMENTATION.get(category.decode())
+            label[index] = classes.index(class_name) if class_name else -1
+        truth = label[ids]
+        if (truth == -2).any():
+            raise DataError(f"{name}: {file} has the label {ids[truth == -2][0]}, of which "
+                            f"{self.version}/category.json has no row; the two do not belong "
+                            "together: extract the archive of nuScenes-lidarseg again")
+        return truth
+
+    def points_on_disk(self, i, classes):
+        """Classes of the points of load(i) -> of all points in the file, and their truth.
+
+        Points on the car itself, which load leaves out, become driveable surface: the truth
+        has no class there.
+        classes (n,) -> two (N,) int64.
+        """
+        on_car = is_on_car(self.sweep(i).T)
+        full = np.full(len(on_car), POINT_CLASSES["nuscenes"].index("driveable_surface"))
+        full[~on_car] = classes[:(~on_car).sum()]
+        return full, self.point_truth(i, len(on_car))
+
+    def write_points(self, folder, i, classes):
+        """The result file of frame i in the official format. classes (N,) as on disk."""
+        token = self.frames["sweep"][i].decode()
+        path = Path(folder, "lidarseg", self.eval_set, f"{token}_lidarseg.bin")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (classes + 1).astype(np.uint8).tofile(path)
+
+    @property
+    def eval_set(self):
+        """The devkit's name of the val split."""
+        return "mini_val" if self.version == "v1.0-mini" else "val"
+
+    def every_kth(self, indices, k):
+        """Every k-th scene of these frames, from the k-th, in the tables' order [code SLidR]."""
+        rows = self.frames["scene_row"][indices]
+        scenes = np.unique(rows)[k - 1::k]
+        if not len(scenes):
+            raise DataError(f"{self.what}: {len(np.unique(rows))} scenes, of which every {k}-th is "
+                            "asked for; give a larger --fraction")
+        return indices[np.isin(rows, scenes)]
 
     def lacking_for_scoring(self):
         """What nuscenes-devkit would trip over when it scores the val frames -> list of str.
@@ -2267,6 +2422,16 @@ class NuScenes:
         test = (f"boxes hold the number of LiDAR points that "
                 f"{self.version}/sample_annotation.json states")
         return right, len(rows), test
+
+
+def is_on_car(columns):
+    """Which points of a sweep are on the car that carries the LiDAR. columns (5, N) -> (N,) bool.
+
+    3 % of it lie beyond the devkit's |x|, |y| < 1: bonnet and tail; nothing else fits in this
+    place [ours].
+    """
+    x, y = columns[:2]
+    return (x > -1.5) & (x < 2.5) & (abs(y) < 1)
 
 
 # ---- KITTI: object frames or raw drives ----------------------------------------------
@@ -2363,7 +2528,8 @@ class Kitti:
     }
     LAYOUT_HINT = "training/velodyne, or <date>/<date>_drive_<n>_sync"
 
-    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True):
+    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True,
+                 point_labels=False):
         self.grid = choose_grid("kitti", preset, sweeps)
         self.preset = preset
         self.images = images
@@ -2935,7 +3101,8 @@ class Waymo:
     LAYOUT_HINT = "training/vehicle_pose/<segment>.parquet"
     SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 
-    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True):
+    def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True,
+                 point_labels=False):
         self.grid = choose_grid("waymo", preset, sweeps)
         self.preset = preset
         self.images = images

@@ -28,7 +28,6 @@ Departures:
   D4  Boxes without a LiDAR point are not learned from.
   D5  Loss weights, learning rate and rotation are those for nuScenes on every data set.
 """
-import hashlib
 import io
 import json
 import math
@@ -56,6 +55,7 @@ from common import (
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
     checkpoint, read_units, load_units, load_resnet, refuse_misfit, first_line,
+    draw_labels, listed_labels, describe_draw,
     destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
 )
 
@@ -94,7 +94,8 @@ class Config:
     freeze: bool = False       # train neither what is loaded nor its batch-norm statistics
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05     # share of the training labels [paper CLAP]
-    draw: Literal["frames", "scenes"] = "frames"  # frames [paper CLAP] or whole scenes
+    draw: Literal["frames", "scenes", "every"] = "frames"  # [paper CLAP]; every k-th [code SLidR]
+    labels: str = ""           # file with the names of the frames to learn from, instead
 
     # optimisation; CenterPoint's epochs are over all data
     epochs: int = 20           # over the drawn frames; 0: steps decide [code CenterPoint] D1
@@ -512,45 +513,6 @@ def best_boxes(candidates):
 
 # ---- few labels ----------------------------------------------------------------------
 
-def draw_labels(dataset, indices, fraction, draw, seed):
-    """A seeded share of these frames, at least one frame or scene -> indices (n,), sorted.
-
-    The draw of a smaller fraction is part of that of a larger one.
-    """
-    require(0 < fraction <= 1,
-            f"--fraction {fraction}: expected more than 0 and at most 1")
-    rng = np.random.default_rng((seed, 7))
-    names = dataset.names
-    scenes = [names[i].rsplit("/", 1)[0] for i in indices]
-    units = np.unique(scenes) if draw == "scenes" else np.arange(len(indices))
-    count = max(1, round(fraction * len(units)))
-    drawn = rng.permutation(units)[:count]
-    if draw == "scenes":
-        return np.sort(indices[np.isin(scenes, drawn)])
-    return np.sort(indices[drawn])
-
-
-def describe_draw(cfg, classes, counts):
-    """Print what was drawn, its boxes, and how many frames the pre-training has seen.
-
-    The hash is the beginning of the SHA-256 of labels.txt, which lists their names.
-    """
-    folder = Path(cfg.out)
-    path = folder / "labels.txt"
-    names = path.read_text().splitlines()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    seen = Path(cfg.init) / "frames.txt"
-    overlap = ""
-    if seen.is_file():
-        count = len(set(names) & set(seen.read_text(errors="replace").splitlines()))
-        overlap = (f"; {count} of them were in the pre-training of {cfg.init}, "
-                   "without their labels")
-    print(f"{folder}: labels of {len(names)} frames, {cfg.draw} drawn with seed "
-          f"{cfg.seed}, hash {digest} (labels.txt){overlap}", flush=True)
-    boxes = ", ".join(f"{name} {n}" for name, n in zip(classes, counts))
-    print(f"labelled boxes: {boxes}", flush=True)
-
-
 def count_boxes(dataset, indices, device):
     """Labelled boxes of each class, over all ranks. indices: this rank's frames."""
     counts = np.zeros(len(dataset.grid.classes), int)
@@ -589,10 +551,16 @@ def train(rank, world, cfg):
     # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
     # frames (ground-truth sampling)
     split = dataset.split("train")
-    drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    if cfg.labels:
+        drawn = listed_labels(dataset, split, cfg.labels)
+    else:
+        drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    asked = f"--fraction {cfg.fraction:g} --seed {cfg.seed}"
+    if cfg.labels:
+        asked = f"--labels {cfg.labels}"
     require(any(data.has_box(dataset, i) for i in drawn),
-            f"--fraction {cfg.fraction:g} --seed {cfg.seed}: no 3-D box of a detection class in "
-            f"the {len(drawn)} frames drawn; draw more, or with another seed")
+            f"{asked}: no 3-D box of a detection class in the {len(drawn)} frames drawn; "
+            "draw more, or others")
     crop = dataset.grid.dataset == "kitti"  # labels end where its image does [code OpenPCDet]
     warp = partial(augment, rotation=cfg.rotation, scale=cfg.scale,
                    flip=dataset.grid.mirrors)
@@ -637,7 +605,7 @@ def train(rank, world, cfg):
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     counts = count_boxes(dataset, drawn[rank::world], device)
     if rank == 0:
-        describe_draw(cfg, dataset.grid.classes, counts)
+        describe_draw(cfg, "labelled boxes", dict(zip(dataset.grid.classes, counts)))
     about = f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded"
     if cfg.freeze:
         about = f"lr {cfg.lr:g}, frozen {', '.join(model.frozen)}"
@@ -834,7 +802,8 @@ def finish(model, cfg, out, val_loader, device, rank):
     finally:  # whatever becomes of the figures
         start = cfg.init + f" and image {cfg.image_init}" * bool(cfg.image_init)
         start += " frozen" * cfg.freeze
-        print(f"{out}: | {start} | {cfg.modality} | {cfg.fraction:g} of the {cfg.draw} "
+        labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
+        print(f"{out}: | {start} | {cfg.modality} | {labels} "
               f"| seed {cfg.seed} | {scores} |", flush=True)
 
 

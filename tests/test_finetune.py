@@ -20,9 +20,10 @@ import clap
 import common
 import data
 import finetune
+from common import draw_labels, listed_labels
 from conftest import Waits, on_two
 from finetune import (
-    SMALL, Config, Detector, decode, draw_labels, encode, focal, gaussian_radius, heat_targets)
+    SMALL, Config, Detector, decode, encode, focal, gaussian_radius, heat_targets)
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = data.GRIDS["nuscenes", "small"]
@@ -920,7 +921,7 @@ def test_a_run_of_before_these_flags_is_resumed(three_frames, tmp_path, monkeypa
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
     config = json.loads(state["config"])
-    for field in ("max_depth", "image_init", "freeze"):
+    for field in ("max_depth", "image_init", "freeze", "labels"):
         del config[field]
     torch.save(state | dict(config=json.dumps(config)), path)
     finetune.train(0, 1, cfg)

@@ -151,7 +151,7 @@ def test_a_world_that_cannot_be_written_says_what_to_set(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setenv("LIDAR_CAMERA_CACHE", str(tmp_path))
     monkeypatch.setattr(synthetic, "write", full)
-    message = "world-1: .*No space left on device.*; make room there, or point LIDAR_CAMERA_CACHE"
+    message = "world-2: .*No space left on device.*; make room there, or point LIDAR_CAMERA_CACHE"
     with pytest.raises(data.DataError, match=message):
         data.open_dataset("")
 
