@@ -1878,6 +1878,51 @@ def test_processes_agree_on_every_weight_and_buffer_though_buffers_are_not_sent(
             assert not torch.equal(state[name], before[name]), name
 
 
+class Begun(Exception):
+    """A run has written what it writes before its first step."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_a_share_of_the_training_frames_is_drawn(script, world, tmp_path, monkeypatch):
+    """Those of a smaller share are among those of a larger one; all are all, in their order."""
+    module = importlib.import_module(script)
+    loaders = []
+    loader = data.loader
+
+    def recorded(*words, **more):
+        loaders.append(loader(*words, **more))
+        return loaders[-1]
+
+    def begun(*_):
+        raise Begun
+
+    monkeypatch.setattr(data, "loader", recorded)
+    monkeypatch.setattr(module, "wrap", begun)
+    split = data.open_dataset(world, "small").split("train")
+    names = data.open_dataset(world, "small").names
+
+    def drawn(**fields):
+        out = tmp_path / f"{len(loaders)}"
+        cfg = module.Config(preset="small", **{**module.SMALL, "width": 4})
+        with pytest.raises(Begun):
+            module.train(0, 1, replace(cfg, data=str(world), out=str(out), gpus=0, **fields))
+        indices = loaders[-2].indices
+        assert (out / "frames.txt").read_text().split() == [names[i] for i in indices]
+        return indices.tolist()
+
+    assert drawn() == split.tolist() and len(split) == 6
+    one, two, four = (drawn(share=share) for share in (0.01, 0.34, 0.6))
+    assert [len(indices) for indices in (one, two, four)] == [1, 2, 4]
+    assert set(one) < set(two) < set(four) < set(split.tolist())
+    assert two == sorted(two) == drawn(share=0.34)
+    assert len({tuple(drawn(share=0.34, seed=seed)) for seed in range(4)}) > 1
+    for share, expected in ((0.0, "above 0"), (1.5, "above 0 to 1")):
+        cfg = module.Config(preset="small", **module.SMALL)
+        with pytest.raises(SystemExit, match=f"--share {share}: expected a number {expected}"):
+            module.train(0, 1, replace(cfg, out=str(tmp_path / "none"), share=share))
+        assert not (tmp_path / "none").exists()
+
+
 # ---- bfloat16, as on CUDA ------------------------------------------------------------
 
 @pytest.fixture
