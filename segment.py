@@ -42,9 +42,9 @@ from common import (
     VoxelResNet, BatchNorm, collect_statistics,  # networks
     all_reduce, mean_over_ranks,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
-    cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
-    stored_config, check_run, read_units, load_units, draw_labels, listed_labels, describe_draw,
-    destroy_group, Run, loss_curves, load_tool, write_text, first_line,
+    cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
+    read_units, load_units, labelled_frames, describe_draw, describe_scored, destroy_group, Run,
+    loss_curves, load_tool, write_text, first_line,
 )
 
 REACH = {"nuscenes": 102.4, "kitti": 81.6, "waymo": 102.4}  # |x|, |y| of the range, at least, m
@@ -129,42 +129,35 @@ def open_labelled(cfg):
                              point_labels=True)
 
 
-def wide(grid, pretrained):
-    """The Grid of the pre-training, wide enough for every point: all of them are scored.
+def wide(grid):
+    """The Grid with a range that holds every point: all of them are scored.
 
     Its faces move outwards by whole multiples of 8 voxels, so that the cells of every stride
-    stay where they were. grid: of the data set; pretrained: low, high and voxel of the
-    pre-training, or the data set's.
+    stay where the pre-training had them.
     """
     reach = REACH[grid.dataset]
     limits = (-reach, reach), (-reach, reach), HEIGHT
     low = []
     high = []
     for axis, (least, most) in enumerate(limits):
-        cell = 8 * pretrained.voxel[axis]
-        down = max(math.ceil((pretrained.low[axis] - least) / cell - 1e-6), 0)
-        low.append(pretrained.low[axis] - down * cell)
+        cell = 8 * grid.voxel[axis]
+        down = max(math.ceil((grid.low[axis] - least) / cell - 1e-6), 0)
+        low.append(grid.low[axis] - down * cell)
         high.append(low[axis] + math.ceil((most - low[axis]) / cell - 1e-6) * cell)
-    return replace(grid, low=tuple(low), high=tuple(high), voxel=tuple(pretrained.voxel))
+    return replace(grid, low=tuple(low), high=tuple(high))
 
 
-def grid_of(cfg, dataset):
-    """The Grid that the network works on, and what --voxel takes of the pre-training."""
-    pretrained = dataset.grid
-    if cfg.init != "none" and cfg.voxel == "init":
-        stored = json.loads(read_units(cfg.init)[1]["grid"])
-        pretrained = replace(pretrained, low=tuple(stored["low"]), voxel=tuple(stored["voxel"]))
-    return wide(dataset.grid, pretrained)
+def grid_of_run(run, grid):
+    """The Grid of a data set with the range and the voxels that a run was trained with."""
+    stored = json.loads(read_units(run)[1]["grid"])
+    return replace(grid, **{name: tuple(stored[name]) for name in ("low", "high", "voxel")})
 
 
 def count_labels(dataset, indices):
     """Labelled points of each class in these frames -> {class: n}."""
     classes = data.POINT_CLASSES[dataset.grid.dataset]
-    counts = np.zeros(len(classes), int)
-    for i in indices:
-        label = dataset.load(i).extra["points_label"]
-        counts += np.bincount(label[label >= 0], minlength=len(classes))
-    return dict(zip(classes, counts.tolist()))
+    label = np.concatenate([dataset.load(i).extra["points_label"] for i in indices])
+    return dict(zip(classes, np.bincount(label[label >= 0], minlength=len(classes)).tolist()))
 
 
 # ---- the network ---------------------------------------------------------------------
@@ -271,10 +264,7 @@ def train(rank, world, cfg):
     dataset = open_labelled(cfg)
     data.announce(dataset, cfg.batch)
     split = dataset.split("train")
-    if cfg.labels:
-        drawn = listed_labels(dataset, split, cfg.labels)
-    else:
-        drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    drawn = labelled_frames(cfg, dataset, split)
     warp = None  # D5
     if not cfg.probe:
         warp = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
@@ -289,7 +279,9 @@ def train(rank, world, cfg):
 
     # model, optimiser
     torch.manual_seed(cfg.seed)
-    grid = grid_of(cfg, dataset)
+    pretrained = cfg.init != "none" and cfg.voxel == "init"
+    grid = grid_of_run(cfg.init, dataset.grid) if pretrained else dataset.grid
+    grid = wide(grid)
     model = Segmenter(cfg, grid)
     loaded = set()
     if cfg.init != "none":
@@ -369,20 +361,12 @@ def rescore(rank, world, cfg):
         try_score(dataset)
     device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
-    _, header, _ = read_units(cfg.eval_only)  # the voxels that it was trained with
-    stored = json.loads(header["grid"])
-    grid = replace(dataset.grid, low=tuple(stored["low"]), high=tuple(stored["high"]),
-                   voxel=tuple(stored["voxel"]))
-    model = Segmenter(trained, grid).to(device)
+    model = Segmenter(trained, grid_of_run(cfg.eval_only, dataset.grid)).to(device)
     rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model,
                                         ("preset", "width")))
     step = resume(cfg.eval_only, model)
     if rank == 0:
-        print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
-        changes = data_changes(cfg.eval_only, describe_data(dataset))
-        if changes:
-            print(f"{cfg.eval_only}: scored on other data than the run's: {'; '.join(changes)}",
-                  flush=True)
+        describe_scored(cfg.eval_only, step, dataset)
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
 
 
@@ -428,8 +412,7 @@ def devkit_mean_iou(confusion):
 def try_score(dataset):
     """End with a message unless val frames have labels and the metric works. Rank 0 only."""
     val = data.spread(dataset.split("val"), 3)
-    labelled = [(dataset.load(i).extra["points_label"] >= 0).sum() for i in val]
-    require(any(labelled),
+    require(any(count_labels(dataset, val).values()),
             f"{dataset.what}: none of the points of {len(val)} val frames has a class, so nothing "
             "could be scored at the end of the run; give the folder with their labels")
     classes = len(data.POINT_CLASSES[dataset.grid.dataset])
@@ -472,17 +455,10 @@ def finish(model, cfg, out, val_loader, device, rank):
     destroy_group()
     if rank:
         return
-    if dataset.grid.dataset == "nuscenes":
-        meta = dict(use_camera=False, use_lidar=True, use_radar=False, use_map=False,
-                    use_external=False)
-        place = folder / "results" / dataset.eval_set
-        place.mkdir(exist_ok=True)
-        write_text(place / "submission.json", to_json(dict(meta=meta)))
     metrics = score(dataset.grid.dataset, confusion)
     write_text(folder / "metrics.json", to_json(
         metrics | dict(frames=len(val_loader.indices), confusion=confusion.tolist())))
-    for name, iou in metrics["IoU"].items():
-        points = confusion[list(metrics["IoU"]).index(name)].sum()
+    for (name, iou), points in zip(metrics["IoU"].items(), confusion.sum(1)):
         print(f"{name:22}{iou:8.4f}   of {points} points", flush=True)
     try:
         save_figures(model, val_loader, confusion, folder, device)

@@ -18,7 +18,7 @@ from conftest import Waits, on_two
 from segment import SMALL, Config, Segmenter
 
 TINY = segment.with_defaults(Config(preset="small", **{**SMALL, "width": 4}))
-GRID = segment.wide(data.GRIDS["nuscenes", "small"], data.GRIDS["nuscenes", "small"])
+GRID = segment.wide(data.GRIDS["nuscenes", "small"])
 CPU = torch.device("cpu")
 
 run = partial(conftest.run, "segment.py")
@@ -48,7 +48,7 @@ def random_segmenter(cfg=TINY):
 @pytest.mark.parametrize("preset", ["paper", "small"])
 def test_the_range_grows_by_whole_cells_of_the_coarsest_level(name, preset):
     grid = data.GRIDS[name, preset]
-    wide = segment.wide(grid, grid)
+    wide = segment.wide(grid)
     reach = segment.REACH[name]
     for axis, (least, most) in enumerate([(-reach, reach), (-reach, reach), segment.HEIGHT]):
         assert wide.low[axis] <= least + 1e-6 and wide.high[axis] >= most - 1e-6
@@ -68,7 +68,7 @@ def test_a_wider_range_changes_no_feature():
     points = torch.tensor(np.c_[(index + 0.5) * voxel, rng.random((400, 2))], dtype=torch.float32)
     b = torch.zeros(400, dtype=torch.int64)
     levels = []
-    for around in (grid, segment.wide(grid, grid)):
+    for around in (grid, segment.wide(grid)):
         torch.manual_seed(0)
         net = VoxelResNet(around.low, around.high, around.voxel, 4).eval()
         with torch.no_grad():
@@ -425,16 +425,22 @@ def test_a_run_of_another_script_is_not_scored(tmp_path):
         segment.train(0, 1, replace(TINY, eval_only=str(tmp_path)))
 
 
-def test_the_voxels_are_those_of_the_pretraining_or_of_the_data(dataset, tmp_path):
+def test_the_voxels_are_those_of_the_pretraining_or_of_the_data(
+        world, tmp_path, monkeypatch, capsys):
+    for name in ("finish", "loss_curves"):
+        monkeypatch.setattr(segment, name, lambda *_: None)
     model = random_segmenter()
-    cfg = replace(TINY, out=str(tmp_path))
+    init = tmp_path / "init"
+    init.mkdir()
     grid = replace(data.GRIDS["waymo", "small"], voxel=(0.2, 0.2, 0.25))
-    common.save(cfg, 1, model, [], ["lidar"], grid)
-    own = replace(TINY, init=str(tmp_path))
-    assert segment.grid_of(own, dataset).voxel == (0.2, 0.2, 0.25)
-    assert segment.grid_of(replace(own, voxel="data"), dataset) == GRID
-    assert segment.grid_of(TINY, dataset) == GRID
-    assert segment.grid_of(own, dataset).dataset == "nuscenes"
+    common.save(replace(TINY, out=str(init)), 1, model, [], ["lidar"], grid)
+    cfg = replace(TINY, data=str(world), init=str(init), gpus=0, steps=1)
+    for choice, voxel in (("init", [0.2, 0.2, 0.25]), ("data", [0.1, 0.1, 0.125])):
+        out = tmp_path / choice
+        segment.train(0, 1, replace(cfg, voxel=choice, out=str(out)))
+        stored = json.loads(common.read_units(out)[1]["grid"])
+        assert stored["voxel"] == voxel and stored["dataset"] == "nuscenes"
+        assert stored["high"][0] >= 102.4
 
 
 @pytest.mark.slow
