@@ -76,6 +76,10 @@ class DataError(ValueError):
     one_line = True  # common.launch shows the message without a traceback
 
 
+class NoPointLabels(DataError):
+    """The data set has no classes of points at all: for the doctor, no fault."""
+
+
 # ---- record: Grid, Frame, Batch ------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -2268,8 +2272,8 @@ class NuScenes:
         tables = f"{self.root}/{self.version}"
         lacking = self.frames["lidarseg"] == b""
         if lacking.all():
-            raise DataError(f"{tables}: no lidarseg.json, which lists the classes of points; "
-                            "extract the archive of nuScenes-lidarseg here too")
+            raise NoPointLabels(f"{tables}: no lidarseg.json, which lists the classes of points; "
+                                "extract the archive of nuScenes-lidarseg here too")
         if (self.categories["index"] < 0).any():
             raise DataError(f"{tables}/category.json: not every row has an index from 0 to 255; it "
                             "is that of the download without lidarseg: put the category.json of "
@@ -2440,7 +2444,7 @@ def is_on_car(columns):
     return (x > -1.5) & (x < 2.5) & (abs(y) < 1)
 
 
-# ---- KITTI: object frames or raw drives ----------------------------------------------
+# ---- KITTI: object frames, raw drives or sequences -----------------------------------
 
 KITTI_TYPES = (
     "Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare",
@@ -2458,6 +2462,36 @@ KITTI_LABEL = [
     ("label", "i8"),
 ]
 
+# class of the segmentation task -> its ids in SemanticKITTI's labels, the written one first
+SEMANTIC_KITTI = {
+    "car": (10, 252),
+    "bicycle": (11,),
+    "motorcycle": (15,),
+    "truck": (18, 258),
+    "other-vehicle": (20, 13, 16, 256, 257, 259),
+    "person": (30, 254),
+    "bicyclist": (31, 253),
+    "motorcyclist": (32, 255),
+    "road": (40, 60),
+    "parking": (44,),
+    "sidewalk": (48,),
+    "other-ground": (49,),
+    "building": (50,),
+    "fence": (51,),
+    "vegetation": (70,),
+    "trunk": (71,),
+    "terrain": (72,),
+    "pole": (80,),
+    "traffic-sign": (81,),
+}
+NO_CLASS = (0, 1, 52, 99)     # unlabelled, outlier, other structure, other object
+# the official splits of the sequences; others have none
+SEQUENCES = {
+    **dict.fromkeys(("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"), "train"),
+    "08": "val",
+    **dict.fromkeys(map(str, range(11, 22)), "test"),
+}
+
 
 class KittiFile(NamedTuple):
     """Where the files of one frame are, relative to the root."""
@@ -2465,8 +2499,9 @@ class KittiFile(NamedTuple):
     split: str                    # train, val, test or "" (object frames that no ImageSet lists)
     cloud: str
     image: str
-    calibration: tuple[str, ...]  # one file (object) or two (raw)
-    labels: str                   # "" where there are none
+    calibration: tuple[str, ...]  # one file, two of a raw frame; a sequence may have none
+    labels: str                   # of boxes, "" where there are none
+    points: str = ""              # of points, likewise
 
 
 def read_calibration(path, keys, name):
@@ -2498,13 +2533,31 @@ def read_calibration(path, keys, name):
     return arrays
 
 
+def read_rows(path, width, owner):
+    """A text file of `width` numbers in each line -> (n, width) float64, n = 0 without a file."""
+    if not os.path.isfile(path):
+        return np.zeros((0, width))
+    with reading(owner, "extract it again", path):
+        lines = Path(path).read_bytes().rstrip().splitlines()
+    try:
+        rows = np.array([line.split() for line in lines], np.float64)
+    except ValueError:  # no number, or lines of different lengths
+        rows = np.zeros(0)
+    if rows.shape[1:] != (width,) or not (abs(rows) < 1e6).all():
+        raise DataError(f"{owner}: {path}: expected {width} finite numbers in each of its "
+                        f"{len(lines)} lines; extract it again")
+    return rows
+
+
 class Kitti:
     """Reader of KITTI: the left colour camera (image_2) and the full scans.
 
-    The root holds object frames, training/ with testing/ and ImageSets/ where they are,
-    or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do). A
-    root with both reads the object frames and prints how to take the drives. Folders
-    and files may be links to elsewhere.
+    The root holds object frames, training/ with testing/ and ImageSets/ where they are;
+    or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do); or the
+    odometry set's sequences/<nn>/, which SemanticKITTI labels (or dataset/ with them). Of
+    several, the first of these is read, and it is printed how to take another; where the
+    classes of points are asked for, the sequences. Folders and files may be links to
+    elsewhere.
 
     Object frames: velodyne/ (else velodyne_reduced/), image_2/ (png or jpg) and calib/
     are needed; label_2/ in training/ too, or not at all. Splits are those of
@@ -2517,22 +2570,29 @@ class Kitti:
     Raw drives have no labels. Their frames have a time (10 Hz). Frames that lack a scan
     or an image are left out, and their number is printed.
 
-    Neither has a pose here: lidar2world is the identity. The sizes of the images vary,
+    Sequences: velodyne/ is needed, and image_2/ and calib.txt where images are read. 00 to
+    07, 09 and 10 are train, 08 is val and 11 to 21 test. Line n of times.txt and poses.txt
+    belongs to scan n; without them scans are 0.1 s apart, and lidar2world is the identity,
+    as it is without calib.txt. The LiDAR of the first scan is the world. labels/ holds the
+    classes of points. They have no boxes.
+
+    The others have no pose here: lidar2world is the identity. The sizes of the images vary,
     and each is resized to the grid's. Boxes are of cars, pedestrians and cyclists;
     their labels end where the image does, so training wants crop=True (Loader), and
     crop_to_view makes the "reduced" clouds. The range lies ahead of the car, so only y
     is mirrored in training.
 
-    .grid  .root  .layout ("object frames" or "raw drives")  .frames (list of KittiFile)  .names
-    .split(name)  .load(i)
+    .grid  .root  .layout (a key of LAYOUTS)  .frames (list of KittiFile)  .names  .split(name)
+    .load(i)
     """
 
     LAYOUTS = {
         "object frames": ("training/velodyne", "testing/velodyne",
                           "training/velodyne_reduced", "testing/velodyne_reduced"),
         "raw drives": ("*_drive_*_sync/velodyne_points", "*/*_drive_*_sync/velodyne_points"),
+        "sequences": ("sequences/[0-9][0-9]/velodyne", "dataset/sequences/[0-9][0-9]/velodyne"),
     }
-    LAYOUT_HINT = "training/velodyne, or <date>/<date>_drive_<n>_sync"
+    LAYOUT_HINT = "training/velodyne, <date>/<date>_drive_<n>_sync or sequences/<nn>/velodyne"
 
     def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True,
                  point_labels=False):
@@ -2540,6 +2600,7 @@ class Kitti:
         self.preset = preset
         self.images = images
         self.labels = labels
+        self.point_labels = point_labels
         self.notes = []
         self.root = os.path.realpath(root)
         places = {}  # layout -> its folders of scans
@@ -2549,27 +2610,50 @@ class Kitti:
                 folders += sorted(Path(self.root).glob(pattern))
             if folders:
                 places[layout] = folders
-        self.layout = next(iter(places))
+        self.layout = "sequences" if point_labels else next(iter(places))
+        if self.layout not in places:
+            raise NoPointLabels(f"{self.root}: KITTI's {' and '.join(places)} have no classes of "
+                                "points; give a folder with SemanticKITTI's sequences/<nn>/, "
+                                "velodyne and labels")
         self.what = f"{self.root}: KITTI {self.layout}"
         if len(places) > 1:
-            date = places["raw drives"][0].parent.parent
-            print_once(f"{self.root}: object frames and raw drives are here; reading the object "
-                       f"frames. For the drives of one day give {date}, for all of them a folder "
-                       "that holds only the dates")
+            self.describe_choice(places)
         if self.layout == "object frames":
             self.frames = self.find_object_frames()
-        else:
+        elif self.layout == "raw drives":
             self.frames = self.find_raw_frames(places[self.layout])
+        else:
+            self.frames = self.find_sequence_frames(places[self.layout])
         if not self.frames:
             nested = [path for folder in places[self.layout] for path in folder.glob("0*/*.bin")]
             hint = "extract the scans (.bin) and left colour images (.png)"
             if nested:
                 hint = (f"{nested[0].relative_to(self.root)} is of the tracking set, whose layout "
                         "is not read; extract the object frames, or raw drives")
+            if self.layout == "sequences":
+                hint = ("extract velodyne/, image_2/ and calib.txt of the odometry set (segment.py "
+                        "reads velodyne/ and labels/ alone)")
             raise DataError(f"{self.root}: no whole frame among its {self.layout}; "
                             f"{' '.join([*self.notes, hint])}")
         for note in self.notes:
             print_once(note)
+
+    def describe_choice(self, places):
+        """Say which of several layouts is read, and how to take another. places: their folders."""
+        hints = []
+        if self.layout == "sequences":
+            hints = ["Only their points have classes"]
+        elif "raw drives" in places:
+            date = places["raw drives"][0].parent.parent
+            hints.append(f"For the drives of one day give {date}, for all of them a folder that "
+                         "holds only the dates")
+        if self.layout != "sequences" and "sequences" in places:
+            parent = places["sequences"][0].parents[2]
+            if str(parent) == self.root:
+                parent = "a folder that holds only them"
+            hints.append(f"For the sequences give {parent}")
+        print_once(f"{self.root}: {' and '.join(places)} are here; reading the {self.layout}. "
+                   + ". ".join(hints))
 
     def list_files(self, folder, *endings):
         """{name without its ending: path under the root} of the files in a folder."""
@@ -2692,6 +2776,85 @@ class Kitti:
                               "of their day), and are left out.")
         return frames
 
+    def find_sequence_frames(self, places):
+        """Frames of every sequence in order of their numbers.
+
+        Those without an image or a calibration are left out where images are read, and
+        their number is printed.
+        """
+        frames = []
+        self.tracks = {}  # sequence: times (n,), poses (n, 12)
+        lacking = Counter()  # kind of file: frames without it
+        missing = []
+        parent = places[0].parents[1]  # sequences/ of the root, rather than of its dataset/
+        for place in (place for place in places if place.parents[1] == parent):
+            sequence = place.parent.name
+            folder = str(place.parent.relative_to(self.root))
+            clouds = self.list_files(f"{folder}/velodyne", ".bin")
+            images = self.list_files(f"{folder}/image_2", ".png", ".jpg")
+            labels = self.list_files(f"{folder}/labels", ".label")
+            numbers = sorted(number for number in clouds if re.fullmatch(r"[0-9]+", number))
+            calibration = ()
+            if os.path.isfile(os.path.join(self.root, folder, "calib.txt")):
+                calibration = (f"{folder}/calib.txt",)
+            self.tracks[sequence] = self.read_track(folder, numbers)
+            for number in numbers:
+                absent = ["image_2"] * (self.images and number not in images)
+                absent += ["calib.txt"] * (self.images and not calibration)
+                if absent:
+                    lacking.update(absent)
+                    missing.append(f"{folder}/{absent[0]} of {number}")
+                    continue
+                frames.append(KittiFile(
+                    name=f"kitti/{sequence}/{number}",
+                    split=SEQUENCES.get(sequence, ""),
+                    cloud=clouds[number],
+                    image=images.get(number, ""),
+                    calibration=calibration,
+                    labels="",
+                    points=labels.get(number, "")))
+        if missing:
+            self.notes.append(f"{self.root}: {len(missing)} of the {len(missing) + len(frames)} "
+                              f"scans lack files ({describe_counts(lacking)}), the first is "
+                              f"{missing[0]}; these frames are left out. To have them, extract "
+                              "these files too.")
+        return self.labelled_frames(frames) if self.point_labels and frames else frames
+
+    def labelled_frames(self, frames):
+        """Those of the frames that have classes of points: not the official test's.
+
+        DataError if another one has none.
+        """
+        labelled = [frame for frame in frames if frame.points]
+        if not labelled:
+            raise NoPointLabels(f"{self.what}: no labels/*.label next to velodyne/, the classes of "
+                                "points; extract the labels of SemanticKITTI here too")
+        missing = [frame for frame in frames if not frame.points and frame.split != "test"]
+        if missing:
+            raise DataError(f"{self.what}: of {len(frames)} scans {len(missing)} have no file of "
+                            f"point labels, first that of {missing[0].cloud}; extract the labels "
+                            "of SemanticKITTI again")
+        if len(labelled) < len(frames):
+            self.notes.append(f"{self.what}: {len(frames) - len(labelled)} of its {len(frames)} "
+                              "scans are of the official test, have no labels and are left out")
+        return labelled
+
+    def read_track(self, folder, numbers):
+        """Times (n,) s and poses (n, 12) of a sequence, with a row for each of the scans.
+
+        Either is empty where its file is not there. numbers: of the scans, sorted.
+        """
+        track = []
+        for file, width in (("times.txt", 1), ("poses.txt", 12)):
+            path = os.path.join(self.root, folder, file)
+            rows = read_rows(path, width, self.what)
+            if len(rows) and numbers and int(numbers[-1]) >= len(rows):
+                raise DataError(f"{self.what}: {path} has {len(rows)} lines, expected one for each "
+                                f"scan from 0 to {numbers[-1]}; extract it again")
+            track.append(rows)
+        times, poses = track
+        return times[:, 0], poses
+
     def __len__(self):
         return len(self.frames)
 
@@ -2708,6 +2871,7 @@ class Kitti:
         """The files of frame i below the root."""
         frame = self.frames[i]
         files = [frame.cloud, frame.image, *frame.calibration, frame.labels]
+        files += [frame.points] * self.point_labels
         return [file for file in files if file]
 
     def fingerprint(self):
@@ -2720,7 +2884,12 @@ class Kitti:
         scan = self.sweep(i)
         points = np.zeros((len(scan), 5), np.float32)  # one sweep: 0 s before itself
         points[:, :4] = scan
-        lidar2rect, rect2img = self.calibration(i)
+        extra = {}
+        if self.point_labels:
+            extra["points_label"] = self.point_truth(i, len(points))
+        lidar2rect = rect2img = None
+        if frame.calibration:
+            lidar2rect, rect2img = self.calibration(i)
         images = []
         lidar2img = np.zeros((0, 4, 4))
         if self.images:
@@ -2733,21 +2902,38 @@ class Kitti:
         if frame.labels:
             boxes, labels = frame_boxes(self, i)
         time = 0.
+        lidar2world = np.eye(4)
         if self.layout == "raw drives":
             time = 0.1 * int(frame.name.rsplit("/", 1)[1])  # 10 Hz
+        elif self.layout == "sequences":
+            time, lidar2world = self.time_and_pose(frame, lidar2rect)
         return Frame(
             points=points,
             origin=np.zeros(3, np.float32),
             images=images,
             lidar2img=projections(lidar2img, self.grid.cameras, frame.name,
                                   self.calibration_files(i)),
-            lidar2world=np.eye(4),
+            lidar2world=lidar2world,
             time=time,
             boxes=boxes,
             labels=labels,
-            extra={},
+            extra=extra,
             name=frame.name,
         )
+
+    def time_and_pose(self, frame, lidar2rect):
+        """Time (s) of a sequence's frame and its lidar2world (4, 4), the first scan's LiDAR.
+
+        lidar2rect (4, 4) or None.
+        """
+        _, sequence, number = frame.name.split("/")
+        times, poses = self.tracks[sequence]
+        time = float(times[int(number)]) if len(times) else 0.1 * int(number)  # 10 Hz
+        lidar2world = np.eye(4)
+        if len(poses) and lidar2rect is not None:
+            rect2first = pad_to_4x4(poses[int(number)].reshape(3, 4))
+            lidar2world = np.linalg.inv(lidar2rect) @ rect2first @ lidar2rect
+        return time, lidar2world
 
     def sweep(self, i):
         """Full scan of frame i as it is on disk.
@@ -2782,9 +2968,15 @@ class Kitti:
         """
         frame = self.frames[i]
         paths = [os.path.join(self.root, file) for file in frame.calibration]
+        if not paths:
+            raise DataError(f"{frame.name}: no calib.txt of its sequence; extract the calibration "
+                            "files of the odometry set too")
         if self.layout == "object frames":
             keys = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
             P, R, T = read_calibration(paths[0], keys, frame.name)
+        elif self.layout == "sequences":
+            P, T = read_calibration(paths[0], {"P2": (3, 4), "Tr": (3, 4)}, frame.name)
+            R = np.eye(3)  # the rectification is in Tr
         else:
             keys = {"P_rect_02": (3, 4), "R_rect_00": (3, 3)}
             P, R = read_calibration(paths[0], keys, frame.name)
@@ -2853,6 +3045,45 @@ class Kitti:
         ], 1)
         rows["box"][rows["type"] == "DontCare"] = np.nan
         return rows
+
+    def point_truth(self, i, n):
+        """The class of each of the n points in the file of frame i -> (n,) int64, -1 for none."""
+        frame = self.frames[i]
+        file = os.path.join(self.root, frame.points)
+        with reading(frame.name, "extract the labels of SemanticKITTI again", file):
+            raw = np.fromfile(file, np.uint8)
+        if raw.size != 4 * n:
+            raise DataError(f"{frame.name}: {file} has {raw.size} bytes, expected {4 * n}, a "
+                            f"uint32 for each of the {n} points of its scan; extract it again")
+        ids = raw.view("<u4") & 0xFFFF  # above it is the instance
+        label = np.full(2**16, -2)
+        label[list(NO_CLASS)] = -1
+        for c, name in enumerate(POINT_CLASSES["kitti"]):
+            label[list(SEMANTIC_KITTI[name])] = c
+        truth = label[ids]
+        if (truth == -2).any():
+            raise DataError(f"{frame.name}: {file} has the label {ids[truth == -2][0]}, expected "
+                            "one of SemanticKITTI's; extract the labels again")
+        return truth
+
+    def points_on_disk(self, i, classes):
+        """Classes of the points of load(i) -> of all points in the file, the same, and their truth.
+
+        classes (N,) -> two (N,) int64.
+        """
+        return classes, self.point_truth(i, len(classes))
+
+    def write_points(self, folder, i, classes):
+        """The result file of frame i in the official format. classes (N,) as on disk."""
+        _, sequence, number = self.frames[i].name.split("/")
+        path = Path(folder, "sequences", sequence, "predictions", f"{number}.label")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids = [SEMANTIC_KITTI[name][0] for name in POINT_CLASSES["kitti"]]
+        np.array(ids, "<u4")[classes].tofile(path)
+
+    def every_kth(self, indices, k):
+        """Every k-th of these frames, from the first [code SLidR]."""
+        return indices[::k]
 
     def picture_size(self, i):
         """Width and height of frame i's image as it is on disk, px: they vary.
