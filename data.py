@@ -52,6 +52,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.linalg import rq
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
@@ -3166,6 +3167,7 @@ SHUTTER = (
 
 # rows of a frame in the large components
 ROWS_A_FRAME = dict(lidar=5, lidar_pose=1, camera_image=5)
+POINT_COMPONENT = "lidar_segmentation"  # classes of points: TOP, a row for labelled frames alone
 # of them those that every frame needs: column, numbers in it
 NEEDED_ROWS = dict(
     lidar=("key.laser_name", (TOP,)),
@@ -3267,7 +3269,7 @@ def regroup(root, target):
     import pyarrow
     import pyarrow.parquet as parquet
     files = []
-    for component in COMPONENTS:
+    for component in (*COMPONENTS, POINT_COMPONENT):
         files += sorted(Path(root).glob(f"*/{component}/[!.]*.parquet"))
     if not files:
         raise DataError(f"{root}: no parquet file of the Waymo Open Dataset v2 here; "
@@ -3278,7 +3280,7 @@ def regroup(root, target):
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         part = copy.with_name(copy.name + ".part")
-        rows = ROWS_A_FRAME.get(path.parent.name)
+        rows = (ROWS_A_FRAME | {POINT_COMPONENT: 1}).get(path.parent.name)
         try:
             if rows:
                 with parquet.ParquetFile(path, buffer_size=2**20) as file, \
@@ -3304,7 +3306,9 @@ class Waymo:
     vehicle_pose, lidar_box (not in testing), camera_image and camera_calibration are
     needed. Segments that lack one are left out, and so are frames that lack the picture
     of a camera, as some of the official ones do; their number is printed. Folders and
-    files may be links to elsewhere.
+    files may be links to elsewhere. lidar_segmentation, the classes of points, is of some
+    frames alone: where they are asked for, the others are left out and counted. Points of
+    the other lasers have no class.
 
     pyarrow reads a few rows at a time: no TensorFlow, no conversion. The official files
     have large row groups, of which everything before the wanted rows must be decoded
@@ -3344,6 +3348,7 @@ class Waymo:
         self.preset = preset
         self.images = images
         self.labels = labels
+        self.point_labels = point_labels
         self.notes = []
         self.root = os.path.realpath(root)
         self.what = f"{self.root}: Waymo v2"
@@ -3367,9 +3372,14 @@ class Waymo:
                               f"files and are left out; the first is {missing[0]}")
         # pre-training may do without them
         self.has_boxes = any(Path(self.root).glob("*/lidar_box/*.parquet"))
+        if point_labels and not any(Path(self.root).glob(f"*/{POINT_COMPONENT}/[!.]*.parquet")):
+            raise NoPointLabels(f"{self.what}: no classes of points; download the component "
+                                f"{POINT_COMPONENT}")
 
+        self.last_returns = -1, None  # frame, its first_returns
         self.frames = []
         total = 0
+        unlabelled = 0  # whole frames without classes of points
         lacking = Counter()  # component and sensor: frames without it
         for path in segments:
             folder = path.parents[1].name
@@ -3378,14 +3388,23 @@ class Waymo:
             segment = WaymoFrame(folder, path.stem, time=0)
             (times,) = self.read(segment, "vehicle_pose", [TIME_KEY])
             total += len(times)
-            for time in self.whole_times(segment, times, self.components, lacking):
+            whole = self.whole_times(segment, times, self.components, lacking)
+            if point_labels:
+                labelled = self.labelled_times(segment)
+                unlabelled += len(whole) - len(labelled.intersection(whole))
+                whole = [time for time in whole if time in labelled]
+            for time in whole:
                 self.frames.append(segment._replace(time=int(time)))
         if not total:
             raise DataError(f"{self.what}: no frame in its vehicle_pose files; "
                             "download them again")
         if lacking:
-            self.notes.append(f"{self.what}: {total - len(self.frames)} of its {total} frames "
+            left_out = total - len(self.frames) - unlabelled
+            self.notes.append(f"{self.what}: {left_out} of its {total} frames "
                               f"lack rows ({describe_counts(lacking)}) and are left out")
+        if unlabelled:
+            self.notes.append(f"{self.what}: {unlabelled} of its {total} frames have no row in "
+                              f"{POINT_COMPONENT}, as most of the official ones, and are left out")
         if not self.frames:
             raise DataError(f"{self.notes[-1]}; none is left, download these components again")
         for note in self.notes:
@@ -3409,6 +3428,14 @@ class Waymo:
                     lacking[f"{component} of {key[4:-5]} {sensor}:"] += len(without)
                 whole -= without
         return sorted(whole)
+
+    def labelled_times(self, segment):
+        """The times at which the points of a segment's TOP have classes -> set of int."""
+        file = Path(self.root, segment.folder, POINT_COMPONENT, f"{segment.segment}.parquet")
+        if not file.exists():  # no frame of this segment is labelled
+            return set()
+        lasers, times = self.read(segment, POINT_COMPONENT, ["key.laser_name", TIME_KEY])
+        return {time for laser, time in zip(lasers, times) if laser == TOP}
 
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment -> a list of values for each column.
@@ -3550,7 +3577,8 @@ class Waymo:
         """The files of the segment of frame i below the root."""
         frame = self.frames[i]
         first = Path(self.root, frame.folder, "vehicle_pose", f"{frame.segment}.parquet")
-        return [str(file.relative_to(self.root)) for file in segment_files(first, self.components)]
+        components = self.components + [POINT_COMPONENT] * self.point_labels
+        return [str(file.relative_to(self.root)) for file in segment_files(first, components)]
 
     def fingerprint(self):
         """What tells whether the data set is still the same -> {what: digest}."""
@@ -3564,7 +3592,13 @@ class Waymo:
         """
         frame = self.frames[i]
         vehicle2world = self.pose(frame)
-        points, origin = self.points(frame, vehicle2world)
+        points, origin, returns = self.points(frame, vehicle2world)
+        extra = {}
+        if self.point_labels:
+            label = np.full(len(points), -1)
+            own = self.point_truth(i, returns.shape)[returns]
+            label[:len(own)] = own  # TOP's points come first
+            extra["points_label"] = label
         size = image or self.grid.image
         images = []
         lidar2img = np.zeros((0, 4, 4))
@@ -3583,7 +3617,7 @@ class Waymo:
             time=frame.time * 1e-6,
             boxes=boxes,
             labels=labels,
-            extra={},
+            extra=extra,
             name=self.name_of(frame),
         )
 
@@ -3608,7 +3642,8 @@ class Waymo:
     def points(self, frame, vehicle2world):
         """First returns of every laser.
 
-        -> points (N, 5) float32, TOP's first; origin (3,) float32, where TOP stands.
+        -> points (N, 5) float32, TOP's first; origin (3,) float32, where TOP stands;
+        returns (H, W) bool, the pixels of TOP's image whose points these are, row by row.
         """
         name = self.name_of(frame)
         images = self.arrays(frame, "lidar", RANGE_IMAGE, 4)
@@ -3618,7 +3653,7 @@ class Waymo:
         calibration = self.read_by(frame, "lidar_calibration", "key.laser_name", columns,
                                    all_times=True)
         clouds = []
-        origin = None
+        origin = returns = None
         for laser, image in sorted(images.items()):
             if laser not in calibration:
                 raise DataError(f"{name}: lidar_calibration has no laser {laser}, "
@@ -3627,13 +3662,25 @@ class Waymo:
             extrinsic = self.matrix(transform, f"{name}: lidar_calibration of laser {laser}")
             if laser == TOP:
                 origin = extrinsic[:3, 3]
+                _, returns = first_returns(image)
             inclinations = beam_inclinations(len(image), low, high, values.as_py())
             clouds.append(self.laser_points(name, laser, image, extrinsic, inclinations,
                                             poses.get(laser), vehicle2world))
         if origin is None:
             raise DataError(f"{name}: lidar has no image of TOP (laser 1), only of "
                             f"{sorted(images)}; download it again")
-        return np.concatenate(clouds).astype(np.float32), origin.astype(np.float32)
+        return np.concatenate(clouds).astype(np.float32), origin.astype(np.float32), returns
+
+    def top_returns(self, i):
+        """As first_returns, of TOP's image of frame i. Those of the last such frame are kept."""
+        if self.last_returns[0] != i:
+            frame = self.frames[i]
+            images = self.arrays(frame, "lidar", RANGE_IMAGE, 4)
+            if TOP not in images:
+                raise DataError(f"{self.name_of(frame)}: lidar has no image of TOP (laser 1), only "
+                                f"of {sorted(images)}; download it again")
+            self.last_returns = i, first_returns(images[TOP])
+        return self.last_returns[1]
 
     def laser_points(self, name, laser, image, extrinsic, inclinations, poses, vehicle2world):
         """First returns of one laser -> (n, 5) float64.
@@ -3730,6 +3777,59 @@ class Waymo:
         rows["box"][:, 7:9] = rows["box"][:, 7:9] @ self.pose(frame)[:2, :2]
         return rows
 
+    def point_truth(self, i, shape):
+        """The class of each pixel of TOP's image of frame i, -1 for none -> (H, W) int64.
+
+        shape (H, W) of that image.
+        """
+        frame = self.frames[i]
+        name = self.name_of(frame)
+        images = self.arrays(frame, POINT_COMPONENT, RANGE_IMAGE, 2)
+        if TOP not in images or images[TOP].shape[:2] != shape:
+            sizes = {laser: image.shape[:2] for laser, image in images.items()}
+            raise DataError(f"{name}: {POINT_COMPONENT} has images of the sizes {sizes} by laser, "
+                            f"expected one of TOP (laser 1) of {shape}, as lidar has; download "
+                            "both again")
+        classes = images[TOP][..., 1]  # the other channel is the instance
+        known = np.isin(classes, range(len(POINT_CLASSES["waymo"]) + 1))
+        if not known.all():
+            raise DataError(f"{name}: {POINT_COMPONENT} has the class {classes[~known][0]:g}, "
+                            f"expected 0 to {len(POINT_CLASSES['waymo'])}; download it again")
+        return classes.astype(np.int64) - 1
+
+    def points_on_disk(self, i, classes):
+        """Classes of the points of load(i) -> of all first returns of TOP, and their truth.
+
+        Returns in no-label zones, which load leaves out, take the class of the nearest pixel.
+        classes (n,) -> two (N,) int64, N in the order of the pixels, row by row.
+        """
+        is_return, is_point = self.top_returns(i)
+        image = np.zeros(is_point.shape, np.int64)
+        image[is_point] = classes[:is_point.sum()]  # TOP's points come first
+        if is_point.any():
+            row, column = distance_transform_edt(~is_point, return_distances=False,
+                                                 return_indices=True)
+            image = image[row, column]
+        return image[is_return], self.point_truth(i, is_return.shape)[is_return]
+
+    def write_points(self, folder, i, classes):
+        """The classes of frame i as a range image of TOP: uint8 (H, W), 1 to 22, 0 for no return.
+
+        It is lidar_segmentation/<segment>_<time>.npy. The official server wants a protobuf,
+        which this is not. classes (N,) as points_on_disk gives them.
+        """
+        is_return, _ = self.top_returns(i)
+        image = np.zeros(is_return.shape, np.uint8)
+        image[is_return] = classes + 1
+        frame = self.frames[i]
+        path = Path(folder, POINT_COMPONENT, f"{frame.segment}_{frame.time}.npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, image)
+
+    def every_kth(self, indices, k):
+        """Every k-th of these frames, from the first."""
+        return indices[::k]
+
     def calibration_files(self, i):
         """Which files say where the cameras of frame i are: for messages."""
         frame = self.frames[i]
@@ -3744,7 +3844,7 @@ class Waymo:
         frame = self.frames[i]
         rows = self.annotations(i)
         rows = rows[rows["lidar_points"] >= 5]
-        points, _ = self.points(frame, self.pose(frame))
+        points, *_ = self.points(frame, self.pose(frame))
         xyz = points[:, :3].astype(np.float64)
         right = 0
         for row in rows:
@@ -3752,6 +3852,15 @@ class Waymo:
             right += 0.5 * row["lidar_points"] <= count <= row["lidar_points"]
         test = "boxes of 5 points or more hold half to all of the points that lidar_box states"
         return int(right), len(rows), test
+
+
+def first_returns(image):
+    """Pixels of a laser's range image (H, W, 4) with a first return, and those that are points.
+
+    The others lie in a no-label zone. -> two (H, W) bool
+    """
+    is_return = image[..., 0] > 0
+    return is_return, is_return & ~(image[..., 3] > 0)
 
 
 def beam_inclinations(H, low, high, values):
