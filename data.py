@@ -628,6 +628,8 @@ ALMOST = {
     ("training/image_2", "training/calib"):
         "no training/velodyne; extract the scans of KITTI's object frames",
     ("*/*_sync",): "no velodyne_points; extract the synced scans of KITTI's raw drives",
+    ("sequences/*/labels", "dataset/sequences/*/labels", "sequences/*/image_2"):
+        "no velodyne next to it; extract the scans of KITTI's odometry set",
 }
 
 
@@ -3928,6 +3930,12 @@ CAMERA_YAW = {
     "image_2": 0,
 }
 CHECKED_FRAMES = 24  # frames looked at without --all
+# class of a box -> what its points may be, where that is not the same name
+POINTS_OF_BOX = {
+    "Vehicle": ("CAR", "TRUCK", "BUS", "OTHER_VEHICLE", "MOTORCYCLE", "MOTORCYCLIST"),
+    "Pedestrian": ("PEDESTRIAN",),
+    "Cyclist": ("BICYCLE", "BICYCLIST"),
+}
 
 
 def camera_faults(lidar2img, hw, yaw):
@@ -4021,6 +4029,40 @@ class Checkup:
         return FrameReport(faults, len(points), shares, evidence)
 
 
+class PointReport(NamedTuple):
+    """What the doctor saw of the classes of one frame's points."""
+    faults: list                 # list of str
+    points: int = 0
+    labelled: int = 0            # of them, those with a class
+    boxed: int = 0               # of these, those in a box
+    right: int = 0               # of these, those whose class is the box's
+
+
+class PointCheckup:
+    """checkup[i]: the PointReport of frame i of a data set with classes of points."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        try:
+            frame = self.dataset.load(i)
+        except DataError as error:
+            return PointReport([str(error)])
+        label = frame.extra["points_label"]
+        xyz = frame.points[:, :3].astype(np.float64)
+        classes = POINT_CLASSES[self.dataset.grid.dataset]
+        boxed = right = 0
+        if frame.boxes is not None:
+            for box, c in zip(frame.boxes, frame.labels):
+                name = self.dataset.grid.classes[c]
+                same = [classes.index(other) for other in POINTS_OF_BOX.get(name, (name,))]
+                inside = label[inside_box(xyz, box) & (label >= 0)]
+                boxed += len(inside)
+                right += np.isin(inside, same).sum()
+        return PointReport([], len(label), (label >= 0).sum(), boxed, right)
+
+
 def merge_faults(faults):
     """What several frames have in common is said once. faults [(frame name, str)] -> list of str.
 
@@ -4046,34 +4088,82 @@ def doctor(root, everything=False):
 
     Prints what was seen -> list of str: what is wrong, where, and the fix.
     """
+    faults, of_frames = frame_faults(root, everything)
+    more, of_points = point_faults(root, everything)
+    # a sweep that cannot be read is told once
+    known = {fault.removeprefix(f"{name}: ") for name, fault in of_frames}
+    of_frames += [(name, fault) for name, fault in of_points
+                  if fault.removeprefix(f"{name}: ") not in known]
+    faults += [fault for fault in more if fault not in faults]
+    return merge_faults(of_frames) + faults
+
+
+def look_at(checkup, indices, everything):
+    """The reports of a checkup of these frames, by worker processes where it is every frame."""
+    reports = torch.utils.data.DataLoader(
+        checkup, sampler=indices.tolist(), batch_size=None, collate_fn=unchanged,
+        num_workers=os.cpu_count() if everything else 0)
+    return list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
+
+
+def frames_to_check(dataset, everything):
+    """At most CHECKED_FRAMES frames spread over the data set, or every one -> (n,) int64."""
+    total = len(dataset)
+    if everything:
+        return np.arange(total)
+    return np.unique(np.linspace(0, total - 1, CHECKED_FRAMES).astype(int))
+
+
+def frame_faults(root, everything):
+    """What is wrong with the frames -> list of str, and of single ones [(frame name, str)]."""
     try:
         dataset = open_dataset(root)
         train = len(dataset.split("train"))
         val = len(dataset.split("val"))
     except DataError as error:
-        return [str(error)]
-    total = len(dataset)
-    indices = np.arange(total)
-    workers = os.cpu_count()
-    if not everything:
-        indices = np.unique(np.linspace(0, total - 1, CHECKED_FRAMES).astype(int))
-        workers = 0
-    hint = "" if len(indices) == total else ", --all looks at every one"
-    print(f"{dataset.what}, {total} frames, of them {train} train, {val} val; "
+        return [str(error)], []
+    indices = frames_to_check(dataset, everything)
+    hint = "" if len(indices) == len(dataset) else ", --all looks at every one"
+    print(f"{dataset.what}, {len(dataset)} frames, of them {train} train, {val} val; "
           f"looking at {len(indices)}{hint}", flush=True)
-    reports = torch.utils.data.DataLoader(
-        Checkup(dataset), sampler=indices.tolist(), batch_size=None, collate_fn=unchanged,
-        num_workers=workers)
-    reports = list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
+    reports = look_at(Checkup(dataset), indices, everything)
     names = dataset.names
-    faults = merge_faults([(names[i], fault) for i, report in zip(indices, reports)
-                           for fault in report.faults])
-    faults += [fault for fault in scoring_faults(dataset, indices) if fault not in faults]
+    of_frames = [(names[i], fault) for i, report in zip(indices, reports)
+                 for fault in report.faults]
+    told = [fault for _, fault in of_frames]
+    faults = [fault for fault in scoring_faults(dataset, indices) if fault not in told]
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"
         faults += summary_faults(dataset, readable, cameras)
-    return faults
+    return faults, of_frames
+
+
+def point_faults(root, everything):
+    """As frame_faults, of the classes of points, where there are any."""
+    try:
+        dataset = open_dataset(root, sweeps=1, images=False, labels=False, point_labels=True)
+    except NoPointLabels:
+        return [], []
+    except DataError as error:
+        return [str(error)], []
+    indices = frames_to_check(dataset, everything)
+    reports = look_at(PointCheckup(dataset), indices, everything)
+    names = dataset.names
+    of_frames = [(names[i], fault) for i, report in zip(indices, reports)
+                 for fault in report.faults]
+    points, labelled, boxed, right = np.sum([report[1:] for report in reports], 0)
+    if not points:
+        return [], of_frames
+    summary = f"{labelled / points:.1%} of the points of {len(indices)} frames have a class"
+    if boxed:
+        summary += f", in boxes {right} of {boxed} that of their box"
+    print(summary)
+    faults = []
+    if not labelled or right < 0.75 * boxed:
+        faults.append(f"{dataset.what}: {summary}, expected some, and in boxes at least 75 %; "
+                      "labels, scans or boxes do not belong together: extract all of them again")
+    return faults, of_frames
 
 
 def scoring_faults(dataset, indices):
