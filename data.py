@@ -1413,7 +1413,7 @@ NUSCENES_AXES = np.array([[0., 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 
 # columns of text; the others are numbers, see Table.numbers
 TEXTS = {
     "token", "sensor_token", "sample_token", "ego_pose_token", "calibrated_sensor_token",
-    "scene_token", "instance_token", "category_token", "sample_data_token",
+    "scene_token", "instance_token", "category_token",
     "channel", "filename", "name", "prev", "next",
 }
 
@@ -4090,10 +4090,8 @@ def doctor(root, everything=False):
     """
     faults, of_frames = frame_faults(root, everything)
     more, of_points = point_faults(root, everything)
-    # a sweep that cannot be read is told once
-    known = {fault.removeprefix(f"{name}: ") for name, fault in of_frames}
-    of_frames += [(name, fault) for name, fault in of_points
-                  if fault.removeprefix(f"{name}: ") not in known]
+    # a sweep that cannot be read stops both
+    of_frames += [fault for fault in of_points if fault not in of_frames]
     faults += [fault for fault in more if fault not in faults]
     return merge_faults(of_frames) + faults
 
@@ -4130,8 +4128,8 @@ def frame_faults(root, everything):
     names = dataset.names
     of_frames = [(names[i], fault) for i, report in zip(indices, reports)
                  for fault in report.faults]
-    told = [fault for _, fault in of_frames]
-    faults = [fault for fault in scoring_faults(dataset, indices) if fault not in told]
+    texts = [fault for _, fault in of_frames]
+    faults = [fault for fault in scoring_faults(dataset, indices) if fault not in texts]
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"

@@ -333,7 +333,7 @@ def test_sequences_have_calibration_times_and_poses(kitti, tmp_path):
     for kind in ("velodyne", "image_2"):
         shutil.copytree(kitti / "training" / kind, folder / kind)
     mount = R0 @ TR  # the rectification is in Tr
-    (folder / "calib.txt").write_text(calib_line("P0", P2) + calib_line("P2", P2)
+    (folder / "calib.txt").write_text(calib_line("P0", 2 * P2) + calib_line("P2", P2)
                                       + calib_line("Tr", mount))
     objects = data.open_dataset(kitti, "small")
     sequences = data.open_dataset(tmp_path, "small")
@@ -550,6 +550,10 @@ def drop_one_row(root):
     edit(root, "lidarseg", lambda rows: rows.pop() and None)
 
 
+def list_as_token(root):
+    edit(root, "lidarseg", lambda rows: rows[0].update(sample_data_token=[1]))
+
+
 def with_first(file, change):
     """Change the bytes of a file."""
     return lambda root: put(file(root), change(file(root).read_bytes()))
@@ -601,6 +605,8 @@ BROKEN = {
          "of 6 frames 1 have no file of point labels, first .*_lidarseg.bin; extract"),
     "nuscenes: one row is missing":
         (drop_one_row, "of 6 frames 1 have no file of point labels, first those of frame nusc"),
+    "nuscenes: a token that is a list":
+        (list_as_token, r"has sample_data_token '\[1\]', expected a short text"),
     "nuscenes: another length": (with_first(lidarseg_file, lambda raw: raw[:-1]),
                                  r"lidarseg.bin has \d+ labels, expected one for each of the"),
     "nuscenes: an unknown id": (with_first(lidarseg_file, lambda raw: b"\xc8" + raw[1:]),
@@ -689,6 +695,14 @@ def test_the_doctor_compares_points_with_boxes(roots, tmp_path, capsys, layout, 
             parquet.write_table(pa.Table.from_pylist(rows, table.schema), path)
     faults = data.doctor(str(root))
     assert len(faults) == 1 and "in boxes at least 75 %; labels, scans or boxes do not" in faults[0]
+
+
+def test_a_sweep_that_cannot_be_read_is_one_fault_of_one_frame(roots, tmp_path):
+    root = clone(roots["nuscenes"], tmp_path / "root")
+    file = sorted(root.glob("samples/LIDAR_TOP/*"))[-1]  # no later frame reads it
+    put(file, file.read_bytes()[:-7])
+    faults = data.doctor(str(root))
+    assert len(faults) == 1 and "N x 20" in faults[0] and "more frames" not in faults[0]
 
 
 def test_the_doctor_says_nothing_of_classes_where_there_are_none(waymo, kitti, capsys):
