@@ -1,4 +1,4 @@
-"""What the methods and the detector share: mathematics, networks, run-keeping.
+"""What the scripts share: mathematics, networks, run-keeping.
 
 To fork a method, read its file, the functions that it imports from here, and data.Batch.
 
@@ -14,21 +14,21 @@ To fork a method, read its file, the functions that it imports from here, and da
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
     §5 curvature            surface_variation                      clap
-    §6 schedules            frame_rngs, random_subset, cosine      clap, cmcr, simipu, finetune
+    §6 schedules            frame_rngs, random_subset, cosine      all
 
     NETWORKS
     §7 sparse convolutions  segment_sum, ravel                     clap, cmcr
-    §8 the trunk            trunk, lift_depth, VoxelResNet,        clap, cmcr, simipu, finetune
+    §8 the trunk            trunk, lift_depth, VoxelResNet,        all
                             ResNet, CameraNet, mlp, conv3d,
                             BatchNorm, collect_statistics,
                             bf16_autocast
 
     RUNS
-    §9 processes            processes, all_reduce, AllReduceSum,   clap, cmcr, simipu, finetune
+    §9 processes            processes, all_reduce, AllReduceSum,   all
                             mean_over_ranks, mean_rows, launch,
                             init_process, start, rank0_first,
                             wrap, destroy_group
-    §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
+    §10 run folders         parse, require, check_numbers,         all
                             to_json, run_config,
                             describe_data, data_changes,
                             checkpoint, refuse_misfit,
@@ -39,7 +39,7 @@ To fork a method, read its file, the functions that it imports from here, and da
                             check_run, describe_scored,
                             labelled_frames, draw_labels,
                             describe_draw
-    §11 log and figures     Run, evaluate, load_tool, figure,      clap, cmcr, simipu, finetune
+    §11 log and figures     Run, evaluate, load_tool, figure,      all
                             bird_eye, overlay, loss_curves
 
 Nothing here knows a data set. Units are metres, radians and seconds.
