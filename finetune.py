@@ -90,7 +90,7 @@ class Config:
     # what is learned from
     init: str = "none"         # run folder of a pre-training, or none
     use: tuple[str, ...] = ()  # units to load, such as lidar fuse; default: all it holds
-    image_init: str = ""       # file of torchvision-named ResNet weights, or run: --init's too
+    image_init: str = ""       # ResNet weights with torchvision's names, a file or a run
     freeze: bool = False       # train neither what is loaded nor its batch-norm statistics
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05     # share of the training labels [paper CLAP]
@@ -116,7 +116,7 @@ class Config:
     resnet: Literal[18, 50] = 50  # image backbone, as in the pre-training
     width: int = 16            # w, first sparse stage; neck 16 w, heads 4 w [code OpenPCDet]
     bins: int = 118            # depth bins of the lift, as pre-trained [code BEVFusion]
-    max_depth: float = 0.0     # m, where they end; 0: as pre-trained, else by the range [ours]
+    max_depth: float = 0.0     # m, end of the depth bins; 0: as pre-trained, or by range [ours]
 
     # losses and targets
     # D5: CenterPoint's Waymo configuration has a box loss of weight 2, a learning rate three
