@@ -52,6 +52,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.linalg import rq
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
@@ -74,6 +75,10 @@ class DataError(ValueError):
     do.
     """
     one_line = True  # common.launch shows the message without a traceback
+
+
+class NoPointLabels(DataError):
+    """The data set has no classes of points at all: for the doctor, no fault."""
 
 
 # ---- record: Grid, Frame, Batch ------------------------------------------------------
@@ -623,6 +628,8 @@ ALMOST = {
     ("training/image_2", "training/calib"):
         "no training/velodyne; extract the scans of KITTI's object frames",
     ("*/*_sync",): "no velodyne_points; extract the synced scans of KITTI's raw drives",
+    ("sequences/*/labels", "dataset/sequences/*/labels", "sequences/*/image_2"):
+        "no velodyne next to it; extract the scans of KITTI's odometry set",
 }
 
 
@@ -2268,8 +2275,8 @@ class NuScenes:
         tables = f"{self.root}/{self.version}"
         lacking = self.frames["lidarseg"] == b""
         if lacking.all():
-            raise DataError(f"{tables}: no lidarseg.json, which lists the classes of points; "
-                            "extract the archive of nuScenes-lidarseg here too")
+            raise NoPointLabels(f"{tables}: no lidarseg.json, which lists the classes of points; "
+                                "extract the archive of nuScenes-lidarseg here too")
         if (self.categories["index"] < 0).any():
             raise DataError(f"{tables}/category.json: not every row has an index from 0 to 255; it "
                             "is that of the download without lidarseg: put the category.json of "
@@ -2440,7 +2447,7 @@ def is_on_car(columns):
     return (x > -1.5) & (x < 2.5) & (abs(y) < 1)
 
 
-# ---- KITTI: object frames or raw drives ----------------------------------------------
+# ---- KITTI: object frames, raw drives or sequences -----------------------------------
 
 KITTI_TYPES = (
     "Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare",
@@ -2458,6 +2465,36 @@ KITTI_LABEL = [
     ("label", "i8"),
 ]
 
+# class of the segmentation task -> its ids in SemanticKITTI's labels, the written one first
+SEMANTIC_KITTI = {
+    "car": (10, 252),
+    "bicycle": (11,),
+    "motorcycle": (15,),
+    "truck": (18, 258),
+    "other-vehicle": (20, 13, 16, 256, 257, 259),
+    "person": (30, 254),
+    "bicyclist": (31, 253),
+    "motorcyclist": (32, 255),
+    "road": (40, 60),
+    "parking": (44,),
+    "sidewalk": (48,),
+    "other-ground": (49,),
+    "building": (50,),
+    "fence": (51,),
+    "vegetation": (70,),
+    "trunk": (71,),
+    "terrain": (72,),
+    "pole": (80,),
+    "traffic-sign": (81,),
+}
+NO_CLASS = (0, 1, 52, 99)     # unlabelled, outlier, other structure, other object
+# the official splits of the sequences; others have none
+SEQUENCES = {
+    **dict.fromkeys(("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"), "train"),
+    "08": "val",
+    **dict.fromkeys(map(str, range(11, 22)), "test"),
+}
+
 
 class KittiFile(NamedTuple):
     """Where the files of one frame are, relative to the root."""
@@ -2465,8 +2502,9 @@ class KittiFile(NamedTuple):
     split: str                    # train, val, test or "" (object frames that no ImageSet lists)
     cloud: str
     image: str
-    calibration: tuple[str, ...]  # one file (object) or two (raw)
-    labels: str                   # "" where there are none
+    calibration: tuple[str, ...]  # one file, two of a raw frame; a sequence may have none
+    labels: str                   # of boxes, "" where there are none
+    points: str = ""              # of points, likewise
 
 
 def read_calibration(path, keys, name):
@@ -2498,13 +2536,31 @@ def read_calibration(path, keys, name):
     return arrays
 
 
+def read_rows(path, width, owner):
+    """A text file of `width` numbers in each line -> (n, width) float64, n = 0 without a file."""
+    if not os.path.isfile(path):
+        return np.zeros((0, width))
+    with reading(owner, "extract it again", path):
+        lines = Path(path).read_bytes().rstrip().splitlines()
+    try:
+        rows = np.array([line.split() for line in lines], np.float64)
+    except ValueError:  # no number, or lines of different lengths
+        rows = np.zeros(0)
+    if rows.shape[1:] != (width,) or not (abs(rows) < 1e6).all():
+        raise DataError(f"{owner}: {path}: expected {width} finite numbers in each of its "
+                        f"{len(lines)} lines; extract it again")
+    return rows
+
+
 class Kitti:
     """Reader of KITTI: the left colour camera (image_2) and the full scans.
 
-    The root holds object frames, training/ with testing/ and ImageSets/ where they are,
-    or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do). A
-    root with both reads the object frames and prints how to take the drives. Folders
-    and files may be links to elsewhere.
+    The root holds object frames, training/ with testing/ and ImageSets/ where they are;
+    or raw drives, <date>/<date>_drive_<n>_sync/ (the folder of one date will do); or the
+    odometry set's sequences/<nn>/, which SemanticKITTI labels (or dataset/ with them). Of
+    several, the first of these is read, and it is printed how to take another; where the
+    classes of points are asked for, the sequences. Folders and files may be links to
+    elsewhere.
 
     Object frames: velodyne/ (else velodyne_reduced/), image_2/ (png or jpg) and calib/
     are needed; label_2/ in training/ too, or not at all. Splits are those of
@@ -2517,22 +2573,29 @@ class Kitti:
     Raw drives have no labels. Their frames have a time (10 Hz). Frames that lack a scan
     or an image are left out, and their number is printed.
 
-    Neither has a pose here: lidar2world is the identity. The sizes of the images vary,
+    Sequences: velodyne/ is needed, and image_2/ and calib.txt where images are read. 00 to
+    07, 09 and 10 are train, 08 is val and 11 to 21 test. Line n of times.txt and poses.txt
+    belongs to scan n; without them scans are 0.1 s apart, and lidar2world is the identity,
+    as it is without calib.txt. The LiDAR of the first scan is the world. labels/ holds the
+    classes of points. They have no boxes.
+
+    The others have no pose here: lidar2world is the identity. The sizes of the images vary,
     and each is resized to the grid's. Boxes are of cars, pedestrians and cyclists;
     their labels end where the image does, so training wants crop=True (Loader), and
     crop_to_view makes the "reduced" clouds. The range lies ahead of the car, so only y
     is mirrored in training.
 
-    .grid  .root  .layout ("object frames" or "raw drives")  .frames (list of KittiFile)  .names
-    .split(name)  .load(i)
+    .grid  .root  .layout (a key of LAYOUTS)  .frames (list of KittiFile)  .names  .split(name)
+    .load(i)
     """
 
     LAYOUTS = {
         "object frames": ("training/velodyne", "testing/velodyne",
                           "training/velodyne_reduced", "testing/velodyne_reduced"),
         "raw drives": ("*_drive_*_sync/velodyne_points", "*/*_drive_*_sync/velodyne_points"),
+        "sequences": ("sequences/[0-9][0-9]/velodyne", "dataset/sequences/[0-9][0-9]/velodyne"),
     }
-    LAYOUT_HINT = "training/velodyne, or <date>/<date>_drive_<n>_sync"
+    LAYOUT_HINT = "training/velodyne, <date>/<date>_drive_<n>_sync or sequences/<nn>/velodyne"
 
     def __init__(self, root, preset="paper", *, sweeps=None, images=True, labels=True,
                  point_labels=False):
@@ -2540,6 +2603,7 @@ class Kitti:
         self.preset = preset
         self.images = images
         self.labels = labels
+        self.point_labels = point_labels
         self.notes = []
         self.root = os.path.realpath(root)
         places = {}  # layout -> its folders of scans
@@ -2549,27 +2613,50 @@ class Kitti:
                 folders += sorted(Path(self.root).glob(pattern))
             if folders:
                 places[layout] = folders
-        self.layout = next(iter(places))
+        self.layout = "sequences" if point_labels else next(iter(places))
+        if self.layout not in places:
+            raise NoPointLabels(f"{self.root}: KITTI's {' and '.join(places)} have no classes of "
+                                "points; give a folder with SemanticKITTI's sequences/<nn>/, "
+                                "velodyne and labels")
         self.what = f"{self.root}: KITTI {self.layout}"
         if len(places) > 1:
-            date = places["raw drives"][0].parent.parent
-            print_once(f"{self.root}: object frames and raw drives are here; reading the object "
-                       f"frames. For the drives of one day give {date}, for all of them a folder "
-                       "that holds only the dates")
+            self.describe_choice(places)
         if self.layout == "object frames":
             self.frames = self.find_object_frames()
-        else:
+        elif self.layout == "raw drives":
             self.frames = self.find_raw_frames(places[self.layout])
+        else:
+            self.frames = self.find_sequence_frames(places[self.layout])
         if not self.frames:
             nested = [path for folder in places[self.layout] for path in folder.glob("0*/*.bin")]
             hint = "extract the scans (.bin) and left colour images (.png)"
             if nested:
                 hint = (f"{nested[0].relative_to(self.root)} is of the tracking set, whose layout "
                         "is not read; extract the object frames, or raw drives")
+            if self.layout == "sequences":
+                hint = ("extract velodyne/, image_2/ and calib.txt of the odometry set (segment.py "
+                        "reads velodyne/ and labels/ alone)")
             raise DataError(f"{self.root}: no whole frame among its {self.layout}; "
                             f"{' '.join([*self.notes, hint])}")
         for note in self.notes:
             print_once(note)
+
+    def describe_choice(self, places):
+        """Say which of several layouts is read, and how to take another. places: their folders."""
+        hints = []
+        if self.layout == "sequences":
+            hints = ["Only their points have classes"]
+        elif "raw drives" in places:
+            date = places["raw drives"][0].parent.parent
+            hints.append(f"For the drives of one day give {date}, for all of them a folder that "
+                         "holds only the dates")
+        if self.layout != "sequences" and "sequences" in places:
+            parent = places["sequences"][0].parents[2]
+            if str(parent) == self.root:
+                parent = "a folder that holds only them"
+            hints.append(f"For the sequences give {parent}")
+        print_once(f"{self.root}: {' and '.join(places)} are here; reading the {self.layout}. "
+                   + ". ".join(hints))
 
     def list_files(self, folder, *endings):
         """{name without its ending: path under the root} of the files in a folder."""
@@ -2692,6 +2779,85 @@ class Kitti:
                               "of their day), and are left out.")
         return frames
 
+    def find_sequence_frames(self, places):
+        """Frames of every sequence in order of their numbers.
+
+        Those without an image or a calibration are left out where images are read, and
+        their number is printed.
+        """
+        frames = []
+        self.tracks = {}  # sequence: times (n,), poses (n, 12)
+        lacking = Counter()  # kind of file: frames without it
+        missing = []
+        parent = places[0].parents[1]  # sequences/ of the root, rather than of its dataset/
+        for place in (place for place in places if place.parents[1] == parent):
+            sequence = place.parent.name
+            folder = str(place.parent.relative_to(self.root))
+            clouds = self.list_files(f"{folder}/velodyne", ".bin")
+            images = self.list_files(f"{folder}/image_2", ".png", ".jpg")
+            labels = self.list_files(f"{folder}/labels", ".label")
+            numbers = sorted(number for number in clouds if re.fullmatch(r"[0-9]+", number))
+            calibration = ()
+            if os.path.isfile(os.path.join(self.root, folder, "calib.txt")):
+                calibration = (f"{folder}/calib.txt",)
+            self.tracks[sequence] = self.read_track(folder, numbers)
+            for number in numbers:
+                absent = ["image_2"] * (self.images and number not in images)
+                absent += ["calib.txt"] * (self.images and not calibration)
+                if absent:
+                    lacking.update(absent)
+                    missing.append(f"{folder}/{absent[0]} of {number}")
+                    continue
+                frames.append(KittiFile(
+                    name=f"kitti/{sequence}/{number}",
+                    split=SEQUENCES.get(sequence, ""),
+                    cloud=clouds[number],
+                    image=images.get(number, ""),
+                    calibration=calibration,
+                    labels="",
+                    points=labels.get(number, "")))
+        if missing:
+            self.notes.append(f"{self.root}: {len(missing)} of the {len(missing) + len(frames)} "
+                              f"scans lack files ({describe_counts(lacking)}), the first is "
+                              f"{missing[0]}; these frames are left out. To have them, extract "
+                              "these files too.")
+        return self.labelled_frames(frames) if self.point_labels and frames else frames
+
+    def labelled_frames(self, frames):
+        """Those of the frames that have classes of points: not the official test's.
+
+        DataError if another one has none.
+        """
+        labelled = [frame for frame in frames if frame.points]
+        if not labelled:
+            raise NoPointLabels(f"{self.what}: no labels/*.label next to velodyne/, the classes of "
+                                "points; extract the labels of SemanticKITTI here too")
+        missing = [frame for frame in frames if not frame.points and frame.split != "test"]
+        if missing:
+            raise DataError(f"{self.what}: of {len(frames)} scans {len(missing)} have no file of "
+                            f"point labels, first that of {missing[0].cloud}; extract the labels "
+                            "of SemanticKITTI again")
+        if len(labelled) < len(frames):
+            self.notes.append(f"{self.what}: {len(frames) - len(labelled)} of its {len(frames)} "
+                              "scans are of the official test, have no labels and are left out")
+        return labelled
+
+    def read_track(self, folder, numbers):
+        """Times (n,) s and poses (n, 12) of a sequence, with a row for each of the scans.
+
+        Either is empty where its file is not there. numbers: of the scans, sorted.
+        """
+        track = []
+        for file, width in (("times.txt", 1), ("poses.txt", 12)):
+            path = os.path.join(self.root, folder, file)
+            rows = read_rows(path, width, self.what)
+            if len(rows) and numbers and int(numbers[-1]) >= len(rows):
+                raise DataError(f"{self.what}: {path} has {len(rows)} lines, expected one for each "
+                                f"scan from 0 to {numbers[-1]}; extract it again")
+            track.append(rows)
+        times, poses = track
+        return times[:, 0], poses
+
     def __len__(self):
         return len(self.frames)
 
@@ -2708,6 +2874,7 @@ class Kitti:
         """The files of frame i below the root."""
         frame = self.frames[i]
         files = [frame.cloud, frame.image, *frame.calibration, frame.labels]
+        files += [frame.points] * self.point_labels
         return [file for file in files if file]
 
     def fingerprint(self):
@@ -2720,7 +2887,12 @@ class Kitti:
         scan = self.sweep(i)
         points = np.zeros((len(scan), 5), np.float32)  # one sweep: 0 s before itself
         points[:, :4] = scan
-        lidar2rect, rect2img = self.calibration(i)
+        extra = {}
+        if self.point_labels:
+            extra["points_label"] = self.point_truth(i, len(points))
+        lidar2rect = rect2img = None
+        if frame.calibration:
+            lidar2rect, rect2img = self.calibration(i)
         images = []
         lidar2img = np.zeros((0, 4, 4))
         if self.images:
@@ -2733,21 +2905,38 @@ class Kitti:
         if frame.labels:
             boxes, labels = frame_boxes(self, i)
         time = 0.
+        lidar2world = np.eye(4)
         if self.layout == "raw drives":
             time = 0.1 * int(frame.name.rsplit("/", 1)[1])  # 10 Hz
+        elif self.layout == "sequences":
+            time, lidar2world = self.time_and_pose(frame, lidar2rect)
         return Frame(
             points=points,
             origin=np.zeros(3, np.float32),
             images=images,
             lidar2img=projections(lidar2img, self.grid.cameras, frame.name,
                                   self.calibration_files(i)),
-            lidar2world=np.eye(4),
+            lidar2world=lidar2world,
             time=time,
             boxes=boxes,
             labels=labels,
-            extra={},
+            extra=extra,
             name=frame.name,
         )
+
+    def time_and_pose(self, frame, lidar2rect):
+        """Time (s) of a sequence's frame and its lidar2world (4, 4), the first scan's LiDAR.
+
+        lidar2rect (4, 4) or None.
+        """
+        _, sequence, number = frame.name.split("/")
+        times, poses = self.tracks[sequence]
+        time = float(times[int(number)]) if len(times) else 0.1 * int(number)  # 10 Hz
+        lidar2world = np.eye(4)
+        if len(poses) and lidar2rect is not None:
+            rect2first = pad_to_4x4(poses[int(number)].reshape(3, 4))
+            lidar2world = np.linalg.inv(lidar2rect) @ rect2first @ lidar2rect
+        return time, lidar2world
 
     def sweep(self, i):
         """Full scan of frame i as it is on disk.
@@ -2782,9 +2971,15 @@ class Kitti:
         """
         frame = self.frames[i]
         paths = [os.path.join(self.root, file) for file in frame.calibration]
+        if not paths:
+            raise DataError(f"{frame.name}: no calib.txt of its sequence; extract the calibration "
+                            "files of the odometry set too")
         if self.layout == "object frames":
             keys = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
             P, R, T = read_calibration(paths[0], keys, frame.name)
+        elif self.layout == "sequences":
+            P, T = read_calibration(paths[0], {"P2": (3, 4), "Tr": (3, 4)}, frame.name)
+            R = np.eye(3)  # the rectification is in Tr
         else:
             keys = {"P_rect_02": (3, 4), "R_rect_00": (3, 3)}
             P, R = read_calibration(paths[0], keys, frame.name)
@@ -2853,6 +3048,45 @@ class Kitti:
         ], 1)
         rows["box"][rows["type"] == "DontCare"] = np.nan
         return rows
+
+    def point_truth(self, i, n):
+        """The class of each of the n points in the file of frame i -> (n,) int64, -1 for none."""
+        frame = self.frames[i]
+        file = os.path.join(self.root, frame.points)
+        with reading(frame.name, "extract the labels of SemanticKITTI again", file):
+            raw = np.fromfile(file, np.uint8)
+        if raw.size != 4 * n:
+            raise DataError(f"{frame.name}: {file} has {raw.size} bytes, expected {4 * n}, a "
+                            f"uint32 for each of the {n} points of its scan; extract it again")
+        ids = raw.view("<u4") & 0xFFFF  # above it is the instance
+        label = np.full(2**16, -2)
+        label[list(NO_CLASS)] = -1
+        for c, name in enumerate(POINT_CLASSES["kitti"]):
+            label[list(SEMANTIC_KITTI[name])] = c
+        truth = label[ids]
+        if (truth == -2).any():
+            raise DataError(f"{frame.name}: {file} has the label {ids[truth == -2][0]}, expected "
+                            "one of SemanticKITTI's; extract the labels again")
+        return truth
+
+    def points_on_disk(self, i, classes):
+        """Classes of the points of load(i) -> of all points in the file, the same, and their truth.
+
+        classes (N,) -> two (N,) int64.
+        """
+        return classes, self.point_truth(i, len(classes))
+
+    def write_points(self, folder, i, classes):
+        """The result file of frame i in the official format. classes (N,) as on disk."""
+        _, sequence, number = self.frames[i].name.split("/")
+        path = Path(folder, "sequences", sequence, "predictions", f"{number}.label")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids = [SEMANTIC_KITTI[name][0] for name in POINT_CLASSES["kitti"]]
+        np.array(ids, "<u4")[classes].tofile(path)
+
+    def every_kth(self, indices, k):
+        """Every k-th of these frames, from the first [code SLidR]."""
+        return indices[::k]
 
     def picture_size(self, i):
         """Width and height of frame i's image as it is on disk, px: they vary.
@@ -2935,6 +3169,7 @@ SHUTTER = (
 
 # rows of a frame in the large components
 ROWS_A_FRAME = dict(lidar=5, lidar_pose=1, camera_image=5)
+POINT_COMPONENT = "lidar_segmentation"  # classes of points: TOP, a row for labelled frames alone
 # of them those that every frame needs: column, numbers in it
 NEEDED_ROWS = dict(
     lidar=("key.laser_name", (TOP,)),
@@ -3036,7 +3271,7 @@ def regroup(root, target):
     import pyarrow
     import pyarrow.parquet as parquet
     files = []
-    for component in COMPONENTS:
+    for component in (*COMPONENTS, POINT_COMPONENT):
         files += sorted(Path(root).glob(f"*/{component}/[!.]*.parquet"))
     if not files:
         raise DataError(f"{root}: no parquet file of the Waymo Open Dataset v2 here; "
@@ -3047,7 +3282,7 @@ def regroup(root, target):
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         part = copy.with_name(copy.name + ".part")
-        rows = ROWS_A_FRAME.get(path.parent.name)
+        rows = (ROWS_A_FRAME | {POINT_COMPONENT: 1}).get(path.parent.name)
         try:
             if rows:
                 with parquet.ParquetFile(path, buffer_size=2**20) as file, \
@@ -3073,7 +3308,9 @@ class Waymo:
     vehicle_pose, lidar_box (not in testing), camera_image and camera_calibration are
     needed. Segments that lack one are left out, and so are frames that lack the picture
     of a camera, as some of the official ones do; their number is printed. Folders and
-    files may be links to elsewhere.
+    files may be links to elsewhere. lidar_segmentation, the classes of points, is of some
+    frames alone: where they are asked for, the others are left out and counted. Points of
+    the other lasers have no class.
 
     pyarrow reads a few rows at a time: no TensorFlow, no conversion. The official files
     have large row groups, of which everything before the wanted rows must be decoded
@@ -3113,6 +3350,7 @@ class Waymo:
         self.preset = preset
         self.images = images
         self.labels = labels
+        self.point_labels = point_labels
         self.notes = []
         self.root = os.path.realpath(root)
         self.what = f"{self.root}: Waymo v2"
@@ -3136,9 +3374,14 @@ class Waymo:
                               f"files and are left out; the first is {missing[0]}")
         # pre-training may do without them
         self.has_boxes = any(Path(self.root).glob("*/lidar_box/*.parquet"))
+        if point_labels and not any(Path(self.root).glob(f"*/{POINT_COMPONENT}/[!.]*.parquet")):
+            raise NoPointLabels(f"{self.what}: no classes of points; download the component "
+                                f"{POINT_COMPONENT}")
 
+        self.last_returns = -1, None  # frame, its first_returns
         self.frames = []
         total = 0
+        unlabelled = 0  # whole frames without classes of points
         lacking = Counter()  # component and sensor: frames without it
         for path in segments:
             folder = path.parents[1].name
@@ -3147,14 +3390,23 @@ class Waymo:
             segment = WaymoFrame(folder, path.stem, time=0)
             (times,) = self.read(segment, "vehicle_pose", [TIME_KEY])
             total += len(times)
-            for time in self.whole_times(segment, times, self.components, lacking):
+            whole = self.whole_times(segment, times, self.components, lacking)
+            if point_labels:
+                labelled = self.labelled_times(segment)
+                unlabelled += len(whole) - len(labelled.intersection(whole))
+                whole = [time for time in whole if time in labelled]
+            for time in whole:
                 self.frames.append(segment._replace(time=int(time)))
         if not total:
             raise DataError(f"{self.what}: no frame in its vehicle_pose files; "
                             "download them again")
         if lacking:
-            self.notes.append(f"{self.what}: {total - len(self.frames)} of its {total} frames "
+            left_out = total - len(self.frames) - unlabelled
+            self.notes.append(f"{self.what}: {left_out} of its {total} frames "
                               f"lack rows ({describe_counts(lacking)}) and are left out")
+        if unlabelled:
+            self.notes.append(f"{self.what}: {unlabelled} of its {total} frames have no row in "
+                              f"{POINT_COMPONENT}, as most of the official ones, and are left out")
         if not self.frames:
             raise DataError(f"{self.notes[-1]}; none is left, download these components again")
         for note in self.notes:
@@ -3178,6 +3430,14 @@ class Waymo:
                     lacking[f"{component} of {key[4:-5]} {sensor}:"] += len(without)
                 whole -= without
         return sorted(whole)
+
+    def labelled_times(self, segment):
+        """The times at which the points of a segment's TOP have classes -> set of int."""
+        file = Path(self.root, segment.folder, POINT_COMPONENT, f"{segment.segment}.parquet")
+        if not file.exists():  # no frame of this segment is labelled
+            return set()
+        lasers, times = self.read(segment, POINT_COMPONENT, ["key.laser_name", TIME_KEY])
+        return {time for laser, time in zip(lasers, times) if laser == TOP}
 
     def read(self, frame, component, columns, all_times=False):
         """Columns of one component of a frame's segment -> a list of values for each column.
@@ -3319,7 +3579,8 @@ class Waymo:
         """The files of the segment of frame i below the root."""
         frame = self.frames[i]
         first = Path(self.root, frame.folder, "vehicle_pose", f"{frame.segment}.parquet")
-        return [str(file.relative_to(self.root)) for file in segment_files(first, self.components)]
+        components = self.components + [POINT_COMPONENT] * self.point_labels
+        return [str(file.relative_to(self.root)) for file in segment_files(first, components)]
 
     def fingerprint(self):
         """What tells whether the data set is still the same -> {what: digest}."""
@@ -3333,7 +3594,13 @@ class Waymo:
         """
         frame = self.frames[i]
         vehicle2world = self.pose(frame)
-        points, origin = self.points(frame, vehicle2world)
+        points, origin, returns = self.points(frame, vehicle2world)
+        extra = {}
+        if self.point_labels:
+            label = np.full(len(points), -1)
+            own = self.point_truth(i, returns.shape)[returns]
+            label[:len(own)] = own  # TOP's points come first
+            extra["points_label"] = label
         size = image or self.grid.image
         images = []
         lidar2img = np.zeros((0, 4, 4))
@@ -3352,7 +3619,7 @@ class Waymo:
             time=frame.time * 1e-6,
             boxes=boxes,
             labels=labels,
-            extra={},
+            extra=extra,
             name=self.name_of(frame),
         )
 
@@ -3377,7 +3644,8 @@ class Waymo:
     def points(self, frame, vehicle2world):
         """First returns of every laser.
 
-        -> points (N, 5) float32, TOP's first; origin (3,) float32, where TOP stands.
+        -> points (N, 5) float32, TOP's first; origin (3,) float32, where TOP stands;
+        returns (H, W) bool, the pixels of TOP's image whose points these are, row by row.
         """
         name = self.name_of(frame)
         images = self.arrays(frame, "lidar", RANGE_IMAGE, 4)
@@ -3387,7 +3655,7 @@ class Waymo:
         calibration = self.read_by(frame, "lidar_calibration", "key.laser_name", columns,
                                    all_times=True)
         clouds = []
-        origin = None
+        origin = returns = None
         for laser, image in sorted(images.items()):
             if laser not in calibration:
                 raise DataError(f"{name}: lidar_calibration has no laser {laser}, "
@@ -3396,13 +3664,25 @@ class Waymo:
             extrinsic = self.matrix(transform, f"{name}: lidar_calibration of laser {laser}")
             if laser == TOP:
                 origin = extrinsic[:3, 3]
+                _, returns = first_returns(image)
             inclinations = beam_inclinations(len(image), low, high, values.as_py())
             clouds.append(self.laser_points(name, laser, image, extrinsic, inclinations,
                                             poses.get(laser), vehicle2world))
         if origin is None:
             raise DataError(f"{name}: lidar has no image of TOP (laser 1), only of "
                             f"{sorted(images)}; download it again")
-        return np.concatenate(clouds).astype(np.float32), origin.astype(np.float32)
+        return np.concatenate(clouds).astype(np.float32), origin.astype(np.float32), returns
+
+    def top_returns(self, i):
+        """As first_returns, of TOP's image of frame i. Those of the last such frame are kept."""
+        if self.last_returns[0] != i:
+            frame = self.frames[i]
+            images = self.arrays(frame, "lidar", RANGE_IMAGE, 4)
+            if TOP not in images:
+                raise DataError(f"{self.name_of(frame)}: lidar has no image of TOP (laser 1), only "
+                                f"of {sorted(images)}; download it again")
+            self.last_returns = i, first_returns(images[TOP])
+        return self.last_returns[1]
 
     def laser_points(self, name, laser, image, extrinsic, inclinations, poses, vehicle2world):
         """First returns of one laser -> (n, 5) float64.
@@ -3499,6 +3779,59 @@ class Waymo:
         rows["box"][:, 7:9] = rows["box"][:, 7:9] @ self.pose(frame)[:2, :2]
         return rows
 
+    def point_truth(self, i, shape):
+        """The class of each pixel of TOP's image of frame i, -1 for none -> (H, W) int64.
+
+        shape (H, W) of that image.
+        """
+        frame = self.frames[i]
+        name = self.name_of(frame)
+        images = self.arrays(frame, POINT_COMPONENT, RANGE_IMAGE, 2)
+        if TOP not in images or images[TOP].shape[:2] != shape:
+            sizes = {laser: image.shape[:2] for laser, image in images.items()}
+            raise DataError(f"{name}: {POINT_COMPONENT} has images of the sizes {sizes} by laser, "
+                            f"expected one of TOP (laser 1) of {shape}, as lidar has; download "
+                            "both again")
+        classes = images[TOP][..., 1]  # the other channel is the instance
+        known = np.isin(classes, range(len(POINT_CLASSES["waymo"]) + 1))
+        if not known.all():
+            raise DataError(f"{name}: {POINT_COMPONENT} has the class {classes[~known][0]:g}, "
+                            f"expected 0 to {len(POINT_CLASSES['waymo'])}; download it again")
+        return classes.astype(np.int64) - 1
+
+    def points_on_disk(self, i, classes):
+        """Classes of the points of load(i) -> of all first returns of TOP, and their truth.
+
+        Returns in no-label zones, which load leaves out, take the class of the nearest pixel.
+        classes (n,) -> two (N,) int64, N in the order of the pixels, row by row.
+        """
+        is_return, is_point = self.top_returns(i)
+        image = np.zeros(is_point.shape, np.int64)
+        image[is_point] = classes[:is_point.sum()]  # TOP's points come first
+        if is_point.any():
+            row, column = distance_transform_edt(~is_point, return_distances=False,
+                                                 return_indices=True)
+            image = image[row, column]
+        return image[is_return], self.point_truth(i, is_return.shape)[is_return]
+
+    def write_points(self, folder, i, classes):
+        """The classes of frame i as a range image of TOP: uint8 (H, W), 1 to 22, 0 for no return.
+
+        It is lidar_segmentation/<segment>_<time>.npy. The official server wants a protobuf,
+        which this is not. classes (N,) as points_on_disk gives them.
+        """
+        is_return, _ = self.top_returns(i)
+        image = np.zeros(is_return.shape, np.uint8)
+        image[is_return] = classes + 1
+        frame = self.frames[i]
+        path = Path(folder, POINT_COMPONENT, f"{frame.segment}_{frame.time}.npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, image)
+
+    def every_kth(self, indices, k):
+        """Every k-th of these frames, from the first."""
+        return indices[::k]
+
     def calibration_files(self, i):
         """Which files say where the cameras of frame i are: for messages."""
         frame = self.frames[i]
@@ -3513,7 +3846,7 @@ class Waymo:
         frame = self.frames[i]
         rows = self.annotations(i)
         rows = rows[rows["lidar_points"] >= 5]
-        points, _ = self.points(frame, self.pose(frame))
+        points, *_ = self.points(frame, self.pose(frame))
         xyz = points[:, :3].astype(np.float64)
         right = 0
         for row in rows:
@@ -3521,6 +3854,15 @@ class Waymo:
             right += 0.5 * row["lidar_points"] <= count <= row["lidar_points"]
         test = "boxes of 5 points or more hold half to all of the points that lidar_box states"
         return int(right), len(rows), test
+
+
+def first_returns(image):
+    """Pixels of a laser's range image (H, W, 4) with a first return, and those that are points.
+
+    The others lie in a no-label zone. -> two (H, W) bool
+    """
+    is_return = image[..., 0] > 0
+    return is_return, is_return & ~(image[..., 3] > 0)
 
 
 def beam_inclinations(H, low, high, values):
@@ -3588,6 +3930,12 @@ CAMERA_YAW = {
     "image_2": 0,
 }
 CHECKED_FRAMES = 24  # frames looked at without --all
+# class of a box -> what its points may be, where that is not the same name
+POINTS_OF_BOX = {
+    "Vehicle": ("CAR", "TRUCK", "BUS", "OTHER_VEHICLE", "MOTORCYCLE", "MOTORCYCLIST"),
+    "Pedestrian": ("PEDESTRIAN",),
+    "Cyclist": ("BICYCLE", "BICYCLIST"),
+}
 
 
 def camera_faults(lidar2img, hw, yaw):
@@ -3681,6 +4029,40 @@ class Checkup:
         return FrameReport(faults, len(points), shares, evidence)
 
 
+class PointReport(NamedTuple):
+    """What the doctor saw of the classes of one frame's points."""
+    faults: list                 # list of str
+    points: int = 0
+    labelled: int = 0            # of them, those with a class
+    boxed: int = 0               # of these, those in a box
+    right: int = 0               # of these, those whose class is the box's
+
+
+class PointCheckup:
+    """checkup[i]: the PointReport of frame i of a data set with classes of points."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        try:
+            frame = self.dataset.load(i)
+        except DataError as error:
+            return PointReport([str(error)])
+        label = frame.extra["points_label"]
+        xyz = frame.points[:, :3].astype(np.float64)
+        classes = POINT_CLASSES[self.dataset.grid.dataset]
+        boxed = right = 0
+        if frame.boxes is not None:
+            for box, c in zip(frame.boxes, frame.labels):
+                name = self.dataset.grid.classes[c]
+                same = [classes.index(other) for other in POINTS_OF_BOX.get(name, (name,))]
+                inside = label[inside_box(xyz, box) & (label >= 0)]
+                boxed += len(inside)
+                right += np.isin(inside, same).sum()
+        return PointReport([], len(label), (label >= 0).sum(), boxed, right)
+
+
 def merge_faults(faults):
     """What several frames have in common is said once. faults [(frame name, str)] -> list of str.
 
@@ -3706,34 +4088,82 @@ def doctor(root, everything=False):
 
     Prints what was seen -> list of str: what is wrong, where, and the fix.
     """
+    faults, of_frames = frame_faults(root, everything)
+    more, of_points = point_faults(root, everything)
+    # a sweep that cannot be read is told once
+    known = {fault.removeprefix(f"{name}: ") for name, fault in of_frames}
+    of_frames += [(name, fault) for name, fault in of_points
+                  if fault.removeprefix(f"{name}: ") not in known]
+    faults += [fault for fault in more if fault not in faults]
+    return merge_faults(of_frames) + faults
+
+
+def look_at(checkup, indices, everything):
+    """The reports of a checkup of these frames, by worker processes where it is every frame."""
+    reports = torch.utils.data.DataLoader(
+        checkup, sampler=indices.tolist(), batch_size=None, collate_fn=unchanged,
+        num_workers=os.cpu_count() if everything else 0)
+    return list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
+
+
+def frames_to_check(dataset, everything):
+    """At most CHECKED_FRAMES frames spread over the data set, or every one -> (n,) int64."""
+    total = len(dataset)
+    if everything:
+        return np.arange(total)
+    return np.unique(np.linspace(0, total - 1, CHECKED_FRAMES).astype(int))
+
+
+def frame_faults(root, everything):
+    """What is wrong with the frames -> list of str, and of single ones [(frame name, str)]."""
     try:
         dataset = open_dataset(root)
         train = len(dataset.split("train"))
         val = len(dataset.split("val"))
     except DataError as error:
-        return [str(error)]
-    total = len(dataset)
-    indices = np.arange(total)
-    workers = os.cpu_count()
-    if not everything:
-        indices = np.unique(np.linspace(0, total - 1, CHECKED_FRAMES).astype(int))
-        workers = 0
-    hint = "" if len(indices) == total else ", --all looks at every one"
-    print(f"{dataset.what}, {total} frames, of them {train} train, {val} val; "
+        return [str(error)], []
+    indices = frames_to_check(dataset, everything)
+    hint = "" if len(indices) == len(dataset) else ", --all looks at every one"
+    print(f"{dataset.what}, {len(dataset)} frames, of them {train} train, {val} val; "
           f"looking at {len(indices)}{hint}", flush=True)
-    reports = torch.utils.data.DataLoader(
-        Checkup(dataset), sampler=indices.tolist(), batch_size=None, collate_fn=unchanged,
-        num_workers=workers)
-    reports = list(tqdm(reports, total=len(indices), unit=" frames", disable=None))
+    reports = look_at(Checkup(dataset), indices, everything)
     names = dataset.names
-    faults = merge_faults([(names[i], fault) for i, report in zip(indices, reports)
-                           for fault in report.faults])
-    faults += [fault for fault in scoring_faults(dataset, indices) if fault not in faults]
+    of_frames = [(names[i], fault) for i, report in zip(indices, reports)
+                 for fault in report.faults]
+    told = [fault for _, fault in of_frames]
+    faults = [fault for fault in scoring_faults(dataset, indices) if fault not in told]
     readable = [report for report in reports if report.evidence is not None]
     if readable:
         cameras = f"check {dataset.calibration_files(indices[0])}"
         faults += summary_faults(dataset, readable, cameras)
-    return faults
+    return faults, of_frames
+
+
+def point_faults(root, everything):
+    """As frame_faults, of the classes of points, where there are any."""
+    try:
+        dataset = open_dataset(root, sweeps=1, images=False, labels=False, point_labels=True)
+    except NoPointLabels:
+        return [], []
+    except DataError as error:
+        return [str(error)], []
+    indices = frames_to_check(dataset, everything)
+    reports = look_at(PointCheckup(dataset), indices, everything)
+    names = dataset.names
+    of_frames = [(names[i], fault) for i, report in zip(indices, reports)
+                 for fault in report.faults]
+    points, labelled, boxed, right = np.sum([report[1:] for report in reports], 0)
+    if not points:
+        return [], of_frames
+    summary = f"{labelled / points:.1%} of the points of {len(indices)} frames have a class"
+    if boxed:
+        summary += f", in boxes {right} of {boxed} that of their box"
+    print(summary)
+    faults = []
+    if not labelled or right < 0.75 * boxed:
+        faults.append(f"{dataset.what}: {summary}, expected some, and in boxes at least 75 %; "
+                      "labels, scans or boxes do not belong together: extract all of them again")
+    return faults, of_frames
 
 
 def scoring_faults(dataset, indices):
