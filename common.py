@@ -2,10 +2,10 @@
 
 To fork a method, read its file, the functions that it imports from here, and data.Batch.
 
-    section                 pieces                                 used by
+    section                 pieces                                 used by (all: every script)
 
     MATHEMATICS
-    §1 geometry             constant, send, rows_where, Cells,     clap, cmcr, simipu, finetune
+    §1 geometry             constant, send, rows_where, Cells,     all
                             multilinear, gather_weighted,
                             project, project_frame,
                             valid_pixels, rays, sample_image,
@@ -14,20 +14,20 @@ To fork a method, read its file, the functions that it imports from here, and da
     §3 rendering            neus_weights, stratified, importance   clap
     §4 contrast             info_nce, perplexity                   clap, cmcr, simipu
     §5 curvature            surface_variation                      clap
-    §6 schedules            frame_rngs, random_subset, cosine      clap, cmcr, simipu, finetune
+    §6 schedules            frame_rngs, random_subset, cosine      all
 
     NETWORKS
-    §7 sparse convolutions  segment_sum, ravel                     clap, cmcr
-    §8 the trunk            trunk, VoxelResNet, ResNet, mlp,       clap, cmcr, simipu, finetune
+    §7 sparse convolutions  segment_sum, ravel                     clap, cmcr, depth
+    §8 the trunk            trunk, VoxelResNet, ResNet, mlp,       all
                             conv3d, BatchNorm, collect_statistics,
                             bf16_autocast
 
     RUNS
-    §9 processes            processes, all_reduce, AllReduceSum,   clap, cmcr, simipu, finetune
+    §9 processes            processes, all_reduce, AllReduceSum,   all
                             mean_over_ranks, mean_rows, launch,
                             init_process, start, rank0_first,
                             wrap, destroy_group
-    §10 run folders         parse, require, check_numbers,         clap, cmcr, simipu, finetune
+    §10 run folders         parse, require, check_numbers,         all
                             to_json, run_config,
                             describe_data, data_changes,
                             checkpoint, refuse_misfit,
@@ -36,7 +36,7 @@ To fork a method, read its file, the functions that it imports from here, and da
                             save, read_units, load_units,
                             load_resnet, draw_labels,
                             listed_labels, describe_draw
-    §11 log and figures     Run, evaluate, load_tool, figure,      clap, cmcr, simipu, finetune
+    §11 log and figures     Run, evaluate, load_tool, figure,      all
                             bird_eye, overlay, loss_curves
 
 Nothing here knows a data set. Units are metres, radians and seconds.
