@@ -122,8 +122,8 @@ def run_again(cfg):
         kinds = (float, int) if isinstance(default, float) else type(default)
         if name != "gpus" and not isinstance(stored.get(name), kinds):
             odd.append(name)
-    require(not odd, f"{cfg.eval_only}/config.json is not one that depth.py wrote (see its "
-                     f"{', '.join(odd)}); give the folder of one of its runs")
+    require(not odd, f"{cfg.eval_only}/config.json is not one that depth.py wrote: it "
+                     f"has no fitting {odd[:1]}; give the folder of one of its runs")
     now = dict(data=cfg.data or stored["data"], gpus=cfg.gpus, workers=cfg.workers)
     return Config(**{name: stored[name] for name in asdict(cfg)} | now | dict(out=cfg.eval_only))
 
