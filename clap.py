@@ -78,7 +78,7 @@ from common import (
     trunk, mlp, conv3d, ravel,  # networks
     all_reduce, mean_rows,  # processes
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs
-    destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
+    draw_labels, destroy_group, cosine, Run, evaluate, frame_rngs, figure, loss_curves,
     load_tool, write_text, to_json,
 )
 
@@ -102,6 +102,9 @@ class Config:
     eval_every: int = 1000     # steps between the losses on val frames [ours]
     save_every: int = 500      # steps between checkpoints [ours]
     profile: int = 0           # steps to time instead of training; 0: train [ours]
+
+    # what is learned from
+    share: float = 1.0         # of the training frames, drawn as finetune.py draws labels [ours]
 
     # optimisation
     # The paper's epochs are unknown: UniPAD has 12, PonderV2 24, TREND 48. lr is not
@@ -177,9 +180,9 @@ def check(cfg):
     check_numbers(
         cfg,
         "batch accumulate eval_every save_every lr clip width bins neighbours rays pixels blur "
-        "samples importance_samples dims tau epsilon sinkhorn",
-        dict(workers=256, width=512, bins=10_000, dims=10_000, prototypes=100_000, neighbours=1000,
-             blur=999, samples=10_000, importance_samples=10_000, sinkhorn=1000))
+        "samples importance_samples dims tau epsilon sinkhorn share",
+        dict(workers=256, share=1, width=512, bins=10_000, dims=10_000, prototypes=100_000,
+             neighbours=1000, blur=999, samples=10_000, importance_samples=10_000, sinkhorn=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
             "one of them must be 0, the other positive")
@@ -977,9 +980,10 @@ def train(rank, world, cfg):
     prepare = Curvature(cfg.neighbours) if cfg.sampler == "pca" else None
     augment = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
                       flip=dataset.grid.mirrors)
+    drawn = draw_labels(dataset, dataset.split("train"), cfg.share, "frames", cfg.seed)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
                          workers=cfg.workers, augment=augment, prepare=prepare,
-                         accumulate=cfg.accumulate)
+                         indices=drawn, accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 2, seed=cfg.seed, workers=cfg.workers,
                              prepare=prepare,
                              indices=data.spread(dataset.split("val"), VAL_FRAMES))
@@ -987,14 +991,14 @@ def train(rank, world, cfg):
     # model, optimiser
     torch.manual_seed(cfg.seed)
     model = CLAP(cfg, dataset.grid)
-    device = start(cfg, rank, world, dataset, loader.indices)
+    device = start(cfg, rank, world, dataset, drawn)
     model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr,
                             weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
         return load_tool("profiling", "--profile").profile(
-            cfg, net, loader, [opt], device, rank,
+            cfg, net, loader, [opt], device, rank, cfg.share,
             lidar=(model.lidar, "forward"), camera=(model.camera, "forward"),
             render=(model, "render"))
 

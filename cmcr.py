@@ -81,7 +81,7 @@ from common import (
     segment_sum, VoxelResNet, ResNet, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, mean_rows, AllReduceSum,  # processes
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
-    load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool,
+    draw_labels, load_resnet, destroy_group, Run, evaluate, figure, loss_curves, load_tool,
     write_text, to_json,
 )
 
@@ -107,6 +107,9 @@ class Config:
     eval_every: int = 500      # steps between the losses on val frames [ours]
     save_every: int = 500      # steps between checkpoints [ours]
     profile: int = 0           # steps to time instead of training; 0: train [ours]
+
+    # what is learned from
+    share: float = 1.0         # of the training frames, drawn as finetune.py draws labels [ours]
 
     # optimisation
     epochs: int = 10           # 0: --steps decides [code]
@@ -168,9 +171,9 @@ def check(cfg):
     check_numbers(
         cfg,
         "batch accumulate eval_every save_every lr image_scale width dims pairs tau queries depth "
-        "query_radius neighbours",
-        dict(workers=256, width=512, dims=10_000, codes=100_000, neighbours=1000, image_scale=10,
-             crop_h=8192, crop_w=8192, momentum=1))
+        "query_radius neighbours share",
+        dict(workers=256, share=1, width=512, dims=10_000, codes=100_000, neighbours=1000,
+             image_scale=10, crop_h=8192, crop_w=8192, momentum=1))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0, "
             "the other positive")
@@ -746,8 +749,10 @@ def train(rank, world, cfg):
     data.announce(dataset, cfg.batch)
     views = Views(dataset.grid, cfg)
     size = tuple(round(cfg.image_scale * n) for n in dataset.grid.image)
+    drawn = draw_labels(dataset, dataset.split("train"), cfg.share, "frames", cfg.seed)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, augment=views, image=size, accumulate=cfg.accumulate)
+                         workers=cfg.workers, augment=views, image=size, indices=drawn,
+                         accumulate=cfg.accumulate)
     # val frames are augmented too, always in the same way
     val_loader = data.loader(dataset, "val", 2, workers=cfg.workers, augment=views, image=size)
 
@@ -756,14 +761,14 @@ def train(rank, world, cfg):
     model = CMCR(cfg, dataset.grid, frozen=cfg.teacher != "none")
     if model.frozen:
         load_teacher(cfg.teacher, model.teacher.resnet, rank, data.cache_dir())
-    device = start(cfg, rank, world, dataset, loader.indices)
+    device = start(cfg, rank, world, dataset, drawn)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     net = wrap(model, device, world)
     if cfg.profile:
         return load_tool("profiling", "--profile").profile(
-            cfg, net, loader, [opt], device, rank,
+            cfg, net, loader, [opt], device, rank, cfg.share,
             lidar=(model.lidar, "forward"), camera=(model.teacher, "stages"),
             rebuild=(model, "rebuild"), occupancy=(model, "decode_queries"))
 

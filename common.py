@@ -1,11 +1,11 @@
-"""What the methods and the detector share: mathematics, networks, run-keeping.
+"""What the scripts share: mathematics, networks, run-keeping.
 
 To fork a method, read its file, the functions that it imports from here, and data.Batch.
 
-    section                 pieces                                 used by (all: every script)
+    section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, send, rows_where, Cells,     all
+    §1 geometry             constant, send, rows_where, Cells,     all but segment
                             multilinear, gather_weighted,
                             project, project_frame,
                             valid_pixels, rays, sample_image,
@@ -18,8 +18,9 @@ To fork a method, read its file, the functions that it imports from here, and da
 
     NETWORKS
     §7 sparse convolutions  segment_sum, ravel                     clap, cmcr, depth
-    §8 the trunk            trunk, VoxelResNet, ResNet, mlp,       all
-                            conv3d, BatchNorm, collect_statistics,
+    §8 the trunk            trunk, lift_depth, VoxelResNet,        all
+                            ResNet, CameraNet, mlp, conv3d,
+                            BatchNorm, collect_statistics,
                             bf16_autocast
 
     RUNS
@@ -34,8 +35,10 @@ To fork a method, read its file, the functions that it imports from here, and da
                             first_line, lock_run_folder,
                             atomic_write, write_text, resume,
                             save, read_units, load_units,
-                            load_resnet, draw_labels,
-                            listed_labels, describe_draw
+                            load_resnet, stored_config,
+                            check_run, describe_scored,
+                            labelled_frames, draw_labels,
+                            describe_draw
     §11 log and figures     Run, evaluate, load_tool, figure,      all
                             bird_eye, overlay, loss_curves
 
@@ -972,22 +975,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 @torch.no_grad()
 def collect_statistics(network, encode, batches):
-    """The batch norms of a network take the mean statistics of these batches; weights stay.
+    """The batch norms of a network follow these batches as in training; its weights stay.
 
-    encode(batch) runs the network. A network that is frozen needs it: new ones normalise by
-    mean 0 and variance 1, which their features do not have, and pre-trained ones by what they
-    saw masked or augmented.
+    encode(batch) runs the network. A network that is frozen needs it: a new one normalises by
+    mean 0 and variance 1, which its features do not have, and a pre-trained one by what it saw
+    masked or augmented.
     """
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     training = network.training
     network.train()
-    for k, batch in enumerate(batches):
-        for norm in norms:
-            norm.momentum = 1 / (k + 1)  # the plain mean of the first k + 1
+    for batch in batches:
         encode(batch)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
     network.train(training)
 
 
@@ -1268,13 +1265,14 @@ class CameraNet(ResNet):
     instead of splatting needs no frustum tensor, and uses the same projection as everywhere
     else. [ours; LSS's depth distribution]
     """
+    near = 1.0  # m, where the depth bins begin; they end at max_depth
 
     def __init__(self, depth=50, channels=80, max_depth=60.0, bins=118):
         super().__init__(depth)
         self.neck = Neck(self.widths, 2 * channels, channels + bins)
         self.channels = channels
         self.bins = bins
-        self.near, self.max_depth = 1.0, max_depth  # m
+        self.max_depth = max_depth
 
     def forward(self, batch, cells, masked=None):
         """Volume of image features, and which of its cells some camera sees.
@@ -1352,14 +1350,23 @@ class FusionNet(nn.Module):
             return self.mix(self.reduce(torch.cat(volumes, 1))).float()
 
 
-def trunk(grid, resnet, width, bins):
+def lift_depth(low, high):
+    """Where the depth bins of a lift end on a grid, m: BEVFusion's 60 m for 54 m of range.
+
+    low, high: the corners of the range, m.
+    """
+    extent = max(abs(v) for v in (*low[:2], *high[:2]))
+    return extent * 60 / 54
+
+
+def trunk(grid, resnet, width, bins, max_depth=0.0):
     """VoxelResNet, CameraNet and FusionNet that fit together on a grid.
 
     Pre-training trains them, fine-tuning loads them.
-    grid: low, high, voxel; resnet 18 or 50; width of the first stage; bins of depth.
+    grid: low, high, voxel; resnet 18 or 50; width of the first stage; bins of depth;
+    max_depth: where these end (m), 0: by the range.
     """
-    extent = max(abs(v) for v in (*grid.low[:2], *grid.high[:2]))  # m
-    max_depth = extent * 60 / 54  # BEVFusion's 60 m for 54 m
+    max_depth = max_depth or lift_depth(grid.low, grid.high)
     camera = CameraNet(resnet, 5 * width, max_depth=max_depth, bins=bins)
     lidar = VoxelResNet(grid.low, grid.high, grid.voxel, width)
     return lidar, camera, FusionNet(8 * width, 5 * width, 4 * width)
@@ -2021,9 +2028,14 @@ def read_json(path, kind):
         return None
 
 
+# flags that older runs did not have, and what they did
+OLDER = dict(accumulate=1, labels="", max_depth=0.0, image_init="", freeze=False, share=1.0)
+
+
 def refuse_changes(out, before, now, free):
     """End if two run records differ in a field that is not free, with what it was and is."""
-    before = {"accumulate": 1, **before}  # older runs had no such flag
+    older = {field: value for field, value in OLDER.items() if field in now}
+    before = {**older, **before}
     changes = []
     for field in {**before, **now}:
         old, new = before.get(field), now.get(field)
@@ -2458,7 +2470,8 @@ def read_units(run):
         if list(map(type, parts)) != [dict, dict, int] or not header["units"]:
             raise ValueError("config, grid, step and units are of other kinds")
         parts[0]["preset"], header["commit"]  # a KeyError is caught
-    except (KeyError, ValueError, RecursionError) as error:
+        grid_text(parts[1]), stored_depth(header)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"{path}: its header is not one that these scripts write "
                          f"({first_line(error)}); --init names the folder that a pre-training run "
                          "wrote") from error
@@ -2470,6 +2483,7 @@ def load_units(run, model, asked, possible, grid, rank):
 
     asked: the units' names, or () for all of `possible` that the run holds
     -> the names of the tensors, a set.
+    With camera.neck the model's depth bins end where the run's did (max_depth).
     """
     path, header, stored = read_units(run)
     stored_units = header["units"].split(",")
@@ -2490,12 +2504,47 @@ def load_units(run, model, asked, possible, grid, rank):
         loaded.update(in_file)
         counts.append(f"{unit} {len(in_model)}/{len(in_model)}")
     model.load_state_dict({**state, **loaded})
+    changes = grid_changes(json.loads(header["grid"]), dataclasses.asdict(grid))
+    if "camera.neck" in units:  # what a bin has learned belongs to its metres
+        model.camera.max_depth = stored_depth(header)
+        own = lift_depth(grid.low, grid.high)
+        if model.camera.max_depth != own:
+            changes.append(f"depth bins to {model.camera.max_depth:.4g} m, which stay "
+                           f"(by the range here {own:.4g} m)")
     if rank == 0:
         print(f"{path}: loaded {', '.join(counts)} tensors of step {header['step']}"
               f"{remarks(run, header, config)}", flush=True)
-        if json.loads(header["grid"]) != json.loads(json.dumps(dataclasses.asdict(grid))):
-            print("it was trained on another grid; convolutions fit any grid", flush=True)
+        if changes:
+            print(f"{path}: trained with {'; '.join(changes)}", flush=True)
     return set(loaded)
+
+
+def stored_depth(header):
+    """Where the depth bins of a run's camera.neck end, m. header: of its weights."""
+    grid = json.loads(header["grid"])
+    config = json.loads(header["config"])
+    return float(config.get("max_depth") or lift_depth(grid["low"], grid["high"]))
+
+
+def grid_text(grid):
+    """What matters of a grid to weights trained on it. dict -> {what: text}."""
+    numbers = {name: " ".join(f"{v:g}" for v in grid[name]) for name in ("low", "high", "voxel")}
+    return {
+        "data set": grid["dataset"],
+        "voxels": f"{numbers['voxel']} m",
+        "sweeps": f"{grid['sweeps']}",
+        "range": f"{numbers['low']} to {numbers['high']} m",
+    }
+
+
+def grid_changes(before, now):
+    """How the grid that weights were trained on differs from this one. Two dicts -> [text]."""
+    here = grid_text(now)
+    changes = []
+    for what, text in grid_text(before).items():
+        if text != here[what]:
+            changes.append(f"{what} {text} (here {here[what]})")
+    return changes
 
 
 def remarks(run, header, config):
@@ -2583,6 +2632,63 @@ def load_resnet(source, resnet, rank, prefix=""):
     if rank == 0:
         count = len(stored)
         print(f"{path}: loaded {count}/{count} tensors of the image network", flush=True)
+
+
+def stored_config(config, folder):
+    """The Config that a run folder was made with. config: its class."""
+    fields = {}
+    for name, value in run_config(folder).items():
+        default = getattr(config(), name, None)
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        fits = default is None or type(value) is type(default) or (
+            type(value) is int and type(default) is float)
+        require(fits, f"{folder}/config.json: {name} is {value!r}, expected something like "
+                      f"{default!r}; put the file back as the run wrote it")
+        if name in config.__dataclass_fields__:
+            fields[name] = value
+    return config(**fields)
+
+
+def check_run(run, trained, dataset, model, sizes):
+    """End with a message if a run's folder, its checkpoint and this data set do not fit.
+
+    trained: the configuration in its config.json; model: made from it; sizes: the fields that
+    the model is made from.
+    """
+    listing = Path(run, "labels.txt")
+    names = listing.read_text(errors="replace") if listing.is_file() else ""
+    kind = names.partition("/")[0] or dataset.grid.dataset
+    require(kind == dataset.grid.dataset,
+            f"--eval-only {run}: a run on {kind}, and {dataset.what} is {dataset.grid.dataset}; "
+            f"give the root of {kind} as --data")
+    state = checkpoint(run, verbose=True, mmap=True)
+    require(state, f"--eval-only {run}: no checkpoint there; finish a run first")
+    stored = json.loads(state["config"])
+    for field in sizes:
+        now = getattr(trained, field)
+        before = stored.get(field, now)
+        require(before == now,
+                f"{run}/config.json: {field} is {now!r}, in the checkpoint it is {before!r}; "
+                "put the file back as the run wrote it")
+    refuse_misfit(f"{run}: checkpoint of step {state['step']}", model.state_dict(),
+                  state["model"], "this model",
+                  "; put config.json back as the run wrote it, and give its data set")
+
+
+def describe_scored(run, step, dataset):
+    """Print whose weights --eval-only scores, and on which other data than the run's if so."""
+    print(f"{run}: the weights after step {step}", flush=True)
+    changes = data_changes(run, describe_data(dataset))
+    if changes:
+        print(f"{run}: scored on other data than the run's: {'; '.join(changes)}", flush=True)
+
+
+def labelled_frames(cfg, dataset, indices):
+    """The frames to learn from: those that --labels lists, else a draw -> indices (n,), sorted."""
+    if cfg.labels:
+        return listed_labels(dataset, indices, cfg.labels)
+    return draw_labels(dataset, indices, cfg.fraction, cfg.draw, cfg.seed)
 
 
 def draw_labels(dataset, indices, fraction, draw, seed):

@@ -2323,6 +2323,12 @@ class NuScenes:
         path = Path(folder, "lidarseg", self.eval_set, f"{token}_lidarseg.bin")
         path.parent.mkdir(parents=True, exist_ok=True)
         (classes + 1).astype(np.uint8).tofile(path)
+        about = Path(folder, self.eval_set, "submission.json")
+        if not about.exists():
+            about.parent.mkdir(exist_ok=True)
+            sources = "camera", "lidar", "radar", "map", "external"
+            meta = {f"use_{source}": source == "lidar" for source in sources}
+            about.write_text(json.dumps(dict(meta=meta)))
 
     @property
     def eval_set(self):

@@ -24,7 +24,7 @@ Departures:
       they are read: KITTI's lose up to 1 % of their columns or top rows before it.
 """
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,9 +38,9 @@ from common import (
     ResNet, BatchNorm, collect_statistics, segment_sum, bf16_autocast,  # networks
     frame_rngs, random_subset,  # random streams
     all_reduce, mean_over_ranks,  # processes
-    parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
-    cosine, to_json, run_config, read_units, load_units, load_resnet,
-    draw_labels, listed_labels, describe_draw,
+    parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
+    cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
+    read_units, load_units, load_resnet, labelled_frames, describe_draw, describe_scored,
     destroy_group, Run, loss_curves, load_tool, write_text,
 )
 
@@ -100,41 +100,35 @@ class Config:
 SMALL = dict(workers=0, save_every=100, epochs=0, batch=4, warmup=10, resnet=18)
 
 
-def checked(cfg):
-    """Refuse flags that cannot work -> cfg with the defaults of its mode."""
-    check_numbers(cfg, "batch accumulate save_every points lr clip", dict(workers=256, fraction=1))
+def with_defaults(cfg):
+    """The Config with the fraction and the steps that --probe, or its absence, stands for."""
+    steps, fraction = (300, 1.0) if cfg.probe else (60, 0.05)
+    if cfg.epochs or cfg.steps:
+        steps = cfg.steps
+    return replace(cfg, steps=steps, fraction=cfg.fraction or fraction)
+
+
+def check_flags(cfg):
+    """Refuse flags that cannot work, before the data set is opened."""
+    check_numbers(
+        cfg, "batch accumulate save_every fraction points lr lr_network lr_pretrained clip",
+        dict(workers=256, fraction=1))
     require(min(cfg.epochs, cfg.steps) == 0,
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: one of them must be 0")
     require(cfg.init == "none" or not cfg.image_init,
-            f"--init {cfg.init} and --image-init {cfg.image_init}: give one of them")
+            f"--image-init {cfg.image_init}: --init {cfg.init} brings an image network too; "
+            "give one of them")
     if cfg.init != "none":
         read_units(cfg.init)  # refused before the embedded world is written
-    steps, fraction = (300, 1.0) if cfg.probe else (60, 0.05)
-    return replace(cfg, steps=cfg.steps if cfg.epochs else cfg.steps or steps,
-                   fraction=cfg.fraction or fraction)
-
-
-def run_again(cfg):
-    """--eval-only RUN: the configuration of that run, with --data, --gpus and --workers of now."""
-    stored = run_config(cfg.eval_only)
-    odd = []
-    for name, default in asdict(cfg).items():
-        kinds = (float, int) if isinstance(default, float) else type(default)
-        if name != "gpus" and not isinstance(stored.get(name), kinds):
-            odd.append(name)
-    require(not odd, f"{cfg.eval_only}/config.json is not one that depth.py wrote: it "
-                     f"has no fitting {odd[:1]}; give the folder of one of its runs")
-    now = dict(data=cfg.data or stored["data"], gpus=cfg.gpus, workers=cfg.workers)
-    return Config(**{name: stored[name] for name in asdict(cfg)} | now | dict(out=cfg.eval_only))
 
 
 # ---- points and their depths ---------------------------------------------------------
 
-def depth_points(batch, crop=False):
+def depth_points(batch, dataset=""):
     """Points that a picture shows and that none much nearer hides.  D2
 
     Hidden: another is less than MUCH_NEARER times as far, at most RADIUS pixels away along rows
-    and along columns. crop: only those in Garg's crop of their picture.
+    and along columns. dataset: of KITTI's, only those in Garg's crop of their picture.
     -> image (M,) row of batch.images, uv (M, 2) px, depth (M,) m, sorted by image.
     """
     _, image, uv, depth = project(
@@ -147,7 +141,7 @@ def depth_points(batch, crop=False):
     nearest = nearest.scatter_reduce(0, pixel, depth, "amin").view(images, 1, H, W)
     nearest = -F.max_pool2d(-nearest, 2 * RADIUS + 1, 1, RADIUS)
     rows = nearest.flatten()[pixel] >= MUCH_NEARER * depth
-    if crop:  # D5
+    if dataset == "kitti":  # D5
         low, high = constant(GARG, uv.device)
         share = uv / batch.hw.flip(1)[image]
         rows &= ((share > low) & (share < high)).all(1)
@@ -277,25 +271,21 @@ def measure(model, cfg, dataset, drawn, device, rank, world):
 # ---- training ------------------------------------------------------------------------
 
 def train(rank, world, cfg):
-    again = cfg.eval_only
-    cfg = run_again(cfg) if again else checked(cfg)
+    if cfg.eval_only:
+        return rescore(rank, world, cfg)
+    cfg = with_defaults(cfg)
+    check_flags(cfg)
 
     # data
     dataset = data.open_dataset(cfg.data, cfg.preset, sweeps=1, labels=False)
     data.announce(dataset, cfg.batch)
-    split = dataset.split("train")
-    listing = str(Path(again, "labels.txt")) if again else cfg.labels
-    if listing:
-        drawn = listed_labels(dataset, split, listing)
-    else:
-        drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    drawn = labelled_frames(cfg, dataset, dataset.split("train"))
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed, workers=cfg.workers,
                          indices=drawn, accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 1, rank, world, cfg.seed, workers=cfg.workers)
-    crop = dataset.grid.dataset == "kitti"  # D5
     for name, indices in (("train", drawn), ("val", val_loader.indices)):
         frames = data.loader(dataset, name, 1, indices=indices).once()
-        require(any(len(depth_points(frame, crop)[0]) for frame in frames),
+        require(any(len(depth_points(frame, dataset.grid.dataset)[0]) for frame in frames),
                 f"{dataset.what}: no picture of the {len(indices)} {name} frames shows a point; "
                 "check the calibration, or give other frames")
 
@@ -303,12 +293,11 @@ def train(rank, world, cfg):
     torch.manual_seed(cfg.seed)
     model = DepthNet(cfg, dataset.grid)
     loaded = cfg.init != "none" or cfg.image_init != ""
-    if cfg.image_init and not again:
+    if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
-    elif loaded and not again:
+    elif loaded:
         load_units(cfg.init, model, (), ["camera.resnet"], dataset.grid, rank)
-    free = ("out", "gpus", "workers", "save_every", "profile") + ("world",) * bool(again)
-    device = start(cfg, rank, world, dataset, drawn, "labels.txt", free)
+    device = start(cfg, rank, world, dataset, drawn, "labels.txt")
     model.to(device)
     groups = [dict(params=model.head.parameters(), base=cfg.lr)]
     if not cfg.probe:
@@ -321,9 +310,8 @@ def train(rank, world, cfg):
             cfg, net, loader, [opt], device, rank, cfg.fraction, camera=(model.camera, "stages"))
 
     # resume
+    steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
-    require(first or not again, f"--eval-only {again}: no checkpoint there; finish a run first")
-    steps = first if again else cfg.steps or cfg.epochs * loader.steps_per_epoch
     if not first:
         measure(model, cfg, dataset, drawn, device, rank, world)
     if rank == 0:
@@ -354,9 +342,29 @@ def train(rank, world, cfg):
 
     # results
     run.close()
-    finish(model, cfg, val_loader, crop, device, rank)
+    finish(model, cfg, cfg.out, val_loader, device, rank)
     if rank == 0:
         loss_curves(cfg.out)
+
+
+def rescore(rank, world, cfg):
+    """--eval-only RUN: score again, with its own configuration and weights."""
+    require("lr_network" in run_config(cfg.eval_only) and "points" in run_config(cfg.eval_only),
+            f"--eval-only {cfg.eval_only}: not a run of depth.py; give a folder that it wrote")
+    trained = stored_config(Config, cfg.eval_only)
+    trained = replace(trained, data=cfg.data or trained.data, workers=cfg.workers)
+    dataset = data.open_dataset(trained.data, trained.preset, sweeps=1, labels=False)
+    data.announce(dataset, trained.batch)
+    val_loader = data.loader(dataset, "val", 1, rank, world, workers=trained.workers)
+    device = init_process(cfg, world)
+    rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
+    model = DepthNet(trained, dataset.grid).to(device)
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model,
+                                        ("preset", "resnet", "probe")))
+    step = resume(cfg.eval_only, model)
+    if rank == 0:
+        describe_scored(cfg.eval_only, step, dataset)
+    finish(model, trained, cfg.eval_only, val_loader, device, rank)
 
 
 # ---- results -------------------------------------------------------------------------
@@ -380,13 +388,13 @@ def image_metrics(predicted, truth, image, images):
 
 
 @torch.no_grad()
-def finish(model, cfg, val_loader, crop, device, rank):
+def finish(model, cfg, out, val_loader, device, rank):
     """Score every point of the val split beside the guess; metrics.json, figure, table, row."""
     model.eval()
     total = torch.zeros(2, len(METRICS) + 1, dtype=torch.float64, device=device)
     for batch in val_loader.once():
         batch = batch.to(device)
-        image, uv, depth = depth_points(batch, crop)
+        image, uv, depth = depth_points(batch, val_loader.grid.dataset)
         predicted = decode(model.logits(batch, image, uv))
         if not predicted.isfinite().all():
             raise FloatingPointError(f"{', '.join(batch.names)}: a predicted depth is not finite: "
@@ -400,20 +408,20 @@ def finish(model, cfg, val_loader, crop, device, rank):
         return
     means = (total[:, :-1] / total[:, -1:]).tolist()
     metrics, guess = [dict(zip(METRICS, row)) for row in means]
-    write_text(Path(cfg.out) / "metrics.json",
+    write_text(Path(out) / "metrics.json",
                to_json(metrics | dict(guess=guess, pictures=int(total[0, -1]))))
     for name, value in metrics.items():
         print(f"{name:10}{value:8.3f}   guess {guess[name]:8.3f}")
     try:
         tool = load_tool("figures")
         if tool:
-            tool.depth_figure(model, depth_points, decode, val_loader, device, cfg.out)
+            tool.depth_figure(model, depth_points, decode, val_loader, device, out)
     finally:  # whatever becomes of the figure
         mode = "probe" if cfg.probe else "whole network"
         labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
         scores = " | ".join(f"{title} {metrics[name]:.3f} (guess {guess[name]:.3f})"
                             for name, title in SHOWN.items())
-        print(f"{cfg.out}: | {cfg.image_init or cfg.init} | {mode} | {labels} | seed {cfg.seed} "
+        print(f"{out}: | {cfg.image_init or cfg.init} | {mode} | {labels} | seed {cfg.seed} "
               f"| {scores} |", flush=True)
 
 

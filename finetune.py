@@ -12,7 +12,8 @@ Both losses in plain loops: tests/test_finetune.py, test_losses_match_plain_loop
 [code] marks CenterPoint's released code and OpenPCDet's, [ours] our choice.
 
 All units of the trunk that the run of --init holds are loaded, the fusion layers too.
-Neck and heads are new.
+Neck and heads are new. The run may be of another data set: what differs is printed, and the
+lift's depth bins keep their metres.
 
     fused volume (B, C, Z, Y, X) -> flatten Z -> BevNeck -> shared 3 x 3
     -> for each group of classes a Head: heat map (B, classes, Y, X) and box code (B, 10, Y, X)
@@ -30,6 +31,7 @@ Departures:
 import io
 import json
 import math
+import os
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,13 +50,13 @@ from torch import nn
 import data
 from common import (
     constant,  # geometry
-    BatchNorm, trunk, bf16_autocast,  # networks
+    BatchNorm, CameraNet, trunk, lift_depth, bf16_autocast,  # networks
     all_reduce, mean_over_ranks, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
-    cosine, to_json, describe_data, data_changes, rank0_first, lock_run_folder, run_config,
-    checkpoint, read_units, load_units, refuse_misfit, first_line,
-    draw_labels, listed_labels, describe_draw,
-    destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text, atomic_write,
+    cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
+    read_units, load_units, load_resnet, first_line, labelled_frames, describe_draw,
+    describe_scored, destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text,
+    atomic_write,
 )
 
 UNITS = "lidar", "camera.resnet", "camera.neck", "fuse"  # what pre-training may have written
@@ -88,6 +90,8 @@ class Config:
     # what is learned from
     init: str = "none"         # run folder of a pre-training, or none
     use: tuple[str, ...] = ()  # units to load, such as lidar fuse; default: all it holds
+    image_init: str = ""       # ResNet weights with torchvision's names, a file or a run
+    freeze: bool = False       # train neither what is loaded nor its batch-norm statistics
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05     # share of the training labels [paper CLAP]
     draw: Literal["frames", "scenes", "every"] = "frames"  # [paper CLAP]; every k-th [code SLidR]
@@ -112,6 +116,7 @@ class Config:
     resnet: Literal[18, 50] = 50  # image backbone, as in the pre-training
     width: int = 16            # w, first sparse stage; neck 16 w, heads 4 w [code OpenPCDet]
     bins: int = 118            # depth bins of the lift, as pre-trained [code BEVFusion]
+    max_depth: float = 0.0     # m, end of the depth bins; 0: as pre-trained, or by range [ours]
 
     # losses and targets
     # D5: CenterPoint's Waymo configuration has a box loss of weight 2, a learning rate three
@@ -141,9 +146,27 @@ def check_flags(cfg):
     require(max(cfg.scale, cfg.gaussian_overlap) < 1,
             f"--scale {cfg.scale} and --gaussian-overlap {cfg.gaussian_overlap}: "
             "expected numbers below 1")
-    asked_units(cfg)
+    require(cfg.max_depth == 0 or cfg.max_depth > CameraNet.near,
+            f"--max-depth {cfg.max_depth:g}: expected more than {CameraNet.near:g} m, "
+            "where the depth bins begin")
+    asked, possible = asked_units(cfg)
+    require(not cfg.freeze or cfg.init != "none" or cfg.image_init,
+            "--freeze with --init none: random weights would stay random; name a pre-training run "
+            "with --init, or weights of the image network with --image-init")
+    # refused before the embedded world is written
+    stored = ()
     if cfg.init != "none":
-        read_units(cfg.init)  # refused before the embedded world is written
+        _, header, _ = read_units(cfg.init)
+        stored = header["units"].split(",")
+    if cfg.image_init:
+        require("camera.resnet" in possible,
+                f"--image-init {cfg.image_init} with --modality {cfg.modality}: "
+                "there is no image network; leave one of them out")
+        require("camera.resnet" not in (asked or stored),
+                f"--image-init {cfg.image_init}: --init {cfg.init} brings an image network too; "
+                "leave one of them out, or name the other units with --use")
+        require(os.path.exists(cfg.image_init),
+                f"--image-init {cfg.image_init}: no such file or folder")
 
 
 def check(cfg, dataset):
@@ -354,7 +377,7 @@ class Detector(nn.Module):
         super().__init__()
         self.cfg = cfg
         w = cfg.width
-        lidar, camera, self.fuse = trunk(grid, cfg.resnet, w, cfg.bins)
+        lidar, camera, self.fuse = trunk(grid, cfg.resnet, w, cfg.bins, cfg.max_depth)
         self.cells = lidar.cells[-1]
         self.lidar = None if cfg.modality == "camera" else lidar
         self.camera = None if cfg.modality == "lidar" else camera
@@ -366,6 +389,21 @@ class Detector(nn.Module):
         self.heads = nn.ModuleList(Head(4 * w, len(group)) for group in groups)
         for part in (self.neck, self.shared, self.heads):
             part.to(memory_format=torch.channels_last)  # a quarter faster
+        self.frozen = ()
+
+    def freeze(self, units):
+        """Train these units no more: no gradients, and their batch norms as in prediction."""
+        self.frozen = units
+        for unit in units:
+            self.get_submodule(unit).requires_grad_(False)
+        self.train()
+
+    def train(self, mode=True):
+        """Also of a frozen unit, batch norms in train mode would adapt to the labelled frames."""
+        super().train(mode)
+        for unit in self.frozen:
+            self.get_submodule(unit).eval()
+        return self
 
     def predict_maps(self, batch):
         """-> [(heat (B, C, Y, X) logits, code (B, 10, Y, X))], one for each group."""
@@ -513,10 +551,7 @@ def train(rank, world, cfg):
     # D1: CenterPoint draws frames with rare classes more often and pastes in boxes of other
     # frames (ground-truth sampling)
     split = dataset.split("train")
-    if cfg.labels:
-        drawn = listed_labels(dataset, split, cfg.labels)
-    else:
-        drawn = draw_labels(dataset, split, cfg.fraction, cfg.draw, cfg.seed)
+    drawn = labelled_frames(cfg, dataset, split)
     asked = f"--fraction {cfg.fraction:g} --seed {cfg.seed}"
     if cfg.labels:
         asked = f"--labels {cfg.labels}"
@@ -541,10 +576,17 @@ def train(rank, world, cfg):
     loaded = set()
     if cfg.init != "none":
         loaded = load_units(cfg.init, model, asked, possible, dataset.grid, rank)
+        cfg = replace(cfg, max_depth=recorded_depth(cfg, model, dataset.grid))
+    if cfg.image_init:
+        load_resnet(cfg.image_init, model.camera.resnet, rank)
+        loaded |= {f"camera.resnet.{name}" for name in model.camera.resnet.state_dict()}
+    if cfg.freeze:
+        model.freeze([unit for unit in UNITS if any(name.startswith(unit + ".")
+                                                    for name in loaded)])
     device = start(cfg, rank, world, dataset, drawn, "labels.txt")
     model.to(device)
     new = [p for name, p in model.named_parameters() if name not in loaded]
-    old = [p for name, p in model.named_parameters() if name in loaded]
+    old = [p for name, p in model.named_parameters() if name in loaded and p.requires_grad]
     groups = [dict(params=new, base=cfg.lr), dict(params=old, base=cfg.lr_pretrained)]
     # D1: in CenterPoint the betas follow one cycle too; here they stay 0.9 and 0.999
     opt = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
@@ -562,6 +604,8 @@ def train(rank, world, cfg):
     if rank == 0:
         describe_draw(cfg, "labelled boxes", dict(zip(dataset.grid.classes, counts)))
     about = f"lr {cfg.lr:g} new, {cfg.lr_pretrained:g} loaded"
+    if cfg.freeze:
+        about = f"lr {cfg.lr:g}, frozen {', '.join(model.frozen)}"
     run = Run(cfg, rank, world, first, steps, device, about)
 
     # train
@@ -594,20 +638,18 @@ def train(rank, world, cfg):
         loss_curves(cfg.out)
 
 
-def config_of(folder):
-    """The Config that a run folder was made with."""
-    fields = {}
-    for name, value in run_config(folder).items():
-        default = getattr(Config(), name, None)
-        if isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        fits = default is None or type(value) is type(default) or (
-            type(value) is int and type(default) is float)
-        require(fits, f"{folder}/config.json: {name} is {value!r}, expected something like "
-                      f"{default!r}; put the file back as the run wrote it")
-        if name in Config.__dataclass_fields__:
-            fields[name] = value
-    return Config(**fields)
+def recorded_depth(cfg, model, grid):
+    """The max_depth that config.json states, so that --eval-only needs no --init: 0 by the range.
+
+    model: with the units of --init. A --max-depth that is not theirs is refused.
+    """
+    if cfg.modality == "lidar":
+        return cfg.max_depth
+    end = model.camera.max_depth
+    require(cfg.max_depth in (0, end),
+            f"--max-depth {cfg.max_depth:g}: the depth bins of --init {cfg.init} end at {end:g} m, "
+            "and stay there; leave the flag out")
+    return 0.0 if end == lift_depth(grid.low, grid.high) else end
 
 
 def rescore(rank, world, cfg):
@@ -618,7 +660,7 @@ def rescore(rank, world, cfg):
     require("use" in run_config(cfg.eval_only),
             f"--eval-only {cfg.eval_only}: a run of pre-training, which has no detector; "
             "expected a folder that finetune.py wrote")
-    trained = config_of(cfg.eval_only)
+    trained = stored_config(Config, cfg.eval_only)
     trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
                       workers=cfg.workers, eval_only="")
     dataset = data.open_dataset(trained.data, trained.preset,
@@ -632,40 +674,12 @@ def rescore(rank, world, cfg):
     device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     model = Detector(trained, dataset.grid).to(device)
-    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model))
+    sizes = "preset", "modality", "resnet", "width", "bins", "max_depth"
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model, sizes))
     step = resume(cfg.eval_only, model)
     if rank == 0:
-        print(f"{cfg.eval_only}: the weights after step {step}", flush=True)
-        changes = data_changes(cfg.eval_only, describe_data(dataset))
-        if changes:
-            print(f"{cfg.eval_only}: scored on other data than the run's: {'; '.join(changes)}",
-                  flush=True)
+        describe_scored(cfg.eval_only, step, dataset)
     finish(model, trained, cfg.eval_only, val_loader, device, rank)
-
-
-def check_run(run, trained, dataset, model):
-    """End with a message if a run's folder, its checkpoint and this data set do not fit.
-
-    trained: the configuration in its config.json; model: made from it.
-    """
-    listing = Path(run, "labels.txt")
-    names = listing.read_text(errors="replace") if listing.is_file() else ""
-    kind = names.partition("/")[0] or dataset.grid.dataset
-    require(kind == dataset.grid.dataset,
-            f"--eval-only {run}: a run on {kind}, and {dataset.what} is {dataset.grid.dataset}; "
-            f"give the root of {kind} as --data")
-    state = checkpoint(run, verbose=True, mmap=True)
-    require(state, f"--eval-only {run}: no checkpoint there; finish a run first")
-    stored = json.loads(state["config"])
-    for field in ("preset", "modality", "resnet", "width", "bins"):
-        now = getattr(trained, field)
-        before = stored.get(field, now)
-        require(before == now,
-                f"{run}/config.json: {field} is {now!r}, in the checkpoint it is {before!r}; "
-                "put the file back as the run wrote it")
-    refuse_misfit(f"{run}: checkpoint of step {state['step']}", model.state_dict(),
-                  state["model"], "this detector",
-                  "; put config.json back as the run wrote it, and give its data set")
 
 
 # ---- prediction ----------------------------------------------------------------------
@@ -739,8 +753,10 @@ def finish(model, cfg, out, val_loader, device, rank):
     try:
         save_figures(val_loader, frames, folder)
     finally:  # whatever becomes of the figures
+        start = cfg.init + f" and image {cfg.image_init}" * bool(cfg.image_init)
+        start += " frozen" * cfg.freeze
         labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
-        print(f"{out}: | {cfg.init} | {cfg.modality} | {labels} "
+        print(f"{out}: | {start} | {cfg.modality} | {labels} "
               f"| seed {cfg.seed} | {scores} |", flush=True)
 
 
@@ -1268,9 +1284,24 @@ def kitti_bound(total):
     return 100 * precision[1:].mean(), 100 * precision[::4].mean()
 
 
+def kitti_overall(classes):
+    """The mean of the classes' AP at each level, SimIPU's Overall; nan if one has no truth.
+
+    classes {name: {"R40": [3], "R11": [3]}} -> {"R40": [3], "R11": [3]}.
+    """
+    overall = {}
+    for positions in ("R40", "R11"):
+        values = [ap[positions] for ap in classes.values()]
+        overall[positions] = np.mean(values, 0).tolist()
+    return overall
+
+
 def finish_kitti(val_loader, frames, out):
     """kitti/<frame>.txt, metrics.json, the table -> the row's scores."""
     metrics = kitti_score(val_loader.dataset, frames, out / "kitti")
+    moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
+    for classes in metrics.values():
+        classes["Overall"] = kitti_overall(classes)
     truths = kitti_truths(val_loader.dataset, frames)
     bounds = {}
     for name, counts in truths.items():
@@ -1293,7 +1324,6 @@ def finish_kitti(val_loader, frames, out):
             r11 = "".join(f"{value:8.2f}" for value in bounds[name]["R11"])
             print(f"{'n':4}{name:12}{n}   truths, fewer than 41: a perfect detector gets")
             print(f"{'max':4}{name:12}{r40}   {r11}")
-    moderate = {name: ap["R40"][1] for name, ap in metrics["3d"].items()}
     scores = ", ".join(f"{name} {value:.2f}" for name, value in moderate.items())
     return f"3D AP|R40 moderate {scores}"
 

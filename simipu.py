@@ -83,7 +83,7 @@ from common import (
     mean_rows,  # processes
     frame_rngs, random_subset,  # random streams
     parse, require, check_numbers, launch, start, wrap, resume, save,  # runs: skip
-    load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
+    draw_labels, load_resnet, destroy_group, Run, evaluate, figure, overlay, loss_curves,
     load_tool, write_text, to_json, first_line,
 )
 
@@ -123,6 +123,9 @@ class Config:
     eval_every: int = 500      # steps between the losses on val frames [ours]
     save_every: int = 500      # steps between checkpoints [ours]
     profile: int = 0           # steps to time instead of training; 0: train [ours]
+
+    # what is learned from
+    share: float = 1.0         # of the training frames: a seeded draw, for Fig. 5 [paper]
 
     # initial weights of the image network
     image_init: str = ""       # weight file or run, for "double fine-tuning"; empty: random [paper]
@@ -178,8 +181,9 @@ def check(cfg):
     check_numbers(
         cfg,
         "batch accumulate eval_every save_every lr_points lr decay zoom_low width radius_scale "
-        "dims pairs tau",
-        dict(workers=256, width=512, dims=10_000, zoom_high=10, decay=1, radius_scale=1000))
+        "dims pairs tau share",
+        dict(workers=256, share=1, width=512, dims=10_000, zoom_high=10, decay=1,
+             radius_scale=1000))
     require(min(cfg.epochs, cfg.steps) == 0 < max(cfg.epochs, cfg.steps),
             f"--epochs {cfg.epochs} and --steps {cfg.steps}: "
             "one of them must be 0, the other positive")
@@ -871,9 +875,10 @@ def train(rank, world, cfg):
     zoom = (cfg.zoom_low, cfg.zoom_high)
     augment = TwoViews(dataset.grid, cfg.points, cfg.rotation, cfg.scale, zoom)
     every = WAYMO_EVERY if dataset.grid.dataset == "waymo" else 1   # D10
+    drawn = draw_labels(dataset, dataset.split("train")[::every], cfg.share, "frames", cfg.seed)
     loader = data.loader(dataset, "train", cfg.batch, rank, world, cfg.seed,
-                         workers=cfg.workers, augment=augment,
-                         indices=dataset.split("train")[::every], accumulate=cfg.accumulate)
+                         workers=cfg.workers, augment=augment, indices=drawn,
+                         accumulate=cfg.accumulate)
     val_loader = data.loader(dataset, "val", 2, workers=cfg.workers, augment=augment)
 
     # model, optimiser
@@ -881,7 +886,7 @@ def train(rank, world, cfg):
     model = SimIPU(cfg)
     if cfg.image_init:
         load_resnet(cfg.image_init, model.camera.resnet, rank)
-    device = start(cfg, rank, world, dataset, loader.indices)
+    device = start(cfg, rank, world, dataset, drawn)
     torch.backends.cudnn.benchmark = False  # the pictures' size changes from batch to batch
     model.to(device)
     others = [*model.camera.parameters(), *model.head_intra.parameters(),
@@ -897,7 +902,7 @@ def train(rank, world, cfg):
     net = wrap(model, device, world)
     if cfg.profile:
         return load_tool("profiling", "--profile").profile(
-            cfg, net, loader, opts, device, rank, 1 / every,
+            cfg, net, loader, opts, device, rank, cfg.share / every,
             points=(model.points, "forward"), camera=(model.camera, "stages"),
             matching=(model, "intra_pairs"))
 

@@ -321,6 +321,56 @@ def precision_recall(curves, present, out):
     figure(out / "figures" / "precision_recall.png", panels, 4, (2.6, 2.2))
 
 
+# ---- segmentation --------------------------------------------------------------------
+
+def segment_figures(shown, confusion, classes, out):
+    """figures/segmentation.png and figures/confusion.png.
+
+    shown [(name, xyz (n, 3), truth (n,) -1 for none, predicted (n,))], confusion (C, C) with
+    rows of the truth, classes C names.
+    """
+    import matplotlib
+    maps = [matplotlib.colormaps[name].colors for name in ("tab20", "tab20b")]
+    colours = np.concatenate(maps)
+    panels = []
+    for name, xyz, truth, predicted in shown:
+        rows = truth >= 0
+        xyz, truth, predicted = xyz[rows], truth[rows], predicted[rows]
+        wrong = truth != predicted
+        red = np.where(wrong[:, None], (0.8, 0.1, 0.1), (0.8, 0.8, 0.8))
+        panels += [
+            (f"{name.split('/', 1)[1][:24]}: truth", bird_eye(xyz, colours[truth], 1.0, lw=0)),
+            ("predicted", bird_eye(xyz, colours[predicted], 1.0, lw=0)),
+            (f"{wrong.mean():.0%} wrong, red", bird_eye(xyz, red, 1.0, lw=0)),
+        ]
+    panels.append(("classes", partial(class_names, classes=classes, colours=colours)))
+    figure(out / "figures" / "segmentation.png", panels, 3, (4.2, 4.2))
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    title = "% of the points of each class (row) by prediction (column)"
+    panel = partial(confusion_matrix, classes=classes, share=share)
+    figure(out / "figures" / "confusion.png", [(title, panel)], 1, (8.0, 8.0))
+
+
+def class_names(ax, classes, colours):
+    """The name of each class in its colour."""
+    for n, name in enumerate(classes):
+        ax.text(0.5 * (n % 2), 1 - (n // 2 + 1) / 12, name, color=colours[n], fontsize=10,
+                weight="bold")
+    ax.axis("off")
+
+
+def confusion_matrix(ax, classes, share):
+    """A matrix of shares (C, C), those of 1 % and more in numbers."""
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(share >= 0.01):
+        value = share[row, column]
+        ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7,
+                color="w" if value > 0.5 else "k")
+    ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(classes)), classes, fontsize=7)
+    ax.figure.subplots_adjust(left=0.2, bottom=0.2)
+
+
 # ---- depth ---------------------------------------------------------------------------
 
 @torch.no_grad()

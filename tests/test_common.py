@@ -1466,8 +1466,11 @@ def test_weights_for_another_project_are_named_as_such(tmp_path, monkeypatch):
     from safetensors.torch import save_file
     path = tmp_path / "backbones.safetensors"
     weights = {"w": torch.ones(2)}
-    good = dict(config='{"preset": "small"}', grid="{}", commit="x", step="3", units="lidar")
+    grid = dict(dataset="x", low=[0, 0, 0], high=[1, 1, 1], voxel=[1, 1, 1], sweeps=1)
+    good = dict(config='{"preset": "small"}', grid=json.dumps(grid), commit="x", step="3",
+                units="lidar")
     for header in (None, {}, {**good, "config": "x"}, {**good, "config": "[]"},
+                   {**good, "grid": "{}"}, {**good, "grid": json.dumps(grid | dict(low=3))},
                    {**good, "step": "x"}, {**good, "units": ""}):
         save_file(weights, path, header)
         with pytest.raises(SystemExit, match="its header is not one that these scripts write"):
@@ -1873,6 +1876,51 @@ def test_processes_agree_on_every_weight_and_buffer_though_buffers_are_not_sent(
             assert torch.equal(value, other[name]), name
         for name, _ in model.named_buffers():
             assert not torch.equal(state[name], before[name]), name
+
+
+class Begun(Exception):
+    """A run has written what it writes before its first step."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_a_share_of_the_training_frames_is_drawn(script, world, tmp_path, monkeypatch):
+    """Those of a smaller share are among those of a larger one; all are all, in their order."""
+    module = importlib.import_module(script)
+    loaders = []
+    loader = data.loader
+
+    def recorded(*words, **more):
+        loaders.append(loader(*words, **more))
+        return loaders[-1]
+
+    def begun(*_):
+        raise Begun
+
+    monkeypatch.setattr(data, "loader", recorded)
+    monkeypatch.setattr(module, "wrap", begun)
+    split = data.open_dataset(world, "small").split("train")
+    names = data.open_dataset(world, "small").names
+
+    def drawn(**fields):
+        out = tmp_path / f"{len(loaders)}"
+        cfg = module.Config(preset="small", **{**module.SMALL, "width": 4})
+        with pytest.raises(Begun):
+            module.train(0, 1, replace(cfg, data=str(world), out=str(out), gpus=0, **fields))
+        indices = loaders[-2].indices
+        assert (out / "frames.txt").read_text().split() == [names[i] for i in indices]
+        return indices.tolist()
+
+    assert drawn() == split.tolist() and len(split) == 6
+    one, two, four = (drawn(share=share) for share in (0.01, 0.34, 0.6))
+    assert [len(indices) for indices in (one, two, four)] == [1, 2, 4]
+    assert set(one) < set(two) < set(four) < set(split.tolist())
+    assert two == sorted(two) == drawn(share=0.34)
+    assert len({tuple(drawn(share=0.34, seed=seed)) for seed in range(4)}) > 1
+    for share, expected in ((0.0, "above 0"), (1.5, "above 0 to 1")):
+        cfg = module.Config(preset="small", **module.SMALL)
+        with pytest.raises(SystemExit, match=f"--share {share}: expected a number {expected}"):
+            module.train(0, 1, replace(cfg, out=str(tmp_path / "none"), share=share))
+        assert not (tmp_path / "none").exists()
 
 
 # ---- bfloat16, as on CUDA ------------------------------------------------------------

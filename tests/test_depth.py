@@ -18,8 +18,8 @@ from depth import BINS, METRICS, SMALL, Config, DepthNet, decode, depth_points, 
 
 CPU = torch.device("cpu")
 GRID = data.GRIDS["nuscenes", "small"]
-TINY = replace(Config(preset="small", gpus=0, **SMALL), probe=True, points=50, batch=2, steps=3,
-               warmup=0)
+TINY = depth.with_defaults(replace(Config(preset="small", gpus=0, **SMALL), probe=True, points=50,
+                                   batch=2, steps=3, warmup=0))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def shown(batch, k):
 def test_points_behind_much_nearer_ones_are_dropped(batch):
     image, uv, metres = depth_points(batch)
     rows = torch.cat([image[:, None], uv, metres[:, None]], 1).double().numpy()
-    cropped = torch.cat([part.view(len(part), -1) for part in depth_points(batch, True)], 1)
+    cropped = torch.cat([part.view(len(part), -1) for part in depth_points(batch, "kitti")], 1)
     for k in (1, 10):
         height, width = batch.hw[k].tolist()
         points = shown(batch, k)
@@ -257,7 +257,7 @@ def test_two_processes_do_as_one(server, probe, world, tmp_path):
     two = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     torch.testing.assert_close(two["table"], one["table"])
     for name, value in one.items():
-        if name != "head.weight":   # AdamW divides by gradients that may be rounding alone
+        if not name.startswith("head."):    # AdamW divides by gradients that may be rounding alone
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
     for line, same in zip(*[Path(out, "log.jsonl").read_text().splitlines()
                             for out in (probe, tmp_path / "run")], strict=True):
@@ -281,14 +281,13 @@ def test_other_data_sets_work(name, tmp_path, request, capsys):
 
 @pytest.mark.parametrize("fields, message", [
     (dict(epochs=2), "--epochs 2 and --steps 3: one of them must be 0"),
-    (dict(init="a", image_init="b"), "--init a and --image-init b: give one of them"),
+    (dict(init="a", image_init="b"), "--image-init b: --init a brings an image network too"),
     (dict(points=0), "--points 0: expected a whole number from 1"),
-    (dict(fraction=1.5), "--fraction 1.5: expected a number from 0 to 1"),
+    (dict(fraction=1.5), "--fraction 1.5: expected a number above 0 to 1"),
     (dict(init="lidar"), "holds lidar; asked for camera.resnet"),
     (dict(labels="lidar/labels.txt"), "--labels .*: cannot be read"),
-    (dict(eval_only="lidar"), "not one that depth.py wrote: it has no fitting ..out"),
+    (dict(eval_only="lidar"), "--eval-only lidar: not a run of depth.py"),
     (dict(eval_only="empty"), "no checkpoint there; finish a run first"),
-    (dict(eval_only="bare"), "--labels bare.labels.txt: cannot be read"),
 ])
 def test_what_cannot_work_is_one_line(world, probe, tmp_path, monkeypatch, fields, message):
     monkeypatch.chdir(tmp_path)
@@ -311,8 +310,8 @@ def test_pictures_without_points_end_before_the_first_step(world, tmp_path, monk
     empty = {dataset.names[i] for i in dataset.split(split)}
     points = depth.depth_points
 
-    def blind(batch, crop=False):
-        return tuple(part[:0] if batch.names[0] in empty else part for part in points(batch, crop))
+    def blind(batch, *more):
+        return tuple(part[:0] if batch.names[0] in empty else part for part in points(batch, *more))
     monkeypatch.setattr(depth, "depth_points", blind)
     with pytest.raises(SystemExit, match=f"no picture of the . {split} frames shows a point"):
         train(tmp_path / "run", world)
@@ -329,5 +328,5 @@ def test_a_depth_that_is_not_finite_is_refused(probe, world):
     loader = data.loader(str(world), "val", 1, preset="small")
     scores = (probe / "metrics.json").read_bytes()
     with pytest.raises(FloatingPointError, match="nuscenes/.*: a predicted depth is not finite"):
-        depth.finish(model, replace(TINY, out=str(probe)), loader, False, CPU, 0)
+        depth.finish(model, TINY, str(probe), loader, CPU, 0)
     assert (probe / "metrics.json").read_bytes() == scores

@@ -20,8 +20,8 @@ import clap
 import common
 import data
 import finetune
-from common import draw_labels, listed_labels
-from conftest import Waits
+from common import draw_labels
+from conftest import Waits, on_two
 from finetune import (
     SMALL, Config, Detector, decode, encode, focal, gaussian_radius, heat_targets)
 
@@ -777,9 +777,6 @@ def test_units_are_loaded_strictly(stored, tmp_path, capsys):
     model = Detector(TINY, GRID)
     loaded = finetune.load_units(tmp_path, model, ("lidar",), finetune.UNITS, GRID, 0)
     assert {name.split(".")[0] for name in loaded} == {"lidar"}
-    other_grid = data.GRIDS["nuscenes", "paper"]
-    finetune.load_units(tmp_path, model, (), finetune.UNITS, other_grid, 0)
-    assert "another grid" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case, message", [
@@ -809,6 +806,241 @@ def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, message):
         finetune.load_units(folder, model, asked, finetune.UNITS, GRID, 0)
 
 
+# ---- weights of another data set -----------------------------------------------------
+
+KITTI_GRID = data.GRIDS["kitti", "small"]
+
+
+def test_weights_of_another_data_set_say_what_differs(stored, tmp_path, capsys):
+    file = tmp_path / "backbones.safetensors"
+    grids = dict(
+        here=GRID,
+        kitti=KITTI_GRID,
+        sweeps=replace(GRID, sweeps=10, image=(1, 1), cameras=(), classes=("car",)),
+        voxel=replace(GRID, voxel=(0.2, 0.1, 0.125)),
+        wide=data.GRIDS["nuscenes", "paper"],
+    )
+    depth = "; depth bins to 28.44 m, which stay (by the range here {} m)"
+    low_high = "range -25.6 -25.6 -3 to 25.6 25.6 1 m (here {} m)"
+    lines = dict(
+        here="",
+        kitti=f"data set nuscenes (here kitti); {low_high.format('0 -25.6 -3 to 51.2 25.6 1')}"
+              + depth.format(56.89),
+        sweeps="sweeps 1 (here 10)",
+        voxel="voxels 0.1 0.1 0.125 m (here 0.2 0.1 0.125 m)",
+        wide="voxels 0.1 0.1 0.125 m (here 0.075 0.075 0.2 m); sweeps 1 (here 10); "
+             + low_high.format("-54 -54 -5 to 54 54 3") + depth.format(60),
+    )
+    for name, grid in grids.items():
+        finetune.load_units(tmp_path, Detector(TINY, GRID), (), finetune.UNITS, grid, 0)
+        printed = capsys.readouterr().out.splitlines()[1:]
+        assert printed == [f"{file}: trained with {lines[name]}"] * bool(lines[name]), name
+    # without the neck there are no bins to speak of
+    finetune.load_units(tmp_path, Detector(TINY, GRID), ("fuse",), finetune.UNITS, KITTI_GRID, 0)
+    assert "depth" not in capsys.readouterr().out
+    finetune.load_units(tmp_path, Detector(TINY, GRID), (), finetune.UNITS, KITTI_GRID, 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_depth_bins_of_another_data_set_keep_their_metres(stored, tmp_path):
+    """The same picture is as likely this far away as where the neck was trained."""
+    model = Detector(TINY, KITTI_GRID)
+    rng = np.random.default_rng(0)
+    probability = torch.tensor(rng.random((1, 12, 4, 8)), dtype=torch.float32)
+    uv = torch.tensor(rng.uniform(0, 32, (50, 2)), dtype=torch.float32)
+    depth = torch.tensor(rng.uniform(1, 28, 50), dtype=torch.float32)
+    question = probability, torch.zeros(50, dtype=torch.int64), uv, depth, (32, 64)
+    there = stored.camera.depth_probability(*question)
+    assert (model.camera.depth_probability(*question) - there).abs().mean() > 0.05
+    finetune.load_units(tmp_path, model, ("lidar", "camera.resnet"), finetune.UNITS, KITTI_GRID, 0)
+    assert model.camera.max_depth == pytest.approx(51.2 * 60 / 54)
+    finetune.load_units(tmp_path, model, (), finetune.UNITS, KITTI_GRID, 0)
+    assert model.camera.max_depth == stored.camera.max_depth == pytest.approx(25.6 * 60 / 54)
+    assert torch.equal(model.camera.depth_probability(*question), there)
+
+
+def keep_detector(monkeypatch):
+    """-> the detectors that reach the end of a run, a list that grows; none is scored."""
+    detectors = []
+    monkeypatch.setattr(finetune, "finish", lambda model, *_: detectors.append(model))
+    monkeypatch.setattr(finetune, "loss_curves", lambda *_: None)
+    return detectors
+
+
+def test_depth_bins_outlive_the_run_that_they_come_from(
+        kitti, three_frames, tmp_path, monkeypatch):
+    """In a resumed run, one that is scored again, and one that starts from this one."""
+    end = pretrained(tmp_path / "before").camera.max_depth
+    detectors = keep_detector(monkeypatch)
+    cfg = replace(TINY, data=str(kitti), out=str(tmp_path / "run"), gpus=0, modality="camera",
+                  fraction=1.0, batch=1, steps=2, save_every=1, init=str(tmp_path / "before"))
+    finetune.train(0, 1, cfg)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["max_depth"] == end
+    whole = detectors[0].state_dict()
+
+    os.replace(tmp_path / "run" / "previous.pt", tmp_path / "run" / "last.pt")
+    finetune.train(0, 1, cfg)
+    for name, value in detectors[1].state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+    later = replace(cfg, init=str(tmp_path / "run"), out=str(tmp_path / "later"))
+    finetune.train(0, 1, later)
+    shutil.rmtree(tmp_path / "before")
+    rescored(tmp_path / "run")
+    assert [model.camera.max_depth for model in detectors] == [end] * 4
+    # back on the range where they come from there is nothing to record
+    back = replace(later, data=str(three_frames), out=str(tmp_path / "back"))
+    finetune.train(0, 1, back)
+    assert detectors[4].camera.max_depth == end
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_depth"] == 0
+
+    with pytest.raises(SystemExit, match="--max-depth 60: the depth bins of --init .* end at 28"):
+        finetune.train(0, 1, replace(later, max_depth=60.0))
+    config["max_depth"] = 0.0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="max_depth is 0.0, in the checkpoint it is 28.44"):
+        rescored(tmp_path / "run")
+
+
+def test_max_depth_ends_the_bins_of_new_weights(kitti, tmp_path, monkeypatch):
+    detectors = keep_detector(monkeypatch)
+    cfg = replace(TINY, data=str(kitti), out=str(tmp_path / "run"), gpus=0, modality="camera",
+                  fraction=1.0, batch=1, steps=1, max_depth=40.0)
+    finetune.train(0, 1, cfg)
+    rescored(tmp_path / "run")
+    assert [model.camera.max_depth for model in detectors] == [40, 40]
+
+
+def test_a_run_of_before_these_flags_is_resumed(three_frames, tmp_path, monkeypatch):
+    """Its config.json and checkpoint know nothing of them: then their defaults are meant."""
+    keep_detector(monkeypatch)
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0,
+                  modality="lidar", fraction=1.0, batch=1, steps=1)
+    finetune.train(0, 1, cfg)
+    path = tmp_path / "run" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    config = json.loads(state["config"])
+    for field in ("max_depth", "image_init", "freeze", "labels"):
+        del config[field]
+    torch.save(state | dict(config=json.dumps(config)), path)
+    finetune.train(0, 1, cfg)
+    with pytest.raises(SystemExit, match="max_depth was 0.0, is 50.0"):
+        finetune.train(0, 1, replace(cfg, max_depth=50.0))
+
+
+# ---- an image network from a file, and frozen units ----------------------------------
+
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    """A file of torchvision's resnet18, fc included, not as a new one is."""
+    from torchvision.models import resnet18
+    torch.manual_seed(5)
+    net = resnet18()
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def in_resnet(path):
+    """What a detector holds of resnet_file. -> {name: tensor}"""
+    weights = torch.load(path, weights_only=True)
+    return {f"camera.resnet.{name}": value for name, value in weights.items()
+            if not name.startswith("fc.")}
+
+
+def test_an_image_network_comes_from_a_file(three_frames, resnet_file, tmp_path, monkeypatch):
+    """With the rate of loaded weights, beside units of a run; a run's folder serves too."""
+    pretrained(tmp_path / "before")
+    keep_detector(monkeypatch)
+    start = {}
+
+    def first_state(out, model, opt):
+        start["model"] = {name: value.clone() for name, value in model.state_dict().items()}
+        start["groups"] = opt.param_groups
+        return 0
+    monkeypatch.setattr(finetune, "resume", first_state)
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0,
+                  fraction=1.0, batch=1, steps=1, image_init=str(resnet_file))
+    finetune.train(0, 1, cfg)
+    for name, value in in_resnet(resnet_file).items():
+        assert torch.equal(start["model"][name], value), name
+    new, old = start["groups"]
+    assert len(old["params"]) == 60 and old["base"] == cfg.lr_pretrained
+
+    cfg = replace(cfg, init=str(tmp_path / "before"), use=("lidar",), out=str(tmp_path / "both"))
+    finetune.train(0, 1, cfg)
+    for name, value in in_resnet(resnet_file).items():
+        assert torch.equal(start["model"][name], value), name
+    _, header, weights = common.read_units(tmp_path / "before")
+    assert torch.equal(start["model"]["lidar.conv_input.conv.weight"],
+                       weights["lidar.conv_input.conv.weight"])
+    cfg = replace(cfg, image_init=str(tmp_path / "before"), out=str(tmp_path / "run_as_file"))
+    finetune.train(0, 1, cfg)
+    assert torch.equal(start["model"]["camera.resnet.conv1.weight"],
+                       weights["camera.resnet.conv1.weight"])
+
+
+def frozen_run(rank, cfg):
+    """Two steps with what is loaded frozen. -> weights before and after"""
+    states = []
+
+    def first_state(out, model, opt):
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0
+    with pytest.MonkeyPatch.context() as patch:
+        detectors = keep_detector(patch)
+        patch.setattr(common, "copy_source", lambda *_, **__: None)  # of a script, in a fork
+        patch.setattr(finetune, "resume", first_state)
+        finetune.train(rank, common.processes(), cfg)
+    return states[0], detectors[0].state_dict()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_frozen_units_stay_bit_for_bit(
+        three_frames, resnet_file, tmp_path, server, capsys, processes):
+    """Weights and running statistics; the rest learns. On two processes too."""
+    pretrained(tmp_path / "before")
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), gpus=0, freeze=True,
+                  fraction=1.0, batch=1, steps=2, epochs=0, init=str(tmp_path / "before"),
+                  use=("lidar", "camera.neck"), image_init=str(resnet_file))
+    if processes == 1:
+        results = [frozen_run(0, cfg)]
+        assert "frozen lidar, camera.resnet, camera.neck" in capsys.readouterr().out
+    else:
+        results = on_two(server, frozen_run, tmp_path, cfg)
+    frozen = "lidar.", "camera."
+    for before, after in results:
+        for name, value in after.items():
+            if not name.startswith("heads."):  # of a class without a box some stay too
+                assert torch.equal(value, before[name]) == name.startswith(frozen), name
+            assert torch.equal(value, results[0][1][name]), name
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    new, old = state["optimizers"][0]["param_groups"]
+    assert len(new["params"]) > 50 and not old["params"]
+
+
+def test_a_frozen_unit_predicts_as_it_is_trained(world, stored, tmp_path, batch):
+    """Train mode is eval mode to it, after a prediction too."""
+    model = Detector(TINY, GRID)
+    finetune.load_units(tmp_path, model, (), finetune.UNITS, GRID, 1)
+    model.freeze(["lidar", "camera.resnet"])
+    model.eval()
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()
+             if isinstance(module, common.BatchNorm)}
+    for name, training in modes.items():
+        assert training != name.startswith(("lidar.", "camera.resnet.")), name
+    loss, _ = model(batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("lidar.", "camera.resnet."))
+        assert (parameter.grad is None) == frozen, name
+
+
 # ---- refusals ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
@@ -820,11 +1052,24 @@ def test_weights_that_do_not_fit_are_refused(stored, tmp_path, case, message):
     (dict(modality="lidar", use=("camera.neck",), init="x"), "expected some of lidar fuse"),
     (dict(fraction=2.0), "--fraction 2.0: expected a number above 0 to 1"),
     (dict(eval_only="nowhere"), "no readable configuration"),
+    (dict(max_depth=0.5), "--max-depth 0.5: expected more than 1 m"),
+    (dict(freeze=True), "--freeze with --init none: random weights would stay random"),
+    (dict(image_init="nowhere.pth"), "--image-init nowhere.pth: no such file or folder"),
+    (dict(image_init="a.pth", modality="lidar"), "--modality lidar: there is no image network"),
 ])
 def test_flags_that_cannot_work_are_refused_before_anything_is_written(
         three_frames, tmp_path, flags, message):
     cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), **flags)
     with pytest.raises(SystemExit, match=message):
+        finetune.train(0, 1, cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("use", [(), ("lidar", "camera.resnet")])
+def test_two_image_networks_are_refused(three_frames, stored, resnet_file, tmp_path, use):
+    cfg = replace(TINY, data=str(three_frames), out=str(tmp_path / "run"), init=str(tmp_path),
+                  use=use, image_init=str(resnet_file))
+    with pytest.raises(SystemExit, match="brings an image network too; leave one of them out"):
         finetune.train(0, 1, cfg)
     assert not (tmp_path / "run").exists()
 
@@ -1034,7 +1279,7 @@ def two_steps(three_frames, tmp_path_factory):
     ("data", "a run on nuscenes, and .* is kitti; give the root of nuscenes as --data"),
     ("width", "config.json: width is 8, in the checkpoint it is 4; put the file back"),
     ("modality", "config.json: modality is 'camera', in the checkpoint it is 'lidar'"),
-    ("tensor", r"step 2: 1 of the \d+ tensors of this detector do not fit, first neck.reduce"),
+    ("tensor", r"step 2: 1 of the \d+ tensors of this model do not fit, first neck.reduce"),
     ("empty", "no checkpoint there; finish a run first"),
 ])
 def test_a_run_is_not_scored_with_what_does_not_fit_it(

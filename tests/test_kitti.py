@@ -493,15 +493,23 @@ def test_metrics_and_result_files_of_a_kitti_run(kitti, tmp_path, monkeypatch, c
     for kind in ("2d", "3d"):                        # the raised one is scored last and missed
         assert metrics[kind]["Car"]["R40"] == pytest.approx([0, 2.5, 2.5]), kind
     assert message == "3D AP|R40 moderate Car 2.50, Pedestrian nan, Cyclist nan"
+    for kind in ("2d", "bev", "3d"):                 # two classes have no truth here
+        assert metrics[kind]["Overall"] == {"R40": [None] * 3, "R11": [None] * 3}
 
     table = {}
     for n, kind in enumerate(("2d", "bev", "3d"), 1):
         R40 = [n + k for k in (.1, .2, .3)]
         R11 = [n + 4 + k for k in (.1, .2, .3)]
-        table[kind] = {"Car": {"R40": R40, "R11": R11}}
+        cyclists = {"R40": [2 * v for v in R40], "R11": [20, 40, 60]}
+        table[kind] = {"Car": {"R40": R40, "R11": R11}, "Cyclist": cyclists}
     monkeypatch.setattr(finetune, "kitti_score", lambda *_: table)
     message = finetune.finish_kitti(model, frames, tmp_path)
-    assert message == "3D AP|R40 moderate Car 3.20"
+    assert message == "3D AP|R40 moderate Car 3.20, Cyclist 6.40"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["3d"]["Overall"]["R40"] == pytest.approx([4.65, 4.8, 4.95])
+    assert metrics["bev"]["Overall"]["R11"] == pytest.approx([13.05, 23.1, 33.15])
+    printed = capsys.readouterr().out
+    assert "3d  Overall         4.65    4.80    4.95      13.55   23.60   33.65" in printed
 
     for n, i in enumerate(numbers[:2]):
         name = dataset.names[i].rsplit("/", 1)[1]
