@@ -5,7 +5,7 @@ To fork a method, read its file, the functions that it imports from here, and da
     section                 pieces                                 used by
 
     MATHEMATICS
-    §1 geometry             constant, send, rows_where, Cells,     clap, cmcr, simipu, finetune
+    §1 geometry             constant, send, rows_where, Cells,     all but segment
                             multilinear, gather_weighted,
                             project, project_frame,
                             valid_pixels, rays, sample_image,
@@ -17,7 +17,7 @@ To fork a method, read its file, the functions that it imports from here, and da
     §6 schedules            frame_rngs, random_subset, cosine      all
 
     NETWORKS
-    §7 sparse convolutions  segment_sum, ravel                     clap, cmcr
+    §7 sparse convolutions  segment_sum, ravel                     clap, cmcr, depth
     §8 the trunk            trunk, lift_depth, VoxelResNet,        all
                             ResNet, CameraNet, mlp, conv3d,
                             BatchNorm, collect_statistics,

@@ -376,3 +376,37 @@ def confusion_matrix(ax, classes, share):
     ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
     ax.set_yticks(range(len(classes)), classes, fontsize=7)
     ax.figure.subplots_adjust(left=0.2, bottom=0.2)
+
+
+# ---- depth ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def depth_figure(model, depth_points, decode, val_loader, device, out):
+    """figures/depth.png: pictures of four val frames, found and true depth at the points, error.
+
+    depth_points, decode: of depth.py. A frame's picture is its first that shows a point.
+    """
+    panels = []
+    indices = data.spread(val_loader.indices, 4)
+    for batch in data.loader(val_loader.dataset, "val", 1, indices=indices).once():
+        batch = batch.to(device)
+        image, uv, depth = depth_points(batch)
+        if not len(image):
+            continue
+        own = image == image[0]
+        predicted = decode(model.logits(batch, image[own], uv[own]))
+        height, width = batch.hw[image[0]].tolist()
+        picture = batch.images[image[0], :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        scene = batch.names[0].split("/", 1)[1][:20]
+        panels.append((f"{scene}, {val_loader.grid.cameras[image[0]]}", picture))
+        ratio = (predicted / depth[own]).log()
+        columns = (
+            ("predicted depth, red 1 m to blue 80 m", predicted.log(), "turbo_r", (0, 4.4)),
+            ("true depth", depth[own].log(), "turbo_r", (0, 4.4)),
+            ("predicted / true, blue 0.5 to red 2", ratio, "coolwarm", (-0.7, 0.7)),
+        )
+        for title, colour, cmap, (low, high) in columns:
+            panels.append((title, overlay(picture // 4, uv[own].cpu(), colour.cpu(), 3.0,
+                                          cmap=cmap, vmin=low, vmax=high)))
+    if panels:
+        figure(Path(out) / "figures" / "depth.png", panels, 4, (4.0, 1.9))
