@@ -3,7 +3,6 @@
     python segment.py --init runs/clap --probe      # one linear layer on the frozen network
     python segment.py --init runs/clap              # the whole network, 5 % of the labels
     python segment.py --init none --probe --out runs/none_probe     # the baseline
-    python segment.py --eval-only runs/segment      # predict and score again
 
 Read with: common.py §8 VoxelResNet.point_features; data.py POINT_CLASSES, Batch.
 Sources: SLidR's downstream code (Sautier et al., CVPR 2022), ScaLR's probe (Puy et al., CVPR
@@ -342,16 +341,11 @@ def train(rank, world, cfg):
 
 
 def rescore(rank, world, cfg):
-    """--eval-only RUN: predict and score again, with its own configuration and weights.
-
-    The results go into its folder. --data: where its data set is now.
-    """
+    """--eval-only RUN: predict and score again, with its own configuration and weights."""
     require("w_lovasz" in run_config(cfg.eval_only),
-            f"--eval-only {cfg.eval_only}: not a run of segment.py; expected a folder that "
-            "segment.py wrote")
+            f"--eval-only {cfg.eval_only}: not a run of segment.py; give a folder that it wrote")
     trained = stored_config(Config, cfg.eval_only)
-    trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
-                      workers=cfg.workers, eval_only="")
+    trained = replace(trained, data=cfg.data or trained.data, workers=cfg.workers)
     dataset = open_labelled(trained)
     data.announce(dataset, trained.batch)
     val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
@@ -361,8 +355,8 @@ def rescore(rank, world, cfg):
     device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     model = Segmenter(trained, grid_of_run(cfg.eval_only, dataset.grid)).to(device)
-    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model,
-                                        ("preset", "width")))
+    sizes = "preset", "width"
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model, sizes))
     step = resume(cfg.eval_only, model)
     if rank == 0:
         describe_scored(cfg.eval_only, step, dataset)
