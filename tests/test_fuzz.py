@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hypothesis.extra import numpy as arrays
 import common
 import data
 import finetune
+import synthetic
 from test_common import kernel_map
 from test_data import clone, put
 
@@ -301,9 +303,12 @@ def largest_size():
     raise OSError("/proc/self/status: no line VmHWM")
 
 
-def read_frames(root, done):
-    """Read two frames of each split and hold them to what a valid frame has."""
-    dataset = data.open_dataset(root, "small")
+def read_frames(root, done, **kinds):
+    """Read two frames of each split and hold them to what a valid frame has.
+
+    kinds: what is read, as open_dataset takes it.
+    """
+    dataset = data.open_dataset(root, "small", **kinds)
     for name in ("train", "val"):
         for i in dataset.split(name)[:2]:
             frame = dataset.load(int(i))
@@ -314,10 +319,18 @@ def read_frames(root, done):
                 assert np.isfinite(frame.boxes[:, :7]).all(), done
                 assert len(rows) >= len(frame.boxes), done
             data.collate([frame], [0])
+            if dataset.point_labels:
+                label = frame.extra["points_label"]
+                classes = len(data.POINT_CLASSES[dataset.grid.dataset])
+                assert label.shape == (len(frame.points),), done
+                assert ((label >= -1) & (label < classes)).all(), done
+                full, truth = dataset.points_on_disk(int(i), label.clip(0))
+                assert full.shape == truth.shape, done
+                dataset.write_points(root / "results", int(i), full)
 
 
-def try_damaged(root, place, cases, seed):
-    """Read damaged copies of `root`. -> Counter of what came of it
+def try_damaged(root, place, cases, seed, **kinds):
+    """Read damaged copies of `root`, `kinds` of what is in them. -> Counter of what came of it
 
     Anything but a frame or a DataError fails with its seed.
     """
@@ -333,7 +346,7 @@ def try_damaged(root, place, cases, seed):
         signal.alarm(30)
         try:
             with np.errstate(all="ignore"):    # enormous numbers overflow before they are refused
-                read_frames(copy, done)
+                read_frames(copy, done, **kinds)
             outcomes["frames"] += 1
         except data.DataError as error:
             assert len(str(error)) < 5000, (case, done)
@@ -367,6 +380,40 @@ def whole(request, tmp_path, monkeypatch):
 def test_damaged_files_give_clear_errors_or_frames(whole, tmp_path):
     outcomes = try_damaged(whole, tmp_path, 100 if whole.name != "drives" else 30, seed=0)
     assert outcomes["clear errors"] > 10
+
+
+@pytest.fixture(scope="module", params=["nuscenes", "kitti", "waymo"])
+def labelled(request, tmp_path_factory):
+    """Root of a data set of each kind with classes of points, and without pictures."""
+    root = tmp_path_factory.mktemp("labelled") / request.param
+    synthetic.write(root, train=2, val=1, frames=1, format=request.param)
+    for folder in ("samples/CAM_*", "maps", "*/camera_*", "ImageSets"):
+        for path in root.glob(folder):
+            shutil.rmtree(path)
+    if request.param != "kitti":
+        return root
+    rng = np.random.default_rng(0)
+    for sequence in root.glob("dataset/sequences/*"):
+        calibration = (root / "training/calib/000000.txt").read_text()
+        (sequence / "calib.txt").write_text(calibration.replace("Tr_velo_to_cam", "Tr"))
+        np.savetxt(sequence / "poses.txt", np.tile(np.eye(4)[:3].ravel(), (5, 1)))
+        np.savetxt(sequence / "times.txt", rng.random(5))
+    return root / "dataset"
+
+
+POINTS = dict(images=False, labels=False, point_labels=True)
+
+
+def test_damaged_classes_of_points_give_clear_errors_or_frames(labelled, tmp_path):
+    outcomes = try_damaged(labelled, tmp_path, 100, seed=0, **POINTS)
+    assert outcomes["clear errors"] > 10 and outcomes["frames"] > 2
+
+
+@pytest.mark.slow
+def test_five_hundred_damaged_copies_with_classes_of_points(labelled, tmp_path):
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    outcomes = try_damaged(labelled, tmp_path, 500, seed, **POINTS)
+    print(labelled, dict(outcomes), "from seed", seed)
 
 
 @pytest.mark.slow
