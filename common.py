@@ -38,7 +38,7 @@ To fork a method, read its file, the functions that it imports from here, and da
                             load_resnet, stored_config,
                             check_run, describe_scored,
                             labelled_frames, draw_labels,
-                            describe_draw
+                            describe_draw, labels_text
     §11 log and figures     Run, evaluate, load_tool, figure,      all
                             bird_eye, overlay, loss_curves
 
@@ -2691,6 +2691,15 @@ def labelled_frames(cfg, dataset, indices):
     if cfg.labels:
         return listed_labels(dataset, indices, cfg.labels)
     return draw_labels(dataset, indices, cfg.fraction, cfg.draw, cfg.seed)
+
+
+def labels_text(cfg):
+    """Which labels were learned from, for the last line of a run."""
+    if cfg.labels:
+        return f"labels of {cfg.labels}"
+    if cfg.draw == "every":
+        return f"every {round(1 / cfg.fraction)}-th"
+    return f"{cfg.fraction:g} of the {cfg.draw}"
 
 
 def draw_labels(dataset, indices, fraction, draw, seed):

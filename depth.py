@@ -41,8 +41,8 @@ from common import (
     all_reduce, mean_over_ranks,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
-    read_units, load_units, load_resnet, labelled_frames, describe_draw, describe_scored,
-    destroy_group, Run, loss_curves, load_tool, write_text,
+    read_units, load_units, load_resnet, labelled_frames, describe_draw, labels_text,
+    describe_scored, destroy_group, Run, loss_curves, load_tool, write_text,
 )
 
 UNITS = "camera.resnet", "norm", "head"  # what backbones.safetensors holds
@@ -419,11 +419,10 @@ def finish(model, cfg, out, val_loader, device, rank):
             tool.depth_figure(model, depth_points, decode, val_loader, device, out)
     finally:  # whatever becomes of the figure
         mode = "probe" if cfg.probe else "whole network"
-        labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
         scores = " | ".join(f"{title} {metrics[name]:.3f} (guess {guess[name]:.3f})"
                             for name, title in SHOWN.items())
-        print(f"{out}: | {cfg.image_init or cfg.init} | {mode} | {labels} | seed {cfg.seed} "
-              f"| {scores} |", flush=True)
+        print(f"{out}: | {cfg.image_init or cfg.init} | {mode} | {labels_text(cfg)} "
+              f"| seed {cfg.seed} | {scores} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from common import (
     all_reduce, mean_over_ranks, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
-    read_units, load_units, load_resnet, first_line, labelled_frames, describe_draw,
+    read_units, load_units, load_resnet, first_line, labelled_frames, describe_draw, labels_text,
     describe_scored, destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text,
     atomic_write,
 )
@@ -755,8 +755,7 @@ def finish(model, cfg, out, val_loader, device, rank):
     finally:  # whatever becomes of the figures
         start = cfg.init + f" and image {cfg.image_init}" * bool(cfg.image_init)
         start += " frozen" * cfg.freeze
-        labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
-        print(f"{out}: | {start} | {cfg.modality} | {labels} "
+        print(f"{out}: | {start} | {cfg.modality} | {labels_text(cfg)} "
               f"| seed {cfg.seed} | {scores} |", flush=True)
 
 

@@ -42,8 +42,8 @@ from common import (
     all_reduce, mean_over_ranks,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
-    read_units, load_units, labelled_frames, describe_draw, describe_scored, destroy_group, Run,
-    loss_curves, load_tool, write_text, first_line,
+    read_units, load_units, labelled_frames, describe_draw, labels_text, describe_scored,
+    destroy_group, Run, loss_curves, load_tool, write_text, first_line,
 )
 
 REACH = {"nuscenes": 102.4, "kitti": 81.6, "waymo": 102.4}  # |x|, |y| of the range, at least, m
@@ -448,13 +448,13 @@ def finish(model, cfg, out, val_loader, device, rank):
         metrics | dict(frames=len(val_loader.indices), confusion=confusion.tolist())))
     for (name, iou), points in zip(metrics["IoU"].items(), confusion.sum(1)):
         print(f"{name:22}{iou:8.4f}   of {points} points", flush=True)
-    labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
     kind = "probe" if cfg.probe else "whole network"
     scores = " | ".join(f"{name} {metrics[name]:.4f}" for name in ("mIoU", "mIoU_present"))
     try:
         save_figures(model, val_loader, confusion, folder, device)
     finally:  # whatever becomes of the figures
-        print(f"{out}: | {cfg.init} | {kind} | {labels} | seed {cfg.seed} | {scores} |", flush=True)
+        print(f"{out}: | {cfg.init} | {kind} | {labels_text(cfg)} | seed {cfg.seed} | {scores} |",
+              flush=True)
 
 
 def save_figures(model, loader, confusion, folder, device):
