@@ -54,7 +54,7 @@ from common import (
     all_reduce, mean_over_ranks, processes,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
-    read_units, load_units, load_resnet, first_line, labelled_frames, describe_draw,
+    read_units, load_units, load_resnet, first_line, labelled_frames, describe_draw, labels_text,
     describe_scored, destroy_group, Run, figure, bird_eye, loss_curves, load_tool, write_text,
     atomic_write,
 )
@@ -90,7 +90,7 @@ class Config:
     # what is learned from
     init: str = "none"         # run folder of a pre-training, or none
     use: tuple[str, ...] = ()  # units to load, such as lidar fuse; default: all it holds
-    image_init: str = ""       # file of torchvision-named ResNet weights, or run: --init's too
+    image_init: str = ""       # ResNet weights with torchvision's names, a file or a run
     freeze: bool = False       # train neither what is loaded nor its batch-norm statistics
     modality: Literal["fusion", "lidar", "camera"] = "fusion"  # branches of the trunk
     fraction: float = 0.05     # share of the training labels [paper CLAP]
@@ -116,7 +116,7 @@ class Config:
     resnet: Literal[18, 50] = 50  # image backbone, as in the pre-training
     width: int = 16            # w, first sparse stage; neck 16 w, heads 4 w [code OpenPCDet]
     bins: int = 118            # depth bins of the lift, as pre-trained [code BEVFusion]
-    max_depth: float = 0.0     # m, where they end; 0: as pre-trained, else by the range [ours]
+    max_depth: float = 0.0     # m, end of the depth bins; 0: as pre-trained, or by range [ours]
 
     # losses and targets
     # D5: CenterPoint's Waymo configuration has a box loss of weight 2, a learning rate three
@@ -755,8 +755,7 @@ def finish(model, cfg, out, val_loader, device, rank):
     finally:  # whatever becomes of the figures
         start = cfg.init + f" and image {cfg.image_init}" * bool(cfg.image_init)
         start += " frozen" * cfg.freeze
-        labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
-        print(f"{out}: | {start} | {cfg.modality} | {labels} "
+        print(f"{out}: | {start} | {cfg.modality} | {labels_text(cfg)} "
               f"| seed {cfg.seed} | {scores} |", flush=True)
 
 

@@ -3,7 +3,6 @@
     python segment.py --init runs/clap --probe      # one linear layer on the frozen network
     python segment.py --init runs/clap              # the whole network, 5 % of the labels
     python segment.py --init none --probe --out runs/none_probe     # the baseline
-    python segment.py --eval-only runs/segment      # predict and score again
 
 Read with: common.py §8 VoxelResNet.point_features; data.py POINT_CLASSES, Batch.
 Sources: SLidR's downstream code (Sautier et al., CVPR 2022), ScaLR's probe (Puy et al., CVPR
@@ -43,8 +42,8 @@ from common import (
     all_reduce, mean_over_ranks,  # processes
     parse, require, check_numbers, launch, init_process, start, wrap, resume, save,  # runs: skip
     cosine, to_json, rank0_first, lock_run_folder, run_config, stored_config, check_run,
-    read_units, load_units, labelled_frames, describe_draw, describe_scored, destroy_group, Run,
-    loss_curves, load_tool, write_text, first_line,
+    read_units, load_units, labelled_frames, describe_draw, labels_text, describe_scored,
+    destroy_group, Run, loss_curves, load_tool, write_text, first_line,
 )
 
 REACH = {"nuscenes": 102.4, "kitti": 81.6, "waymo": 102.4}  # |x|, |y| of the range, at least, m
@@ -124,7 +123,7 @@ def check_flags(cfg):
 # ---- data ----------------------------------------------------------------------------
 
 def open_labelled(cfg):
-    """The data set of --data: the keyframe sweep of each frame, with the classes of its points."""
+    """The data set: of each frame the keyframe sweep and the classes of its points."""
     return data.open_dataset(cfg.data, cfg.preset, sweeps=1, images=False, labels=False,
                              point_labels=True)
 
@@ -265,10 +264,9 @@ def train(rank, world, cfg):
     data.announce(dataset, cfg.batch)
     split = dataset.split("train")
     drawn = labelled_frames(cfg, dataset, split)
-    warp = None  # D5
-    if not cfg.probe:
-        warp = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale,
-                       flip=(True, True))
+    warp = partial(data.augment_cloud, rotation=cfg.rotation, scale=cfg.scale, flip=(True, True))
+    if cfg.probe:
+        warp = None  # D5
     make_loader = partial(data.loader, dataset, batch=cfg.batch, rank=rank, world=world,
                           seed=cfg.seed, workers=cfg.workers)
     loader = make_loader(split="train", indices=drawn, augment=warp, accumulate=cfg.accumulate)
@@ -279,18 +277,18 @@ def train(rank, world, cfg):
 
     # model, optimiser
     torch.manual_seed(cfg.seed)
-    pretrained = cfg.init != "none" and cfg.voxel == "init"
-    grid = grid_of_run(cfg.init, dataset.grid) if pretrained else dataset.grid
-    grid = wide(grid)
-    model = Segmenter(cfg, grid)
+    grid = dataset.grid
+    if cfg.init != "none" and cfg.voxel == "init":
+        grid = grid_of_run(cfg.init, grid)
+    model = Segmenter(cfg, wide(grid))
     loaded = set()
     if cfg.init != "none":
         loaded = load_units(cfg.init, model, ["lidar"], ["lidar"], grid, rank)
     device = start(cfg, rank, world, dataset, drawn, "labels.txt")
     model.to(device)
-    rates = dict(head=cfg.lr)
-    if not cfg.probe:
-        rates |= dict(lidar=cfg.lr_pretrained if loaded else cfg.lr_network)
+    rates = dict(head=cfg.lr, lidar=cfg.lr_pretrained if loaded else cfg.lr_network)
+    if cfg.probe:
+        del rates["lidar"]
     groups = [dict(params=list(getattr(model, part).parameters()), base=rate)
               for part, rate in rates.items()]
     opt = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)  # D6
@@ -303,8 +301,8 @@ def train(rank, world, cfg):
     steps = cfg.steps or cfg.epochs * loader.steps_per_epoch
     first = resume(cfg.out, model, opt)  # 0 when there is nothing to resume
     if cfg.probe and not first:  # D4
-        count = -(-STATISTICS // world)  # the same on every process
-        clouds = (batch.to(device) for batch in cloud_loader.first(count))
+        clouds = cloud_loader.first(-(-STATISTICS // world))  # as many on every process
+        clouds = (batch.to(device) for batch in clouds)
         collect_statistics(model.lidar, model.encode, clouds)
     if rank == 0:
         counted = data.spread(drawn, COUNTED_FRAMES)
@@ -331,7 +329,7 @@ def train(rank, world, cfg):
         opt.step()
         stop = run.interrupted()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stop):
-            save(cfg, step + 1, model, [opt], ["lidar", "norm", "head"], grid)
+            save(cfg, step + 1, model, [opt], ["lidar", "norm", "head"], wide(grid))
         if stop:
             run.leave(step)
 
@@ -343,16 +341,11 @@ def train(rank, world, cfg):
 
 
 def rescore(rank, world, cfg):
-    """--eval-only RUN: predict and score again, with its own configuration and weights.
-
-    The results go into its folder. --data: where its data set is now.
-    """
+    """--eval-only RUN: predict and score again, with its own configuration and weights."""
     require("w_lovasz" in run_config(cfg.eval_only),
-            f"--eval-only {cfg.eval_only}: not a run of segment.py; expected a folder that "
-            "segment.py wrote")
+            f"--eval-only {cfg.eval_only}: not a run of segment.py; give a folder that it wrote")
     trained = stored_config(Config, cfg.eval_only)
-    trained = replace(trained, data=cfg.data or trained.data, gpus=cfg.gpus,
-                      workers=cfg.workers, eval_only="")
+    trained = replace(trained, data=cfg.data or trained.data, workers=cfg.workers)
     dataset = open_labelled(trained)
     data.announce(dataset, trained.batch)
     val_loader = data.loader(dataset, "val", trained.batch, rank, world, trained.seed,
@@ -362,8 +355,8 @@ def rescore(rank, world, cfg):
     device = init_process(cfg, world)
     rank0_first(rank, lambda: lock_run_folder(Path(cfg.eval_only)))
     model = Segmenter(trained, grid_of_run(cfg.eval_only, dataset.grid)).to(device)
-    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model,
-                                        ("preset", "width")))
+    sizes = "preset", "width"
+    rank0_first(rank, lambda: check_run(cfg.eval_only, trained, dataset, model, sizes))
     step = resume(cfg.eval_only, model)
     if rank == 0:
         describe_scored(cfg.eval_only, step, dataset)
@@ -385,7 +378,10 @@ def score(dataset, confusion):
     union = truth + confusion.sum(0) - hits
     iou = np.where(union > 0, hits / np.maximum(union, 1), np.nan)  # (C,)
     if dataset == "nuscenes":   # without truth and predictions: left out [devkit]
-        official = devkit_mean_iou(confusion)
+        from nuscenes.eval.lidarseg.utils import ConfusionMatrix
+        matrix = ConfusionMatrix(len(confusion) + 1, ignore_idx=0)
+        matrix.global_cm = np.pad(confusion, ((1, 0), (1, 0)))
+        official = matrix.get_mean_iou()
     elif dataset == "kitti":    # ... 0 [code semantic-kitti-api]
         official = np.nan_to_num(iou, nan=0.0).mean()
     else:                       # ... 1 [code Waymo]
@@ -401,32 +397,24 @@ def score(dataset, confusion):
     )
 
 
-def devkit_mean_iou(confusion):
-    """The mean IoU of nuscenes-devkit's own ConfusionMatrix, whose class 0 is ignored."""
-    from nuscenes.eval.lidarseg.utils import ConfusionMatrix
-    matrix = ConfusionMatrix(num_classes=len(confusion) + 1, ignore_idx=0)
-    matrix.global_cm = np.pad(confusion, ((1, 0), (1, 0)))
-    return matrix.get_mean_iou()
-
-
 def try_score(dataset):
     """End with a message unless val frames have labels and the metric works. Rank 0 only."""
     val = data.spread(dataset.split("val"), 3)
     require(any(count_labels(dataset, val).values()),
             f"{dataset.what}: none of the points of {len(val)} val frames has a class, so nothing "
             "could be scored at the end of the run; give the folder with their labels")
-    classes = len(data.POINT_CLASSES[dataset.grid.dataset])
+    name = dataset.grid.dataset
     try:
-        score(dataset.grid.dataset, np.eye(classes, dtype=np.int64))
+        score(name, np.eye(len(data.POINT_CLASSES[name]), dtype=np.int64))
     except Exception as error:
         raise SystemExit(f"the metric does not work ({first_line(error)}), so no run could be "
                          "scored at its end; install requirements.txt again") from error
 
 
 def confusion_of(model, loader, folder, device):
-    """Predict the val split, write its result files -> confusion (C, C) int64 of all processes.
+    """Predict the val split, and write its result files for every point on disk.
 
-    Rows are the truth. Files: folder, in the data set's official format, all points on disk.
+    -> confusion (C, C) int64 over all processes, rows of the truth.
     """
     dataset = loader.dataset
     index = {name: i for i, name in enumerate(dataset.names)}
@@ -460,13 +448,12 @@ def finish(model, cfg, out, val_loader, device, rank):
         metrics | dict(frames=len(val_loader.indices), confusion=confusion.tolist())))
     for (name, iou), points in zip(metrics["IoU"].items(), confusion.sum(1)):
         print(f"{name:22}{iou:8.4f}   of {points} points", flush=True)
+    kind = "probe" if cfg.probe else "whole network"
+    scores = " | ".join(f"{name} {metrics[name]:.4f}" for name in ("mIoU", "mIoU_present"))
     try:
         save_figures(model, val_loader, confusion, folder, device)
     finally:  # whatever becomes of the figures
-        labels = cfg.labels or f"{cfg.fraction:g} of the {cfg.draw}"
-        kind = "probe" if cfg.probe else "whole network"
-        scores = " | ".join(f"{name} {metrics[name]:.4f}" for name in ("mIoU", "mIoU_present"))
-        print(f"{out}: | {cfg.init} | {kind} | {labels} | seed {cfg.seed} | {scores} |",
+        print(f"{out}: | {cfg.init} | {kind} | {labels_text(cfg)} | seed {cfg.seed} | {scores} |",
               flush=True)
 
 
@@ -482,7 +469,8 @@ def save_figures(model, loader, confusion, folder, device):
     for batch in loader.batches(jobs):
         classes = model.predict(batch.to(device))[0]
         label = batch.extra["points_label"].numpy()
-        shown.append((batch.names[0], batch.points[:, :3].numpy(), label, classes))
+        name, = batch.names
+        shown.append((name, batch.points[:, :3].numpy(), label, classes))
     model.train()
     tool.segment_figures(shown, confusion, data.POINT_CLASSES[loader.grid.dataset], folder)
 

@@ -329,33 +329,40 @@ def segment_figures(shown, confusion, classes, out):
     shown [(name, xyz (n, 3), truth (n,) -1 for none, predicted (n,))], confusion (C, C) with
     rows of the truth, classes C names.
     """
-    import matplotlib
-    maps = [matplotlib.colormaps[name].colors for name in ("tab20", "tab20b")]
-    colours = np.concatenate(maps)
+    from matplotlib.colors import hsv_to_rgb
+    n = np.arange(len(classes))
+    colours = hsv_to_rgb(np.stack([n * 0.382 % 1, 1 - 0.35 * (n % 2), 0.9 - 0.3 * (n % 3 == 0)], 1))
     panels = []
     for name, xyz, truth, predicted in shown:
         rows = truth >= 0
         xyz, truth, predicted = xyz[rows], truth[rows], predicted[rows]
         wrong = truth != predicted
         red = np.where(wrong[:, None], (0.8, 0.1, 0.1), (0.8, 0.8, 0.8))
+        legend = partial(class_names, classes=() if panels else classes, colours=colours)
         panels += [
-            (f"{name.split('/', 1)[1][:24]}: truth", bird_eye(xyz, colours[truth], 1.0, lw=0)),
-            ("predicted", bird_eye(xyz, colours[predicted], 1.0, lw=0)),
-            (f"{wrong.mean():.0%} wrong, red", bird_eye(xyz, red, 1.0, lw=0)),
+            (f"{name.split('/', 1)[1][:24]}: truth", partial(near_points, xyz, colours[truth])),
+            ("predicted", partial(near_points, xyz, colours[predicted])),
+            (f"{wrong.mean():.0%} wrong (of all points), red", partial(near_points, xyz, red)),
+            ("", legend),
         ]
-    panels.append(("classes", partial(class_names, classes=classes, colours=colours)))
-    figure(out / "figures" / "segmentation.png", panels, 3, (4.2, 4.2))
+    figure(out / "figures" / "segmentation.png", panels, 4, (3.6, 3.6))
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     title = "% of the points of each class (row) by prediction (column)"
     panel = partial(confusion_matrix, classes=classes, share=share)
     figure(out / "figures" / "confusion.png", [(title, panel)], 1, (8.0, 8.0))
 
 
+def near_points(xyz, colours, ax):
+    """Points within 40 m from above. xyz (n, 3), colours (n, 3)."""
+    bird_eye(xyz, colours, 4.0, lw=0)(ax)
+    ax.set_xlim(-40, 40)
+    ax.set_ylim(-40, 40)
+
+
 def class_names(ax, classes, colours):
     """The name of each class in its colour."""
     for n, name in enumerate(classes):
-        ax.text(0.5 * (n % 2), 1 - (n // 2 + 1) / 12, name, color=colours[n], fontsize=10,
-                weight="bold")
+        ax.text(0, 1 - (n + 1) / 23, name, color=colours[n], fontsize=8, weight="bold")
     ax.axis("off")
 
 
@@ -369,3 +376,37 @@ def confusion_matrix(ax, classes, share):
     ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
     ax.set_yticks(range(len(classes)), classes, fontsize=7)
     ax.figure.subplots_adjust(left=0.2, bottom=0.2)
+
+
+# ---- depth ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def depth_figure(model, depth_points, decode, val_loader, device, out):
+    """figures/depth.png: pictures of four val frames, found and true depth at the points, error.
+
+    depth_points, decode: of depth.py. A frame's picture is its first that shows a point.
+    """
+    panels = []
+    indices = data.spread(val_loader.indices, 4)
+    for batch in data.loader(val_loader.dataset, "val", 1, indices=indices).once():
+        batch = batch.to(device)
+        image, uv, depth = depth_points(batch)
+        if not len(image):
+            continue
+        own = image == image[0]
+        predicted = decode(model.logits(batch, image[own], uv[own]))
+        height, width = batch.hw[image[0]].tolist()
+        picture = batch.images[image[0], :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        scene = batch.names[0].split("/", 1)[1][:20]
+        panels.append((f"{scene}, {val_loader.grid.cameras[image[0]]}", picture))
+        ratio = (predicted / depth[own]).log()
+        columns = (
+            ("predicted depth, red 1 m to blue 80 m", predicted.log(), "turbo_r", (0, 4.4)),
+            ("true depth", depth[own].log(), "turbo_r", (0, 4.4)),
+            ("predicted / true, blue 0.5 to red 2", ratio, "coolwarm", (-0.7, 0.7)),
+        )
+        for title, colour, cmap, (low, high) in columns:
+            panels.append((title, overlay(picture // 4, uv[own].cpu(), colour.cpu(), 3.0,
+                                          cmap=cmap, vmin=low, vmax=high)))
+    if panels:
+        figure(Path(out) / "figures" / "depth.png", panels, 4, (4.0, 1.9))

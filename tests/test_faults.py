@@ -75,6 +75,11 @@ RUNS = {        # script: fields of its Config that make a step take a fraction 
         SMALL, steps=STEPS, save_every=1,
         bins=12, modality="lidar", fraction=1.0, warmup=2,
     ),
+    "segment": dict(SMALL, steps=STEPS, save_every=1, fraction=1.0, warmup=2),
+    "depth": dict(
+        {name: value for name, value in SMALL.items() if name != "width"},
+        steps=STEPS, save_every=1, fraction=1.0, warmup=2, points=50,
+    ),
 }
 FIGURES = ("save_figure", "save_figures", "draw_curves", "loss_curves", "load_tool")
 
@@ -771,7 +776,7 @@ def swept(script):
 
 def check_of(script):
     module = importlib.import_module(script)
-    return module.check_flags if script == "finetune" else module.check
+    return module.check if script in ("clap", "cmcr", "simipu") else module.check_flags
 
 
 def accepts(check, cfg):

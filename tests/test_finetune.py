@@ -20,7 +20,7 @@ import clap
 import common
 import data
 import finetune
-from common import draw_labels, listed_labels
+from common import draw_labels
 from conftest import Waits, on_two
 from finetune import (
     SMALL, Config, Detector, decode, encode, focal, gaussian_radius, heat_targets)

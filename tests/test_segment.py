@@ -436,7 +436,7 @@ def test_the_voxels_are_those_of_the_pretraining_or_of_the_data(
     common.save(replace(TINY, out=str(init)), 1, model, [], ["lidar"], grid)
     cfg = replace(TINY, data=str(world), init=str(init), gpus=0, steps=1)
     for choice, voxel in (("init", [0.2, 0.2, 0.25]), ("data", [0.1, 0.1, 0.125])):
-        out = tmp_path / choice
+        out = tmp_path / f"voxels_of_{choice}"
         segment.train(0, 1, replace(cfg, voxel=choice, out=str(out)))
         stored = json.loads(common.read_units(out)[1]["grid"])
         assert stored["voxel"] == voxel and stored["dataset"] == "nuscenes"
