@@ -1413,7 +1413,7 @@ NUSCENES_AXES = np.array([[0., 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 
 # columns of text; the others are numbers, see Table.numbers
 TEXTS = {
     "token", "sensor_token", "sample_token", "ego_pose_token", "calibrated_sensor_token",
-    "scene_token", "instance_token", "category_token",
+    "scene_token", "instance_token", "category_token", "sample_data_token",
     "channel", "filename", "name", "prev", "next",
 }
 
