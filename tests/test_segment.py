@@ -29,9 +29,19 @@ def dataset(world):
     return segment.open_labelled(replace(TINY, data=str(world)))
 
 
+def thin(frame, _):
+    """A fifth of the points."""
+    return data.select(frame, np.arange(len(frame.points)) % 5 == 0)
+
+
 @pytest.fixture(scope="module")
 def batch(dataset):
-    return data.loader(dataset, "train", 2).first(1)[0]
+    return data.loader(dataset, "train", 2, augment=thin).first(1)[0]
+
+
+@pytest.fixture(autouse=True)
+def few_statistics(monkeypatch):
+    monkeypatch.setattr(segment, "STATISTICS", 4)
 
 
 def random_segmenter(cfg=TINY):
@@ -180,8 +190,8 @@ def test_a_frozen_network_keeps_every_bit(world, tmp_path, monkeypatch):
     model = Segmenter(cfg, GRID)
     dataset = segment.open_labelled(cfg)
     train = dataset.split("train")
-    clouds = data.loader(dataset, "train", 1, seed=5, indices=train)
-    collect_statistics(model.lidar, model.encode, islice(clouds.begin_at(0), 24))
+    clouds = data.loader(dataset, "train", 1, seed=5, indices=data.spread(train, 4))
+    collect_statistics(model.lidar, model.encode, islice(clouds.begin_at(0), 4))
     for name, value in model.lidar.state_dict().items():
         assert torch.equal(saved["lidar." + name], value), name
     assert not torch.equal(saved["head.weight"], model.head.weight)
@@ -199,7 +209,7 @@ def test_collected_statistics_are_those_of_the_clouds(batch):
     model.lidar.train()
     train_features = [level.features for level in model.encode(batch)]
     for a, b in zip(eval_features, train_features):
-        assert float((a - b).abs().mean()) < 0.1 * float(b.std())  # others: 1.5
+        assert float((a - b).abs().mean()) < 0.2 * float(b.std())
     assert eval_features[0].std(0).mean() > 1.2 * before
 
 
@@ -386,7 +396,7 @@ def test_two_processes_train_as_one(server, dataset, tmp_path, probe):
     """Without Lovasz, which each process takes over its own points."""
     model = random_segmenter(replace(TINY, probe=probe, w_lovasz=0.0))
     model.norm.eval()  # its last bits would switch ReLUs in the whole network
-    frames = [dataset.load(i) for i in (0, 4)]
+    frames = [thin(dataset.load(i), None) for i in (0, 4)]
     one, two = on_two(server, a_frame_each, tmp_path, model, frames, str(tmp_path))
     both = data.collate(frames, [0, 1])
     collect_statistics(model.lidar, model.encode, [both])
